@@ -1,0 +1,78 @@
+"""Where bad input is turned away: one line that names the argument, what it got and what would be right.
+
+Values can only be looked at outside a trace; under `jit` and `vmap` the static checks (rank, size) remain.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.typing
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+ArrayLike = jax.typing.ArrayLike | Sequence[Any]
+"""What may stand for an array: an array, a number, or nested sequences of numbers."""
+
+
+def is_concrete(*values: object) -> bool:
+    """Whether every value can be looked at, i.e. none is being traced by a JAX transformation."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def real_array(name: str, value: ArrayLike, *, ndim: int | None = None, finite: bool = True) -> Array:
+    """`value` as a real floating-point array; integers are promoted to the default float, floats keep theirs."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a numeric array, got {type(value).__name__}") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool):
+            raise ValueError(f"{name} must be real, got dtype {array.dtype}")
+        array = array.astype(jnp.result_type(float))
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{name} must not be empty, got shape {array.shape}")
+    if finite and is_concrete(array):
+        require_finite(name, array)
+    return array
+
+
+def require_finite(name: str, array: ArrayLike) -> None:
+    """Raise ValueError if a concrete array holds NaN or Inf."""
+    if is_concrete(array) and not np.isfinite(np.asarray(array)).all():
+        bad = np.size(array) - int(np.isfinite(np.asarray(array)).sum())
+        raise ValueError(f"{name} must be finite, got {bad} NaN or Inf among {np.size(array)} values")
+
+
+def non_negative(name: str, value: ArrayLike, *, ndim: int | None = None, finite: bool = True) -> Array:
+    """`value` as a floating array without negative or NaN entries."""
+    array = real_array(name, value, ndim=ndim, finite=finite)
+    if is_concrete(array) and not (np.asarray(array) >= 0).all():
+        raise ValueError(f"{name} must be non-negative, got minimum {np.asarray(array).min()}")
+    return array
+
+
+def positive(name: str, value: ArrayLike, *, ndim: int | None = None) -> Array:
+    """`value` as a floating array of finite positive entries."""
+    array = real_array(name, value, ndim=ndim)
+    if is_concrete(array) and not (np.asarray(array) > 0).all():
+        raise ValueError(f"{name} must be positive, got minimum {np.asarray(array).min()}")
+    return array
+
+
+def count(name: str, value: int, *, minimum: int = 1) -> int:
+    """`value` as a Python int, at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def same_size(name: str, got: int, reference: str, expected: int) -> None:
+    """Raise ValueError unless two sizes that belong together agree."""
+    if got != expected:
+        raise ValueError(f"{name} must match {reference}: expected size {expected}, got {got}")

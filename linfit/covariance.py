@@ -1,0 +1,258 @@
+"""Covariance operators Σ ∈ R^{p×p}: diagonal, dense, or empirical (a factor; the p×p matrix is never formed).
+
+Every covariance can multiply vectors, form XΣXᵀ, give a root for sampling, and say whether it is a
+multiple of another one, so that a Gram matrix already at hand is not computed again.
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from linfit._checks import ArrayLike, is_concrete, non_negative, real_array
+from linfit._linear_algebra import gram
+
+
+class Covariance(eqx.Module):
+    """A positive semi-definite operator on R^p."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """p."""
+
+    @property
+    @abstractmethod
+    def latent_size(self) -> int:
+        """Number of independent coordinates z behind one sample x = Σ^{1/2}z."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> jnp.dtype:
+        """Floating dtype of the stored values."""
+
+    @abstractmethod
+    def diagonal(self) -> Array:
+        """diag Σ, shape (p,)."""
+
+    @abstractmethod
+    def apply(self, vectors: Array) -> Array:
+        """vectors·Σ, for rows (…, p)."""
+
+    @abstractmethod
+    def gram(self, rows: Array) -> Array:
+        """rows·Σ·rowsᵀ, shape (n, n), for rows (n, p)."""
+
+    @abstractmethod
+    def colour(self, latent: Array) -> Array:
+        """latent·Σ^{1/2}, shape (…, p), for rows (…, latent_size) with identity covariance."""
+
+    @abstractmethod
+    def ratio_to(self, other: "Covariance") -> float | None:
+        """c if Σ = c·other can be seen from concrete values, else None."""
+
+
+def _ratio(values: ArrayLike, reference: ArrayLike) -> float | None:
+    """c such that values = c·reference to the last few bits, or None."""
+    if not is_concrete(values, reference) or np.shape(values) != np.shape(reference):
+        return None
+    numerator, denominator = np.asarray(values), np.asarray(reference)
+    at = np.unravel_index(np.argmax(np.abs(denominator)), denominator.shape)
+    if denominator[at] == 0:
+        return None
+    ratio = numerator[at] / denominator[at]
+    tolerance = 4 * np.finfo(numerator.dtype).eps
+    return float(ratio) if np.allclose(numerator, ratio * denominator, rtol=tolerance, atol=0) else None
+
+
+class Diagonal(Covariance):
+    """Σ = diag(eigenvalues), eigenvalues (p,) ≥ 0.
+
+    >>> from linfit import Diagonal
+    >>> Diagonal([2.0, 1.0]).apply(jnp.ones((1, 2)))
+    Array([[2., 1.]], dtype=float64)
+    """
+
+    eigenvalues: Array
+
+    def __init__(self, eigenvalues: ArrayLike):
+        self.eigenvalues = non_negative("eigenvalues", eigenvalues, ndim=1)
+
+    @property
+    def size(self) -> int:
+        return self.eigenvalues.shape[-1]
+
+    @property
+    def latent_size(self) -> int:
+        return self.size
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.eigenvalues.dtype
+
+    def diagonal(self) -> Array:
+        return self.eigenvalues
+
+    def apply(self, vectors: Array) -> Array:
+        return vectors * self.eigenvalues
+
+    def gram(self, rows: Array) -> Array:
+        return gram(rows * jnp.sqrt(self.eigenvalues))
+
+    def colour(self, latent: Array) -> Array:
+        return latent * jnp.sqrt(self.eigenvalues)
+
+    def ratio_to(self, other: Covariance) -> float | None:
+        return _ratio(self.eigenvalues, other.eigenvalues) if isinstance(other, Diagonal) else None
+
+
+class Dense(Covariance):
+    """Σ given as a symmetric positive semi-definite (p, p) matrix.
+
+    Raises ValueError if it is not symmetric, or has an eigenvalue below −√ε·λ_max.
+
+    >>> from linfit import Dense
+    >>> Dense([[2.0, 1.0], [1.0, 2.0]]).apply(jnp.array([[1.0, 0.0]]))
+    Array([[2., 1.]], dtype=float64)
+    """
+
+    matrix: Array
+
+    def __init__(self, matrix: ArrayLike):
+        self.matrix = real_array("covariance matrix", matrix, ndim=2)
+        if self.matrix.shape[0] != self.matrix.shape[1]:
+            raise ValueError(f"covariance matrix must be square, got shape {self.matrix.shape}")
+        if is_concrete(self.matrix):
+            _require_positive_semidefinite(np.asarray(self.matrix))
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[-1]
+
+    @property
+    def latent_size(self) -> int:
+        return self.size
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.matrix.dtype
+
+    def diagonal(self) -> Array:
+        return jnp.diagonal(self.matrix)
+
+    def apply(self, vectors: Array) -> Array:
+        return vectors @ self.matrix
+
+    def gram(self, rows: Array) -> Array:
+        return self.apply(rows) @ rows.T
+
+    def colour(self, latent: Array) -> Array:
+        eigenvalues, vectors = jnp.linalg.eigh(self.matrix)
+        return (latent @ vectors) * jnp.sqrt(jnp.maximum(eigenvalues, 0)) @ vectors.T
+
+    def ratio_to(self, other: Covariance) -> float | None:
+        return _ratio(self.matrix, other.matrix) if isinstance(other, Dense) else None
+
+
+def _require_positive_semidefinite(matrix: np.ndarray) -> None:
+    tolerance = np.sqrt(np.finfo(matrix.dtype).eps)
+    scale = np.abs(matrix).max()
+    if np.abs(matrix - matrix.T).max() > tolerance * scale:
+        raise ValueError("covariance matrix must be symmetric; pass (Σ + Σᵀ)/2 if the asymmetry is rounding")
+    smallest = np.linalg.eigvalsh(matrix)[0]
+    if smallest < -tolerance * scale:
+        raise ValueError(f"covariance matrix must be positive semi-definite, got eigenvalue {smallest:.3g}")
+
+
+class Empirical(Covariance):
+    """Σ = FᵀF/m, the uncentred covariance of a feature matrix F (m, p); stored as F.
+
+    >>> from linfit import Empirical
+    >>> Empirical([[1.0, 1.0], [1.0, -3.0]]).apply(jnp.array([[1.0, 0.0]]))
+    Array([[ 1., -1.]], dtype=float64)
+    """
+
+    features: Array
+
+    def __init__(self, features: ArrayLike):
+        self.features = real_array("features", features, ndim=2)
+
+    @property
+    def size(self) -> int:
+        return self.features.shape[-1]
+
+    @property
+    def latent_size(self) -> int:
+        return self.features.shape[-2]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.features.dtype
+
+    def diagonal(self) -> Array:
+        return jnp.mean(self.features**2, axis=-2)
+
+    def apply(self, vectors: Array) -> Array:
+        return (vectors @ self.features.T) @ self.features / self.latent_size
+
+    def gram(self, rows: Array) -> Array:
+        return gram(rows @ self.features.T) / self.latent_size
+
+    def colour(self, latent: Array) -> Array:
+        return latent @ self.features / self.latent_size**0.5
+
+    def ratio_to(self, other: Covariance) -> float | None:
+        if not isinstance(other, Empirical):
+            return None
+        root = _ratio(self.features, other.features)
+        return None if root is None else root**2
+
+
+def as_covariance(value: "Covariance | ArrayLike", name: str) -> Covariance:
+    """A covariance from eigenvalues (p,), a matrix (p, p), or a covariance itself."""
+    if isinstance(value, Covariance):
+        return value
+    array = real_array(name, value)
+    if array.ndim not in (1, 2):
+        raise ValueError(
+            f"{name} must be eigenvalues (p,), a matrix (p, p) or linfit.Empirical, got shape {array.shape}"
+        )
+    try:
+        return Diagonal(array) if array.ndim == 1 else Dense(array)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def inner_product(a: Covariance, b: Covariance) -> Array:
+    """tr(AB), without forming either."""
+    if isinstance(a, Diagonal) or isinstance(b, Diagonal):
+        return jnp.vdot(a.diagonal(), b.diagonal())
+    if isinstance(b, Empirical):
+        return jnp.vdot(b.features, a.apply(b.features)) / b.latent_size
+    if isinstance(a, Empirical):
+        return inner_product(b, a)
+    assert isinstance(a, Dense) and isinstance(b, Dense)
+    return jnp.vdot(a.matrix, b.matrix)
+
+
+class Product(eqx.Module):
+    """AB of two covariances; not symmetric unless they commute."""
+
+    left: Covariance
+    right: Covariance
+
+    def gram(self, rows: Array) -> Array:
+        """rows·A·B·rowsᵀ, shape (n, n)."""
+        return self.left.apply(rows) @ self.right.apply(rows).T
+
+    def ratio_to(self, other: object) -> None:
+        """Not tracked."""
+
+
+def product(a: Covariance, b: Covariance) -> "Covariance | Product":
+    """AB, a covariance again if both are diagonal."""
+    if isinstance(a, Diagonal) and isinstance(b, Diagonal):
+        return Diagonal(a.eigenvalues * b.eigenvalues)
+    return Product(a, b)

@@ -1,0 +1,122 @@
+"""Drawing designs X, tasks and labels from a problem (explicit key in, nothing hidden).
+
+A design has rows x = Σ₂^{1/2}z with independent, standardised coordinates z. The law of z is not part of the
+theory, so several are offered: predictions that rest on the covariance alone must agree for all of them.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from linfit._checks import count
+from linfit.covariance import Covariance, Diagonal
+from linfit.problem import TwoTaskProblem
+
+STUDENT_DEGREES_OF_FREEDOM = 8
+
+
+def _student(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    freedom = STUDENT_DEGREES_OF_FREEDOM
+    return jax.random.t(key, freedom, shape, dtype) * ((freedom - 2) / freedom) ** 0.5
+
+
+LAWS: dict[str, Callable[[Array, tuple[int, ...], jnp.dtype], Array]] = {
+    "gaussian": jax.random.normal,
+    "rademacher": jax.random.rademacher,
+    "uniform": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(3**0.5), 3**0.5),
+    "student": _student,
+}
+"""Laws of a coordinate with mean 0 and variance 1; "student" has 8 degrees of freedom."""
+
+
+def sample_design(key: Array, covariance: Covariance, n: int, law: str = "gaussian") -> Array:
+    """n independent rows x = Σ^{1/2}z, shape (n, p), E xxᵀ = Σ; `law` of z is a key of `linfit.design.LAWS`.
+
+    Raises ValueError for n < 1 or an unknown law.
+
+    >>> from linfit import Diagonal, sample_design
+    >>> sample_design(jax.random.key(0), Diagonal([4.0, 1.0]), 3, law="rademacher").shape
+    (3, 2)
+    """
+    shape = (count("n", n), covariance.latent_size)
+    if law not in LAWS:
+        raise ValueError(f"law must be one of {', '.join(LAWS)}, got {law!r}")
+    return covariance.colour(LAWS[law](key, shape, covariance.dtype))
+
+
+class Task(NamedTuple):
+    """One draw of what fine-tuning meets, with θ₁* = 0."""
+
+    X: Array
+    """Design (n, p)."""
+    y: Array
+    """Labels Xθ₂* + ε (n,)."""
+    theta_1: Array
+    """Pretrained weights θ₁ = u (p,)."""
+    theta_2_star: Array
+    """Fine-tuning optimum δ (p,)."""
+
+
+def sample_task(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian") -> Task:
+    """Draw X, the shift (if random) and the labels; θ₁* = 0, so θ₂* = δ and θ₁ = u.
+
+    >>> from linfit import FixedShift, TwoTaskProblem, sample_task
+    >>> problem = TwoTaskProblem([1.0, 1.0], [1.0, 1.0], FixedShift([3.0, 0.0]), noise_std=0.0)
+    >>> task = sample_task(jax.random.key(0), problem, 1)
+    >>> bool(task.y[0] == 3 * task.X[0, 0])
+    True
+    """
+    design_key, shift_key, noise_key = jax.random.split(key, 3)
+    X = sample_design(design_key, problem.finetune_covariance, n, law)
+    return label_design(X, shift_key, noise_key, problem)
+
+
+def label_design(X: Array, shift_key: Array, noise_key: Array, problem: TwoTaskProblem) -> Task:
+    """A task on a given design: the shift (if random) and the noise are drawn."""
+    if problem.gap_covariance is None:
+        theta_2_star = problem.shift.vector  # type: ignore[union-attr]
+    else:
+        latent = jax.random.normal(shift_key, (problem.gap_covariance.latent_size,), X.dtype)
+        theta_2_star = problem.gap_covariance.colour(latent)
+    noise = problem.noise_std * jax.random.normal(noise_key, X.shape[:1], X.dtype)
+    theta_1 = jnp.zeros_like(theta_2_star) if problem.pretrain_error is None else problem.pretrain_error
+    return Task(X, X @ theta_2_star + noise, theta_1, theta_2_star)
+
+
+BLOCK_COLUMNS = 4096
+
+
+def column_blocks(key: Array, problem: TwoTaskProblem, n: int) -> Iterator[np.ndarray]:
+    """A Gaussian design of n rows in blocks of 4,096 columns (the last one shorter), never held whole.
+
+    For `risk_forms(column_blocks(key, problem, n), problem)` at p = 10⁶ and beyond. Drawn by numpy's SFC64 on the
+    host, a stream per block: the same key gives the same design on every backend (but not the one of
+    `sample_design`). The fine-tuning covariance must be diagonal.
+
+    >>> from linfit import RandomShift, TwoTaskProblem, column_blocks, spectra
+    >>> flat = spectra.isotropic(10_000)
+    >>> problem = TwoTaskProblem(flat, flat, RandomShift(flat), noise_std=0.1)
+    >>> [block.shape for block in column_blocks(jax.random.key(0), problem, 5)]
+    [(5, 4096), (5, 4096), (5, 1808)]
+    """
+    covariance = problem.finetune_covariance
+    if not isinstance(covariance, Diagonal):
+        raise ValueError(
+            f"column_blocks needs a diagonal finetune_covariance (p,), got {type(covariance).__name__}"
+        )
+    root = np.sqrt(np.asarray(covariance.eigenvalues))
+    seed = [int(word) for word in np.ravel(jax.random.key_data(key))]
+    return _draw_blocks(seed, root, count("n", n))
+
+
+def _draw_blocks(seed: list[int], root: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    for index, start in enumerate(range(0, root.size, BLOCK_COLUMNS)):
+        scale = root[start : start + BLOCK_COLUMNS]
+        generator = np.random.Generator(np.random.SFC64([*seed, index]))
+        block = generator.standard_normal((n, scale.size), dtype=root.dtype.type)
+        block *= scale
+        yield block

@@ -1,0 +1,205 @@
+"""Spectral filters: every linear fine-tuner as a function g of the eigenvalues s of K = XXᵀ/n (docs, S1).
+
+    θ̂ = θ₁ + (1/n) Xᵀ U diag(g(s)) Uᵀ (y − Xθ₁)
+
+A filter is called with eigenvalues (n,) and returns g, shape (…, n). Hyperparameters may be arrays; their
+axes come in front, so `Ridge(jnp.logspace(-5, 2, 60))` is sixty filters, and new values never recompile.
+The limit s → 0 is exact: t, ηt or 1/λ, never 0/0. Where the limit is infinite (minimum norm), directions
+with s ≤ n·ε·s_max carry no data and g is 0 there: the pseudo-inverse.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from linfit._checks import ArrayLike, is_concrete, non_negative, positive, real_array
+from linfit._linear_algebra import rank_cutoff
+
+
+class Filter(eqx.Module):
+    """A spectral filter g; `tau * filter` is the ensemble θ_τ = (1−τ)θ₁ + τθ̂."""
+
+    @abstractmethod
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        """g(s), shape (…, n), for eigenvalues s (n,)."""
+
+    def __mul__(self, tau: ArrayLike) -> "Ensemble":
+        return Ensemble(self, tau)
+
+    __rmul__ = __mul__
+    __array_ufunc__ = None  # so that `numpy_array * filter` comes here
+
+
+class MinNorm(Filter):
+    """Interpolation of minimum distance to θ₁: g = 1/s (paper 2506.01901).
+
+    >>> from linfit import MinNorm
+    >>> MinNorm()(jnp.array([0.0, 2.0]))
+    Array([0. , 0.5], dtype=float64)
+    """
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        return _pseudo_inverse(_eigenvalues(eigenvalues))
+
+
+class Ridge(Filter):
+    """Ridge towards θ₁: g = 1/(s+λ), loss (1/n)‖y−Xθ‖² + λ‖θ−θ₁‖² (paper 2506.01901, "DiffNorm-Penalty").
+
+    λ ≥ 0, in the units of s; λ = 0 is `MinNorm`. Raises ValueError if negative or NaN.
+
+    >>> from linfit import Ridge
+    >>> Ridge([0.5, 2.0])(jnp.array([0.0, 2.0]))
+    Array([[2.  , 0.4 ],
+           [0.5 , 0.25]], dtype=float64)
+    """
+
+    penalty: Array
+
+    def __init__(self, penalty: ArrayLike):
+        self.penalty = non_negative("penalty", penalty, finite=False)
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        s, penalty = _eigenvalues(eigenvalues), self.penalty[..., None]
+        penalised = penalty > 0
+        return jnp.where(penalised, 1 / (s + jnp.where(penalised, penalty, 1)), _pseudo_inverse(s))
+
+
+class GradientFlow(Filter):
+    """Gradient flow from θ₁ on (1/2n)‖y−Xθ‖²: g = (1−e^{−ts})/s, t the time (ours; the limit η → 0, ηk = t).
+
+    t ≥ 0, in units of 1/s; t = ∞ is `MinNorm`. Raises ValueError if negative or NaN.
+
+    >>> from linfit import GradientFlow
+    >>> GradientFlow(3.0)(jnp.array([0.0, 1e-12, 2.0]))
+    Array([3.        , 3.        , 0.49876062], dtype=float64)
+    """
+
+    time: Array
+
+    def __init__(self, time: ArrayLike):
+        self.time = non_negative("time", time, finite=False)
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        s, time = _eigenvalues(eigenvalues), self.time[..., None]
+        finite = jnp.isfinite(time)
+        time = jnp.where(finite, time, 1)
+        zero = s == 0
+        flow = jnp.where(zero, time, -jnp.expm1(-time * s) / jnp.where(zero, 1, s))
+        return jnp.where(finite, flow, _pseudo_inverse(s))
+
+
+class GradientDescent(Filter):
+    """Gradient descent from θ₁ on (1/2n)‖y−Xθ‖²: g = (1−(1−ηs)^k)/s after k steps of size η (ours).
+
+    η > 0 in units of 1/s, k a whole number ≥ 0; both may be arrays and broadcast. Raises ValueError if
+    ηs ≥ 2 for some eigenvalue (the iteration does not converge), or if a step count is not whole.
+
+    >>> from linfit import GradientDescent
+    >>> GradientDescent(step_size=0.5, steps=3)(jnp.array([0.0, 1.0, 2.0]))
+    Array([1.5  , 0.875, 0.5  ], dtype=float64)
+    """
+
+    step_size: Array
+    steps: Array
+
+    def __init__(self, step_size: ArrayLike, steps: ArrayLike):
+        self.step_size = positive("step_size", step_size)
+        self.steps = non_negative("steps", steps)
+        if is_concrete(self.steps) and (np.asarray(self.steps) % 1).any():
+            raise ValueError(f"steps must be whole numbers, got {self.steps}")
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        s = _eigenvalues(eigenvalues)
+        progress = self.step_size[..., None] * s  # ηs
+        if is_concrete(progress) and (np.asarray(progress) >= 2).any():
+            limit = 2 / np.asarray(s).max()
+            raise ValueError(
+                f"step_size must be below 2/s_max = {limit:.6g} for these eigenvalues, got {self.step_size}"
+            )
+        steps = self.steps[..., None]
+        # 1 − (1−ηs)^k = −expm1(k log|1−ηs|) while 1−ηs > 0, which keeps all digits at small ηs; beyond it the
+        # power alternates in sign. ηs = 1 is reached in one step: the power is 0, and log 0 is stepped around.
+        contraction = 1 - progress
+        arrived = contraction == 0
+        small = progress < 0.5
+        log_contraction = jnp.where(
+            small,
+            jnp.log1p(-jnp.where(small, progress, 0)),
+            jnp.log(jnp.abs(jnp.where(small | arrived, 1, contraction))),
+        )
+        sign = jnp.where((contraction < 0) & (steps % 2 == 1), -1, 1)
+        learned = jnp.where(
+            contraction > 0,
+            -jnp.expm1(steps * log_contraction),
+            1 - sign * jnp.exp(steps * log_contraction),
+        )
+        learned = jnp.where(arrived, jnp.minimum(steps, 1), learned)
+        zero = s == 0
+        return jnp.where(zero, self.step_size[..., None] * steps, learned / jnp.where(zero, 1, s))
+
+
+class Ensemble(Filter):
+    """τ·g: the average θ_τ = (1−τ)θ₁ + τθ̂ of θ₁ and the filter's fine-tuned θ̂ (paper 2506.01901).
+
+    τ any finite number or array; its axes broadcast against the filter's.
+
+    >>> from linfit import Ridge
+    >>> (0.5 * Ridge(1.0))(jnp.array([1.0, 3.0]))
+    Array([0.25 , 0.125], dtype=float64)
+    """
+
+    filter: Filter
+    tau: Array
+
+    def __init__(self, filter: Filter, tau: ArrayLike):
+        self.filter = filter
+        self.tau = real_array("tau", tau)
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        return self.tau[..., None] * self.filter(eigenvalues)
+
+
+class Tabulated(Filter):
+    """A filter known by its values g (…, n) at the eigenvalues of one design, in their order (ours).
+
+    >>> from linfit.filters import Tabulated
+    >>> Tabulated([1.0, 0.25])(jnp.array([0.0, 3.0]))
+    Array([1.  , 0.25], dtype=float64)
+    """
+
+    values: Array
+
+    def __init__(self, values: ArrayLike):
+        self.values = real_array("values", values)
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        if np.shape(eigenvalues)[-1] != self.values.shape[-1]:
+            raise ValueError(
+                f"values are tabulated at {self.values.shape[-1]} eigenvalues, "
+                f"got {np.shape(eigenvalues)[-1]}: a tabulated filter belongs to its design"
+            )
+        return self.values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of g."""
+        return self.values.shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.values, dtype=dtype, copy=copy)
+
+    def __jax_array__(self) -> Array:
+        return self.values
+
+
+def _eigenvalues(eigenvalues: ArrayLike) -> Array:
+    return non_negative("eigenvalues", eigenvalues, ndim=1)
+
+
+def _pseudo_inverse(s: Array) -> Array:
+    kept = s > rank_cutoff(s)
+    return jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)

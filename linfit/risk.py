@@ -1,0 +1,410 @@
+"""Exact risk of every spectral filter from one eigendecomposition per design (docs, S2–S4; ours).
+
+Conditional on X, averaging the noise and the shift, the excess risk is a quadratic form in the filter g:
+
+    R(g) = c − 2 b·g + gᵀ H g,      H = B + σ² diag(q).
+
+Derivation. With R = (1/n)XᵀU diag(g) Uᵀ, fine-tuning moves the weights by θ̂ − θ₁ = R(XΔ + ε), where the gap
+Δ = θ₂* − θ₁ has mean m and covariance Ω, second moment S = Ω + mmᵀ. Fine-tuning: θ̂ − θ₂* = (RX − I)Δ + Rε, so
+
+    c = tr SΣ₂,   b_i = [Uᵀ X S Σ₂ Xᵀ U]_ii / n,   B = (P∘Q)/n²,   q_i = Q_ii/n²,
+    P = Uᵀ X S Xᵀ U,   Q = Uᵀ X Σ₂ Xᵀ U,
+
+because tr(diag(g) P diag(g) Q) = gᵀ(P∘Q)g. Pretraining: θ̂ − θ₁* = u + R(XΔ + ε), so c' = uᵀΣ₁u, B' and q' have
+Q₁ = Uᵀ X Σ₁ Xᵀ U in place of Q, and b'_i = −(UᵀXm)_i (UᵀXΣ₁u)_i / n.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from linfit._checks import ArrayLike, real_array, require_finite, same_size
+from linfit._linear_algebra import eigh, gram, on_host, solve_semidefinite
+from linfit.covariance import Covariance, Diagonal, inner_product, product
+from linfit.filters import Filter, Tabulated
+from linfit.problem import TwoTaskProblem
+
+
+class Risk(NamedTuple):
+    """Excess risk, in squared units of y; the fields share one shape."""
+
+    bias: Array
+    """Squared bias: what remains without label noise, averaged over a random shift."""
+    variance: Array
+    """What label noise adds; proportional to σ²."""
+
+    @property
+    def total(self) -> Array:
+        """bias + variance."""
+        return self.bias + self.variance
+
+
+class RiskForm(eqx.Module):
+    """R(g) = c − 2b·g + gᵀBg + σ² Σ q_i g_i² for one test domain.
+
+    Call with a filter (or its values g) and an ensemble coefficient τ (docs, S2–S3):
+    R(τ) = c − 2τ b·g + τ² gᵀHg. Hyperparameter axes of filter and τ broadcast against each other. The form of a
+    stack of designs puts the design axes in front of them. Forms of the same design add up and scale:
+    `forms.finetune + kappa * forms.pretrain` is the combined objective (docs, O5).
+    """
+
+    eigenvalues: Array
+    """s (n,), ascending."""
+    constant: Array
+    """c = R(0), the risk of the pretrained weights."""
+    linear: Array
+    """b (n,)."""
+    bias_quadratic: Array
+    """B (n, n)."""
+    noise_gain: Array
+    """q (n,), the variance per σ² and g²."""
+    noise_std: Array
+    """σ; `with_noise_std` replaces it at no cost."""
+
+    def __call__(self, filter: Filter | ArrayLike, tau: ArrayLike = 1.0) -> Risk:
+        """Bias² and variance of the ensemble θ_τ = (1−τ)θ₁ + τθ̂.
+
+        >>> from linfit import GradientFlow, RandomShift, TwoTaskProblem, risk_forms, sample_design, spectra
+        >>> import jax
+        >>> spectrum = spectra.power_law(60)
+        >>> problem = TwoTaskProblem(spectrum, spectrum, RandomShift(spectra.isotropic(60)), noise_std=1.0)
+        >>> X = sample_design(jax.random.key(0), problem.finetune_covariance, 20)
+        >>> risk_forms(X, problem).finetune(GradientFlow([1.0, 10.0]), tau=jnp.linspace(0, 1, 5)[:, None]).total.shape
+        (5, 2)
+        """
+        tau = real_array("tau", tau)
+        return self._over_designs(lambda form: form._risk(filter, tau))
+
+    def optimal_tau(self, filter: Filter | ArrayLike) -> Array:
+        """τ* = b·g / gᵀHg, the best ensemble coefficient; overadaptation is τ* < 1 (docs, S3, O1)."""
+
+        def optimum(form: RiskForm) -> Array:
+            slope, curvature = form._slope_and_curvature(filter)
+            return slope / curvature
+
+        return self._over_designs(optimum)
+
+    def ensemble_gain(self, filter: Filter | ArrayLike) -> Array:
+        """R(1) − R(τ*) = (1−τ*)² gᵀHg, what averaging at the best τ saves (docs, S3)."""
+
+        def gain(form: RiskForm) -> Array:
+            slope, curvature = form._slope_and_curvature(filter)
+            return (1 - slope / curvature) ** 2 * curvature
+
+        return self._over_designs(gain)
+
+    def oracle_filter(self) -> Tabulated:
+        """g* = H⁻¹b, which no spectral method beats on this design (docs, S4). Values in `.values`."""
+        return self._over_designs(lambda form: Tabulated(form._oracle()))
+
+    def oracle_risk(self) -> Array:
+        """R(g*) = c − bᵀH⁻¹b, the floor of all spectral methods (docs, S4)."""
+        return self._over_designs(lambda form: form.constant - form.linear @ form._oracle())
+
+    def with_noise_std(self, noise_std: ArrayLike) -> "RiskForm":
+        """The same design at another noise level σ."""
+        noise_std = jnp.broadcast_to(real_array("noise_std", noise_std), self.noise_std.shape)
+        return eqx.tree_at(lambda form: form.noise_std, self, noise_std)
+
+    def __add__(self, other: "RiskForm") -> "RiskForm":
+        # σ² is folded into q, so that forms with different noise levels add up too.
+        noise_gain = self.noise_std[..., None] ** 2 * self.noise_gain
+        noise_gain = noise_gain + other.noise_std[..., None] ** 2 * other.noise_gain
+        return RiskForm(
+            self.eigenvalues,
+            self.constant + other.constant,
+            self.linear + other.linear,
+            self.bias_quadratic + other.bias_quadratic,
+            noise_gain,
+            jnp.ones_like(self.noise_std),
+        )
+
+    def __rmul__(self, weight: ArrayLike) -> "RiskForm":
+        weight = real_array("weight", weight, ndim=0)
+        return RiskForm(
+            self.eigenvalues,
+            weight * self.constant,
+            weight * self.linear,
+            weight * self.bias_quadratic,
+            weight * self.noise_gain,
+            self.noise_std,
+        )
+
+    def _over_designs(self, function):  # type: ignore[no-untyped-def]
+        for _ in range(self.eigenvalues.ndim - 1):
+            function = eqx.filter_vmap(function)
+        return function(self)
+
+    def _values(self, filter: Filter | ArrayLike) -> Array:
+        g = filter(self.eigenvalues) if isinstance(filter, Filter) else real_array("filter", filter)
+        same_size("filter values", g.shape[-1], "the eigenvalues", self.eigenvalues.shape[-1])
+        return g
+
+    def _risk(self, filter: Filter | ArrayLike, tau: Array) -> Risk:
+        return _evaluate(self, self._values(filter), tau)
+
+    def _slope_and_curvature(self, filter: Filter | ArrayLike) -> tuple[Array, Array]:
+        g = self._values(filter)
+        bias, variance = _curvatures(self, g)
+        return g @ self.linear, bias + variance
+
+    def _oracle(self) -> Array:
+        noise = self.noise_std**2 * self.noise_gain
+        return solve_semidefinite(self.bias_quadratic + jnp.diag(noise), self.linear)
+
+
+def _curvatures(form: RiskForm, g: Array) -> tuple[Array, Array]:
+    return jnp.sum((g @ form.bias_quadratic) * g, axis=-1), form.noise_std**2 * (g**2 @ form.noise_gain)
+
+
+@jax.jit
+def _evaluate(form: RiskForm, g: Array, tau: Array) -> Risk:
+    bias, variance = _curvatures(form, g)
+    return Risk(
+        *jnp.broadcast_arrays(
+            form.constant - 2 * tau * (g @ form.linear) + tau**2 * bias,
+            tau**2 * variance,
+        )
+    )
+
+
+class RiskForms(NamedTuple):
+    """The two risks of one design (or one stack of designs)."""
+
+    finetune: RiskForm
+    """R_ft(θ) = ‖θ−θ₂*‖²_{Σ₂}."""
+    pretrain: RiskForm
+    """R_pre(θ) = ‖θ−θ₁*‖²_{Σ₁}."""
+
+
+def risk_forms(X: ArrayLike | Iterable[ArrayLike], problem: TwoTaskProblem) -> RiskForms:
+    """Exact risk on both domains of every spectral filter fitted on the design X (docs, S2; ours).
+
+    X is a design (n, p), or a stack (…, n, p) whose axes lead every result; or, for p too large to hold, an
+    iterable of column blocks (n, p_k) in order, such as `linfit.column_blocks(key, problem, n)`, which needs
+    diagonal covariances and O(n² + n·p_k) memory. Cost: the Gram matrices that differ, one eigendecomposition.
+
+    Raises ValueError if the columns do not add up to p, X has a NaN or Inf, or streaming meets a covariance
+    that is not diagonal.
+
+    >>> import jax
+    >>> from linfit import MinNorm, RandomShift, TwoTaskProblem, sample_design, spectra
+    >>> problem = TwoTaskProblem(
+    ...     spectra.power_law(60), spectra.isotropic(60), RandomShift(spectra.isotropic(60)), noise_std=1.0)
+    >>> X = sample_design(jax.random.key(0), problem.finetune_covariance, 20)
+    >>> forms = risk_forms(X, problem)
+    >>> bool(forms.finetune.optimal_tau(MinNorm()) < 1)   # overadaptation
+    True
+    """
+    if not isinstance(X, jax.Array | np.ndarray | list | tuple):
+        plan = _plan(problem)
+        return _reduce(_streamed_products(X, problem, plan), problem, plan)
+    rows = real_array("X", X, finite=False)
+    if rows.ndim < 2:
+        raise ValueError(f"X must be a design (n, p) or a stack of designs (…, n, p), got shape {rows.shape}")
+    same_size("X", rows.shape[-1], "the problem's p", problem.p)
+    if rows.ndim == 2:
+        plan = _plan(problem)
+        return _reduce(_products(rows, problem, plan), problem, plan)
+    stack = rows.reshape(-1, *rows.shape[-2:])
+    forms = _forms_of_stack(stack, problem)
+    return jax.tree.map(lambda leaf: leaf.reshape(*rows.shape[:-2], *leaf.shape[1:]), forms)
+
+
+def _forms_of_stack(stack: Array, problem: TwoTaskProblem) -> RiskForms:
+    plan = _plan(problem)
+
+    def one(rows: Array) -> RiskForms:
+        return _reduce(_products(rows, problem, plan), problem, plan)
+
+    if not on_host(stack):
+        return jax.vmap(one)(stack)
+    with ThreadPoolExecutor() as pool:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *pool.map(one, stack))
+
+
+class _Plan(NamedTuple):
+    """The Gram matrices X M Xᵀ that a problem needs, each different one once.
+
+    A role is (index, ratio): its Gram matrix is ratio × that of `covariances[index]`. The first is M = I.
+    """
+
+    covariances: list[Covariance]
+    finetune: tuple[int, ArrayLike]
+    pretrain: tuple[int, ArrayLike]
+    spread: tuple[int, ArrayLike] | None
+    """M = Ω; None for a fixed shift, as is the next."""
+    cross: tuple[int, ArrayLike] | None
+    """M = ΩΣ₂; only quadratic forms of it are used, so it need not be symmetric."""
+
+
+def _plan(problem: TwoTaskProblem) -> _Plan:
+    dtype = problem.finetune_covariance.dtype
+    covariances: list[Covariance] = [Diagonal(jnp.ones(problem.p, dtype))]
+
+    def role(covariance: Covariance) -> tuple[int, ArrayLike]:
+        for index, known in enumerate(covariances):
+            ratio = covariance.ratio_to(known)
+            if ratio is not None:
+                return index, ratio
+        covariances.append(covariance)
+        return len(covariances) - 1, 1.0
+
+    finetune, pretrain = role(problem.finetune_covariance), role(problem.pretrain_covariance)
+    if problem.gap_covariance is None:
+        return _Plan(covariances, finetune, pretrain, None, None)
+    spread = role(problem.gap_covariance)
+    if spread[0] == 0:
+        cross = (finetune[0], spread[1] * finetune[1])
+    elif finetune[0] == 0:
+        cross = (spread[0], spread[1] * finetune[1])
+    else:
+        cross = role(product(problem.gap_covariance, problem.finetune_covariance))
+    return _Plan(covariances, finetune, pretrain, spread, cross)
+
+
+class _Products(NamedTuple):
+    """All that the risk needs of X."""
+
+    grams: tuple[Array, ...]
+    """X M Xᵀ (n, n) for each M of the plan."""
+    projections: Array | None
+    """Columns X m, X Σ₂ m, X Σ₁ u (n, 3); None if the gap has mean zero."""
+
+
+def _products(rows: Array, problem: TwoTaskProblem, plan: _Plan) -> _Products:
+    vectors = _vectors(problem)
+    return _Products(
+        (gram(rows), *(covariance.gram(rows) for covariance in plan.covariances[1:])),
+        None if vectors is None else rows @ vectors,
+    )
+
+
+def _vectors(problem: TwoTaskProblem) -> Array | None:
+    """Columns m, Σ₂m, Σ₁u (p, 3)."""
+    mean, u = problem.gap_mean, problem.pretrain_error
+    if mean is None:
+        return None
+    u = jnp.zeros_like(mean) if u is None else u
+    return jnp.stack(
+        [mean, problem.finetune_covariance.apply(mean), problem.pretrain_covariance.apply(u)], axis=1
+    )
+
+
+def _streamed_products(blocks: Iterable[ArrayLike], problem: TwoTaskProblem, plan: _Plan) -> _Products:
+    weights = []
+    for covariance in plan.covariances:
+        if not isinstance(covariance, Diagonal):
+            raise ValueError(
+                "streaming X in column blocks needs diagonal covariances (p,), "
+                f"got {type(covariance).__name__}; pass X whole for this problem"
+            )
+        weights.append(jnp.sqrt(covariance.eigenvalues))
+    vectors = _vectors(problem)
+    grams: list[Array] = []
+    projections = None
+    start = 0
+    for block in blocks:
+        rows = real_array("X block", block, ndim=2, finite=False)
+        stop = start + rows.shape[1]
+        if stop > problem.p or (grams and rows.shape[0] != grams[0].shape[0]):
+            raise ValueError(
+                f"X blocks must have equal row counts and p = {problem.p} columns in all, "
+                f"got a block of shape {rows.shape} after {start} columns"
+            )
+        update = [gram(rows), *(gram(rows * weight[start:stop]) for weight in weights[1:])]
+        grams = [total + part for total, part in zip(grams, update, strict=True)] if grams else update
+        if vectors is not None:
+            part = rows @ vectors[start:stop]
+            projections = part if projections is None else projections + part
+        start = stop
+    same_size("X blocks", start, "the problem's p", problem.p)
+    return _Products(tuple(grams), projections)
+
+
+def _reduce(products: _Products, problem: TwoTaskProblem, plan: _Plan) -> RiskForms:
+    kernel = products.grams[0]
+    require_finite("X", jnp.diagonal(kernel))
+    n = kernel.shape[0]
+    eigenvalues, vectors = eigh(kernel / n)
+    u, mean = problem.pretrain_error, problem.gap_mean
+    finetune_constant = jnp.zeros((), eigenvalues.dtype)
+    if problem.gap_covariance is not None:
+        finetune_constant += inner_product(problem.gap_covariance, problem.finetune_covariance)
+    if mean is not None:
+        finetune_constant += mean @ problem.finetune_covariance.apply(mean)
+    pretrain_constant = (
+        jnp.zeros_like(finetune_constant) if u is None else u @ problem.pretrain_covariance.apply(u)
+    )
+    roles = (plan.finetune, plan.pretrain, plan.spread, plan.cross)
+    return _assemble(
+        jnp.maximum(eigenvalues, 0),
+        vectors,
+        products,
+        [0.0 if role is None else role[1] for role in roles],
+        finetune_constant,
+        pretrain_constant,
+        problem.noise_std,
+        indices=tuple(None if role is None else role[0] for role in roles),
+    )
+
+
+@partial(jax.jit, static_argnames="indices")
+def _assemble(
+    eigenvalues: Array,
+    vectors: Array,
+    products: _Products,
+    ratios: list[ArrayLike],
+    finetune_constant: Array,
+    pretrain_constant: Array,
+    noise_std: Array,
+    *,
+    indices: tuple[int | None, ...],
+) -> RiskForms:
+    n = eigenvalues.shape[0]
+    finetune, pretrain, spread, cross = indices
+    # Where S is a multiple of the identity, P = UᵀXSXᵀU is diagonal and so is P∘Q: diagonals will do.
+    diagonal_only = spread == 0 and products.projections is None
+
+    def rotate(index: int | None, ratio: ArrayLike) -> Array:
+        """ratio · Uᵀ(XMXᵀ)U (n, n), or its diagonal (n,) where that suffices."""
+        if index is None:
+            return jnp.zeros((n, n), eigenvalues.dtype)
+        if index == 0:
+            return ratio * n * (eigenvalues if diagonal_only else jnp.diag(eigenvalues))
+        left = vectors.T @ products.grams[index]
+        # (UᵀM)∘Uᵀ, not U∘(MU): eigh returns U transposed in memory.
+        return ratio * (jnp.sum(left * vectors.T, axis=1) if diagonal_only else left @ vectors)
+
+    Q, Q1, P, C = (rotate(index, ratio) for index, ratio in zip(indices, ratios, strict=True))
+    if diagonal_only:
+        as_matrix, diagonal = jnp.diag, lambda matrix: matrix
+    else:
+        as_matrix, diagonal = lambda matrix: matrix, jnp.diagonal
+    linear = diagonal(C) / n
+    pretrain_linear = jnp.zeros_like(linear)
+    if products.projections is not None:
+        mean, finetune_mean, pretrain_error = (vectors.T @ products.projections).T
+        P = P + jnp.outer(mean, mean)
+        linear = linear + mean * finetune_mean / n
+        pretrain_linear = -mean * pretrain_error / n
+    return RiskForms(
+        RiskForm(
+            eigenvalues, finetune_constant, linear, as_matrix(P * Q) / n**2, diagonal(Q) / n**2, noise_std
+        ),
+        RiskForm(
+            eigenvalues,
+            pretrain_constant,
+            pretrain_linear,
+            as_matrix(P * Q1) / n**2,
+            diagonal(Q1) / n**2,
+            noise_std,
+        ),
+    )

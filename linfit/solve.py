@@ -1,0 +1,140 @@
+"""Fine-tuned weights θ̂: in closed form through a spectral filter, or iterated; and their interpolation."""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jax import Array
+
+from linfit._checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
+from linfit._linear_algebra import eigh, gram
+from linfit.filters import Filter
+
+Tree = TypeVar("Tree")
+
+
+def check_data(X: ArrayLike, y: ArrayLike, theta_1: ArrayLike) -> tuple[Array, Array, Array]:
+    """X (n, p), y (n,) or (n, k), theta_1 (p,) or (p, k), as floating arrays; ValueError if they do not fit."""
+    X = real_array("X", X, ndim=2)
+    y, theta_1 = real_array("y", y), real_array("theta_1", theta_1)
+    if y.ndim not in (1, 2):
+        raise ValueError(f"y must be (n,) or (n, k), got shape {y.shape}")
+    same_size("y", y.shape[0], "the rows of X", X.shape[0])
+    if theta_1.shape != (X.shape[1], *y.shape[1:]):
+        raise ValueError(f"theta_1 must have shape {(X.shape[1], *y.shape[1:])}, got {theta_1.shape}")
+    return X, y, theta_1
+
+
+def _weighted(X: Array, residual: Array, sample_weights: ArrayLike | None) -> tuple[Array, Array]:
+    """W^{1/2}X and W^{1/2}r: weighted least squares as ordinary least squares."""
+    if sample_weights is None:
+        return X, residual
+    weights = non_negative("sample_weights", sample_weights, ndim=1)
+    same_size("sample_weights", weights.shape[0], "the rows of X", X.shape[0])
+    root = jnp.sqrt(weights)
+    return root[:, None] * X, root.reshape(-1, *[1] * (residual.ndim - 1)) * residual
+
+
+def fine_tune(
+    X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, filter: Filter, sample_weights: ArrayLike | None = None
+) -> Array:
+    """Fine-tuned weights in closed form: θ̂ = θ₁ + (1/n)XᵀU diag(g(s)) Uᵀ(y − Xθ₁) (docs, S1).
+
+    X (n, p), y (n,), theta_1 (p,) → (…, p), hyperparameter axes of the filter in front. With k outputs, y (n, k)
+    and theta_1 (p, k) → (…, p, k). `sample_weights` w ≥ 0 (n,) enter as the loss (1/2n) Σ w_i r_i², not
+    normalised: X and y become W^{1/2}X, W^{1/2}y and s the eigenvalues of W^{1/2}XXᵀW^{1/2}/n. A `Tabulated` filter is
+    tied to the n eigenvalues of its design and needs n ≤ p.
+
+    Raises ValueError for shapes that do not fit, NaN or Inf, negative weights.
+
+    >>> from linfit import MinNorm, fine_tune
+    >>> fine_tune([[2.0, 0.0]], [3.0], [1.0, 5.0], MinNorm())
+    Array([1.5, 5. ], dtype=float64)
+    """
+    X, y, theta_1 = check_data(X, y, theta_1)
+    rows, residual = _weighted(X, y - X @ theta_1, sample_weights)
+    n, p = rows.shape
+    targets = residual if residual.ndim == 2 else residual[:, None]
+    if n <= p:
+        eigenvalues, vectors = eigh(gram(rows) / n)
+        coefficients, basis = vectors.T @ targets / n, rows.T @ vectors
+    else:  # the same through the smaller matrix XᵀX/n = V diag(s) Vᵀ
+        eigenvalues, vectors = eigh(gram(rows.T) / n)
+        coefficients, basis = vectors.T @ (rows.T @ targets) / n, vectors
+    g = filter(jnp.maximum(eigenvalues, 0))
+    step = basis @ (g[..., :, None] * coefficients)
+    return theta_1 + (step if residual.ndim == 2 else step[..., 0])
+
+
+def gradient_descent(
+    X: ArrayLike,
+    y: ArrayLike,
+    theta_1: ArrayLike,
+    *,
+    step_size: ArrayLike,
+    steps: int,
+    sample_weights: ArrayLike | None = None,
+) -> Array:
+    """Weights after k steps of gradient descent from θ₁ on (1/2n) Σ w_i r_i², r = y − Xθ.
+
+        θ ← θ + (η/n) Xᵀ W (y − Xθ)
+
+    Shapes as in `fine_tune`, whose closed form with `GradientDescent(step_size, steps)` it equals. η > 0 is a
+    scalar in units of 1/s. Raises ValueError if η·s_max ≥ 2, where the iteration does not converge.
+
+    >>> from linfit import gradient_descent
+    >>> gradient_descent([[2.0, 0.0]], [3.0], [1.0, 5.0], step_size=0.125, steps=1)
+    Array([1.25, 5.  ], dtype=float64)
+    """
+    X, y, theta_1 = check_data(X, y, theta_1)
+    rows, target = _weighted(X, y, sample_weights)
+    step_size, steps = positive("step_size", step_size, ndim=0), count("steps", steps, minimum=0)
+    if is_concrete(rows, step_size):
+        _require_stable(np.asarray(rows), float(step_size))
+    return _descend(rows, target, theta_1, step_size, steps)
+
+
+@jax.jit
+def _descend(rows: Array, target: Array, theta: Array, step_size: Array, steps: int) -> Array:
+    rate = (step_size / rows.shape[0]).astype(theta.dtype)
+    return jax.lax.fori_loop(0, steps, lambda _, now: now + rate * (rows.T @ (target - rows @ now)), theta)
+
+
+def _require_stable(rows: np.ndarray, step_size: float) -> None:
+    """ηs_max < 2; the trace bounds s_max from above and often settles it without an eigenvalue."""
+    n, p = rows.shape
+    if step_size * np.vdot(rows, rows) / n < 2:
+        return
+    smaller = rows @ rows.T if n <= p else rows.T @ rows
+    last = smaller.shape[0] - 1
+    largest = float(scipy.linalg.eigvalsh(smaller / n, subset_by_index=[last, last])[0])
+    if step_size * largest >= 2:
+        raise ValueError(f"step_size must be below 2/s_max = {2 / largest:.6g} on this data, got {step_size}")
+
+
+def interpolate(theta_1: Tree, theta_2: Tree, tau: ArrayLike) -> Tree:
+    """θ_τ = (1−τ)θ₁ + τθ₂ on any pytree of arrays; τ = 0 is theta_1, τ = 1 is theta_2, both exactly.
+
+    τ is a finite scalar, inside or outside [0, 1]. Raises ValueError if structures or shapes differ.
+
+    >>> from linfit import interpolate
+    >>> interpolate({"head": jnp.array([0.0, 2.0])}, {"head": jnp.array([1.0, 4.0])}, 0.25)
+    {'head': Array([0.25, 2.5 ], dtype=float64)}
+    """
+    tau = real_array("tau", tau, ndim=0)
+    if jax.tree.structure(theta_1) != jax.tree.structure(theta_2):
+        raise ValueError(
+            f"theta_2 must have the structure of theta_1, {jax.tree.structure(theta_1)}, "
+            f"got {jax.tree.structure(theta_2)}"
+        )
+
+    def leaf(a: ArrayLike, b: ArrayLike) -> Array:
+        a, b = real_array("theta_1", a), real_array("theta_2", b)
+        if a.shape != b.shape:
+            raise ValueError(f"theta_2 must have the shapes of theta_1: {a.shape}, got {b.shape}")
+        weight = tau.astype(a.dtype)
+        return (1 - weight) * a + weight * b
+
+    return jax.tree.map(leaf, theta_1, theta_2)

@@ -1,0 +1,1 @@
+"""What is measured: Monte Carlo experiments from raw data, synthetic and real."""
