@@ -44,7 +44,7 @@ _PUBLIC = {
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [*sorted(_MODULE_OF), "spectra"]  # noqa: PLE0604
+__all__ = [*sorted(_MODULE_OF), "spectra"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.typing
 import jax.numpy as jnp
+import jax.typing
 import numpy as np
 from jax import Array
 

@@ -50,7 +50,7 @@ class Covariance(eqx.Module):
         """latent·Σ^{1/2}, shape (…, p), for rows (…, latent_size) with identity covariance."""
 
     @abstractmethod
-    def ratio_to(self, other: "Covariance") -> float | None:
+    def ratio_to(self, other: "Covariance | Product") -> float | None:
         """c if Σ = c·other can be seen from concrete values, else None."""
 
 
@@ -104,7 +104,7 @@ class Diagonal(Covariance):
     def colour(self, latent: Array) -> Array:
         return latent * jnp.sqrt(self.eigenvalues)
 
-    def ratio_to(self, other: Covariance) -> float | None:
+    def ratio_to(self, other: "Covariance | Product") -> float | None:
         return _ratio(self.eigenvalues, other.eigenvalues) if isinstance(other, Diagonal) else None
 
 
@@ -152,7 +152,7 @@ class Dense(Covariance):
         eigenvalues, vectors = jnp.linalg.eigh(self.matrix)
         return (latent @ vectors) * jnp.sqrt(jnp.maximum(eigenvalues, 0)) @ vectors.T
 
-    def ratio_to(self, other: Covariance) -> float | None:
+    def ratio_to(self, other: "Covariance | Product") -> float | None:
         return _ratio(self.matrix, other.matrix) if isinstance(other, Dense) else None
 
 
@@ -203,7 +203,7 @@ class Empirical(Covariance):
     def colour(self, latent: Array) -> Array:
         return latent @ self.features / self.latent_size**0.5
 
-    def ratio_to(self, other: Covariance) -> float | None:
+    def ratio_to(self, other: "Covariance | Product") -> float | None:
         if not isinstance(other, Empirical):
             return None
         root = _ratio(self.features, other.features)
@@ -233,8 +233,9 @@ def inner_product(a: Covariance, b: Covariance) -> Array:
         return jnp.vdot(b.features, a.apply(b.features)) / b.latent_size
     if isinstance(a, Empirical):
         return inner_product(b, a)
-    assert isinstance(a, Dense) and isinstance(b, Dense)
-    return jnp.vdot(a.matrix, b.matrix)
+    if isinstance(a, Dense) and isinstance(b, Dense):
+        return jnp.vdot(a.matrix, b.matrix)
+    raise TypeError(f"no inner product for {type(a).__name__} and {type(b).__name__}")
 
 
 class Product(eqx.Module):

@@ -105,9 +105,7 @@ def column_blocks(key: Array, problem: TwoTaskProblem, n: int) -> Iterator[np.nd
     """
     covariance = problem.finetune_covariance
     if not isinstance(covariance, Diagonal):
-        raise ValueError(
-            f"column_blocks needs a diagonal finetune_covariance (p,), got {type(covariance).__name__}"
-        )
+        raise ValueError(f"column_blocks needs a diagonal finetune_covariance (p,), got {type(covariance).__name__}")
     root = np.sqrt(np.asarray(covariance.eigenvalues))
     seed = [int(word) for word in np.ravel(jax.random.key_data(key))]
     return _draw_blocks(seed, root, count("n", n))

@@ -84,9 +84,7 @@ class TwoTaskProblem(eqx.Module):
         p = self.finetune_covariance.size
         same_size("pretrain_covariance", self.pretrain_covariance.size, "finetune_covariance", p)
         if not isinstance(shift, RandomShift | FixedShift):
-            raise ValueError(
-                f"shift must be linfit.RandomShift or linfit.FixedShift, got {type(shift).__name__}"
-            )
+            raise ValueError(f"shift must be linfit.RandomShift or linfit.FixedShift, got {type(shift).__name__}")
         same_size("shift", shift.size, "finetune_covariance", p)
         self.shift = shift
         self.noise_std = non_negative("noise_std", noise_std, ndim=0)

@@ -14,7 +14,7 @@ because tr(diag(g) P diag(g) Q) = gᵀ(P∘Q)g. Pretraining: θ̂ − θ₁* = u
 Q₁ = Uᵀ X Σ₁ Xᵀ U in place of Q, and b'_i = −(UᵀXm)_i (UᵀXΣ₁u)_i / n.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -22,12 +22,11 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from linfit._checks import ArrayLike, real_array, require_finite, same_size
 from linfit._linear_algebra import eigh, gram, on_host, solve_semidefinite
-from linfit.covariance import Covariance, Diagonal, inner_product, product
+from linfit.covariance import Covariance, Diagonal, Product, inner_product, product
 from linfit.filters import Filter, Tabulated
 from linfit.problem import TwoTaskProblem
 
@@ -184,11 +183,11 @@ class RiskForms(NamedTuple):
     """R_pre(θ) = ‖θ−θ₁*‖²_{Σ₁}."""
 
 
-def risk_forms(X: ArrayLike | Iterable[ArrayLike], problem: TwoTaskProblem) -> RiskForms:
+def risk_forms(X: ArrayLike | Iterator[ArrayLike], problem: TwoTaskProblem) -> RiskForms:
     """Exact risk on both domains of every spectral filter fitted on the design X (docs, S2; ours).
 
     X is a design (n, p), or a stack (…, n, p) whose axes lead every result; or, for p too large to hold, an
-    iterable of column blocks (n, p_k) in order, such as `linfit.column_blocks(key, problem, n)`, which needs
+    iterator of column blocks (n, p_k) in order, such as `linfit.column_blocks(key, problem, n)`, which needs
     diagonal covariances and O(n² + n·p_k) memory. Cost: the Gram matrices that differ, one eigendecomposition.
 
     Raises ValueError if the columns do not add up to p, X has a NaN or Inf, or streaming meets a covariance
@@ -203,7 +202,7 @@ def risk_forms(X: ArrayLike | Iterable[ArrayLike], problem: TwoTaskProblem) -> R
     >>> bool(forms.finetune.optimal_tau(MinNorm()) < 1)   # overadaptation
     True
     """
-    if not isinstance(X, jax.Array | np.ndarray | list | tuple):
+    if isinstance(X, Iterator):
         plan = _plan(problem)
         return _reduce(_streamed_products(X, problem, plan), problem, plan)
     rows = real_array("X", X, finite=False)
@@ -236,20 +235,20 @@ class _Plan(NamedTuple):
     A role is (index, ratio): its Gram matrix is ratio × that of `covariances[index]`. The first is M = I.
     """
 
-    covariances: list[Covariance]
-    finetune: tuple[int, ArrayLike]
-    pretrain: tuple[int, ArrayLike]
-    spread: tuple[int, ArrayLike] | None
+    covariances: list[Covariance | Product]
+    finetune: tuple[int, float]
+    pretrain: tuple[int, float]
+    spread: tuple[int, float] | None
     """M = Ω; None for a fixed shift, as is the next."""
-    cross: tuple[int, ArrayLike] | None
+    cross: tuple[int, float] | None
     """M = ΩΣ₂; only quadratic forms of it are used, so it need not be symmetric."""
 
 
 def _plan(problem: TwoTaskProblem) -> _Plan:
     dtype = problem.finetune_covariance.dtype
-    covariances: list[Covariance] = [Diagonal(jnp.ones(problem.p, dtype))]
+    covariances: list[Covariance | Product] = [Diagonal(jnp.ones(problem.p, dtype))]
 
-    def role(covariance: Covariance) -> tuple[int, ArrayLike]:
+    def role(covariance: Covariance | Product) -> tuple[int, float]:
         for index, known in enumerate(covariances):
             ratio = covariance.ratio_to(known)
             if ratio is not None:
@@ -293,12 +292,10 @@ def _vectors(problem: TwoTaskProblem) -> Array | None:
     if mean is None:
         return None
     u = jnp.zeros_like(mean) if u is None else u
-    return jnp.stack(
-        [mean, problem.finetune_covariance.apply(mean), problem.pretrain_covariance.apply(u)], axis=1
-    )
+    return jnp.stack([mean, problem.finetune_covariance.apply(mean), problem.pretrain_covariance.apply(u)], axis=1)
 
 
-def _streamed_products(blocks: Iterable[ArrayLike], problem: TwoTaskProblem, plan: _Plan) -> _Products:
+def _streamed_products(blocks: Iterator[ArrayLike], problem: TwoTaskProblem, plan: _Plan) -> _Products:
     weights = []
     for covariance in plan.covariances:
         if not isinstance(covariance, Diagonal):
@@ -340,9 +337,7 @@ def _reduce(products: _Products, problem: TwoTaskProblem, plan: _Plan) -> RiskFo
         finetune_constant += inner_product(problem.gap_covariance, problem.finetune_covariance)
     if mean is not None:
         finetune_constant += mean @ problem.finetune_covariance.apply(mean)
-    pretrain_constant = (
-        jnp.zeros_like(finetune_constant) if u is None else u @ problem.pretrain_covariance.apply(u)
-    )
+    pretrain_constant = jnp.zeros_like(finetune_constant) if u is None else u @ problem.pretrain_covariance.apply(u)
     roles = (plan.finetune, plan.pretrain, plan.spread, plan.cross)
     return _assemble(
         jnp.maximum(eigenvalues, 0),
@@ -361,7 +356,7 @@ def _assemble(
     eigenvalues: Array,
     vectors: Array,
     products: _Products,
-    ratios: list[ArrayLike],
+    ratios: list[float],
     finetune_constant: Array,
     pretrain_constant: Array,
     noise_std: Array,
@@ -369,11 +364,10 @@ def _assemble(
     indices: tuple[int | None, ...],
 ) -> RiskForms:
     n = eigenvalues.shape[0]
-    finetune, pretrain, spread, cross = indices
     # Where S is a multiple of the identity, P = UᵀXSXᵀU is diagonal and so is P∘Q: diagonals will do.
-    diagonal_only = spread == 0 and products.projections is None
+    diagonal_only = indices[2] == 0 and products.projections is None
 
-    def rotate(index: int | None, ratio: ArrayLike) -> Array:
+    def rotate(index: int | None, ratio: float) -> Array:
         """ratio · Uᵀ(XMXᵀ)U (n, n), or its diagonal (n,) where that suffices."""
         if index is None:
             return jnp.zeros((n, n), eigenvalues.dtype)
@@ -384,10 +378,13 @@ def _assemble(
         return ratio * (jnp.sum(left * vectors.T, axis=1) if diagonal_only else left @ vectors)
 
     Q, Q1, P, C = (rotate(index, ratio) for index, ratio in zip(indices, ratios, strict=True))
-    if diagonal_only:
-        as_matrix, diagonal = jnp.diag, lambda matrix: matrix
-    else:
-        as_matrix, diagonal = lambda matrix: matrix, jnp.diagonal
+
+    def as_matrix(values: Array) -> Array:
+        return jnp.diag(values) if diagonal_only else values
+
+    def diagonal(values: Array) -> Array:
+        return values if diagonal_only else jnp.diagonal(values)
+
     linear = diagonal(C) / n
     pretrain_linear = jnp.zeros_like(linear)
     if products.projections is not None:
@@ -396,9 +393,7 @@ def _assemble(
         linear = linear + mean * finetune_mean / n
         pretrain_linear = -mean * pretrain_error / n
     return RiskForms(
-        RiskForm(
-            eigenvalues, finetune_constant, linear, as_matrix(P * Q) / n**2, diagonal(Q) / n**2, noise_std
-        ),
+        RiskForm(eigenvalues, finetune_constant, linear, as_matrix(P * Q) / n**2, diagonal(Q) / n**2, noise_std),
         RiskForm(
             eigenvalues,
             pretrain_constant,

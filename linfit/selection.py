@@ -22,9 +22,7 @@ from linfit.filters import Ridge
 from linfit.solve import check_data
 
 
-def leave_one_out(
-    X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, penalty: ArrayLike, tau: ArrayLike
-) -> Array:
+def leave_one_out(X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, penalty: ArrayLike, tau: ArrayLike) -> Array:
     """Exact leave-one-out residuals y_i − x_iᵀθ_τ^{(−i)}, the penalty nλ held fixed (docs, S5; ours).
 
     X (n, p), y (n,), theta_1 (p,); `penalty` λ ≥ 0 and `tau` broadcast → (…, n). λ = 0 is the minimum-norm fit, exact
@@ -143,9 +141,7 @@ def select(
     X, y, theta_1 = check_data(X, y, theta_1)
     if y.ndim != 1:
         raise ValueError(f"y must be (n,) to select on, got shape {y.shape}")
-    penalties = jnp.atleast_1d(
-        non_negative("penalties", default_penalties(X) if penalties is None else penalties)
-    )
+    penalties = jnp.atleast_1d(non_negative("penalties", default_penalties(X) if penalties is None else penalties))
     taus = jnp.atleast_1d(real_array("taus", jnp.linspace(0, 1.25, 101) if taus is None else taus))
     if penalties.ndim != 1 or taus.ndim != 1:
         raise ValueError(f"penalties and taus must be 1-d, got shapes {penalties.shape} and {taus.shape}")

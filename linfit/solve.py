@@ -124,11 +124,9 @@ def interpolate(theta_1: Tree, theta_2: Tree, tau: ArrayLike) -> Tree:
     {'head': Array([0.25, 2.5 ], dtype=float64)}
     """
     tau = real_array("tau", tau, ndim=0)
-    if jax.tree.structure(theta_1) != jax.tree.structure(theta_2):
-        raise ValueError(
-            f"theta_2 must have the structure of theta_1, {jax.tree.structure(theta_1)}, "
-            f"got {jax.tree.structure(theta_2)}"
-        )
+    structures = [str(jax.tree.structure(tree)) for tree in (theta_1, theta_2)]
+    if structures[0] != structures[1]:
+        raise ValueError(f"theta_2 must have the structure of theta_1, {structures[0]}, got {structures[1]}")
 
     def leaf(a: ArrayLike, b: ArrayLike) -> Array:
         a, b = real_array("theta_1", a), real_array("theta_2", b)

@@ -59,9 +59,7 @@ def exponential(p: int, rate: ArrayLike = 0.1, *, trace: ArrayLike | None = None
     return _normalised(jnp.exp(-rate * _ranks(p)), trace)
 
 
-def spiked(
-    p: int, spikes: ArrayLike = (10.0,), bulk: ArrayLike = 1.0, *, trace: ArrayLike | None = None
-) -> Array:
+def spiked(p: int, spikes: ArrayLike = (10.0,), bulk: ArrayLike = 1.0, *, trace: ArrayLike | None = None) -> Array:
     """A flat bulk with a few other eigenvalues: the entries of `spikes` (k,), then p − k times `bulk`.
 
     Sorted, so a spike below the bulk comes last. Raises ValueError if k > p or a value is negative.

@@ -1,7 +1,6 @@
 """Exact risk against brute-force p×p algebra, and against Monte Carlo from raw data."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,12 +9,9 @@ from linfit import (
     GradientFlow,
     MinNorm,
     Ridge,
-    column_blocks,
-    fine_tune,
     risk_forms,
     sample_design,
 )
-from linfit.design import label_design
 from tests.oracles import brute_force_risk, fitted_operator, problems
 
 N = 11
