@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from linfit.problem import FixedShift as FixedShift
     from linfit.problem import RandomShift as RandomShift
     from linfit.problem import TwoTaskProblem as TwoTaskProblem
+    from linfit.problem import power_law_problem as power_law_problem
     from linfit.risk import Risk as Risk
     from linfit.risk import RiskForm as RiskForm
     from linfit.risk import RiskForms as RiskForms
@@ -37,7 +38,7 @@ _PUBLIC = {
     "covariance": ("Dense", "Diagonal", "Empirical"),
     "design": ("column_blocks", "sample_design", "sample_task"),
     "filters": ("Filter", "GradientDescent", "GradientFlow", "MinNorm", "Ridge"),
-    "problem": ("FixedShift", "RandomShift", "TwoTaskProblem"),
+    "problem": ("FixedShift", "RandomShift", "TwoTaskProblem", "power_law_problem"),
     "risk": ("Risk", "RiskForm", "RiskForms", "risk_forms"),
     "selection": ("Selection", "leave_one_out", "select"),
     "solve": ("fine_tune", "gradient_descent", "interpolate"),

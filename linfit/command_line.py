@@ -18,7 +18,8 @@ def main() -> None:
 
     # A command owns its process, so it may choose double precision and the thread pools; an import may not.
     # One BLAS thread per worker, and NPROC for XLA's own pool, keep two thread pools from fighting.
-    os.environ.setdefault("JAX_ENABLE_X64", "1")
+    for name, value in {"JAX_ENABLE_X64": "1", "OPENBLAS_NUM_THREADS": "1", "NPROC": "4"}.items():
+        os.environ.setdefault(name, value)
     commands = {command.name: command.load() for command in sorted(entry_points(group="linfit.commands"))}
     try:
         tyro.extras.subcommand_cli_from_dict(

@@ -6,9 +6,11 @@ and what fine-tuning has to learn is the gap Δ = θ₂* − θ₁ = δ − u.
 """
 
 import equinox as eqx
+import jax.numpy as jnp
 from jax import Array
 
-from linfit._checks import ArrayLike, non_negative, real_array, same_size
+from linfit import spectra
+from linfit._checks import ArrayLike, is_concrete, non_negative, real_array, same_size
 from linfit.covariance import Covariance, as_covariance
 
 
@@ -110,3 +112,40 @@ class TwoTaskProblem(eqx.Module):
     def gap_covariance(self) -> Covariance | None:
         """Cov Δ = Ω, None for a fixed shift. The second moment of the gap is S = Ω + mmᵀ."""
         return self.shift.covariance if isinstance(self.shift, RandomShift) else None
+
+
+def power_law_problem(
+    p: int,
+    decay: ArrayLike = 1.0,
+    *,
+    alignment: ArrayLike = 0.0,
+    noise_variance: ArrayLike = 0.5,
+    pretrain_decay: ArrayLike | None = None,
+    pretrain_risk: ArrayLike = 0.0,
+) -> TwoTaskProblem:
+    """The test bed of the figures: power-law spectra and a random shift of given alignment (ours).
+
+        Σ₂ = diag(j^−decay),  Σ₁ = diag(j^−pretrain_decay),  Ω ∝ Σ₂^alignment with tr ΩΣ₂ = 1,
+
+    so the pretrained weights of a perfectly pretrained model have fine-tuning risk 1. `alignment` is −1 for a shift in
+    the tail of the spectrum, 0 for an isotropic one, +1 for one along the head. `noise_variance` is σ².
+    `pretrain_risk` is R_pre(θ₁) = uᵀΣ₁u of the pretrained weights, u of equal size and alternating sign in every
+    direction. Raises ValueError for p < 1 or negative decays, variances or risks.
+
+    >>> from linfit import power_law_problem
+    >>> problem = power_law_problem(50, alignment=-1.0, pretrain_risk=0.2)
+    >>> u = problem.pretrain_error
+    >>> round(float(u @ problem.pretrain_covariance.apply(u)), 6)
+    0.2
+    """
+    finetune = spectra.power_law(p, decay)
+    pretrain = finetune if pretrain_decay is None else spectra.power_law(p, pretrain_decay)
+    noise_variance = non_negative("noise_variance", noise_variance, ndim=0)
+    pretrain_risk = non_negative("pretrain_risk", pretrain_risk, ndim=0)
+    spread = finetune ** real_array("alignment", alignment, ndim=0)
+    u = None
+    if not is_concrete(pretrain_risk) or pretrain_risk > 0:
+        signs = 1.0 - 2.0 * (jnp.arange(p) % 2)
+        u = signs * jnp.sqrt(pretrain_risk / pretrain.sum())
+    shift = RandomShift(spread / jnp.vdot(spread, finetune))
+    return TwoTaskProblem(pretrain, finetune, shift, jnp.sqrt(noise_variance), u)

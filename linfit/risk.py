@@ -14,6 +14,7 @@ because tr(diag(g) P diag(g) Q) = gᵀ(P∘Q)g. Pretraining: θ̂ − θ₁* = u
 Q₁ = Uᵀ X Σ₁ Xᵀ U in place of Q, and b'_i = −(UᵀXm)_i (UᵀXΣ₁u)_i / n.
 """
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -81,23 +82,19 @@ class RiskForm(eqx.Module):
         tau = real_array("tau", tau)
         return self._over_designs(lambda form: form._risk(filter, tau))
 
+    def slope_and_curvature(self, filter: Filter | ArrayLike) -> tuple[Array, Array]:
+        """b·g and gᵀHg: along the ensemble, R(τ) = c − 2τ b·g + τ² gᵀHg (docs, S3)."""
+        return self._over_designs(lambda form: form._slope_and_curvature(filter))
+
     def optimal_tau(self, filter: Filter | ArrayLike) -> Array:
         """τ* = b·g / gᵀHg, the best ensemble coefficient; overadaptation is τ* < 1 (docs, S3, O1)."""
-
-        def optimum(form: RiskForm) -> Array:
-            slope, curvature = form._slope_and_curvature(filter)
-            return slope / curvature
-
-        return self._over_designs(optimum)
+        slope, curvature = self.slope_and_curvature(filter)
+        return slope / curvature
 
     def ensemble_gain(self, filter: Filter | ArrayLike) -> Array:
         """R(1) − R(τ*) = (1−τ*)² gᵀHg, what averaging at the best τ saves (docs, S3)."""
-
-        def gain(form: RiskForm) -> Array:
-            slope, curvature = form._slope_and_curvature(filter)
-            return (1 - slope / curvature) ** 2 * curvature
-
-        return self._over_designs(gain)
+        slope, curvature = self.slope_and_curvature(filter)
+        return (1 - slope / curvature) ** 2 * curvature
 
     def oracle_filter(self) -> Tabulated:
         """g* = H⁻¹b, which no spectral method beats on this design (docs, S4). Values in `.values`."""
@@ -225,7 +222,9 @@ def _forms_of_stack(stack: Array, problem: TwoTaskProblem) -> RiskForms:
 
     if not on_host(stack):
         return jax.vmap(one)(stack)
-    with ThreadPoolExecutor() as pool:
+    # Designs side by side are worth it only where BLAS keeps to one thread each; else the two pools fight.
+    alone = os.environ.get("OPENBLAS_NUM_THREADS") == "1"
+    with ThreadPoolExecutor(os.cpu_count() if alone else 1) as pool:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *pool.map(one, stack))
 
 

@@ -54,6 +54,8 @@ def fine_tune(
     Array([1.5, 5. ], dtype=float64)
     """
     X, y, theta_1 = check_data(X, y, theta_1)
+    if not isinstance(filter, Filter):
+        raise ValueError(f"filter must be a linfit filter such as Ridge(0.1), got {type(filter).__name__}")
     rows, residual = _weighted(X, y - X @ theta_1, sample_weights)
     n, p = rows.shape
     targets = residual if residual.ndim == 2 else residual[:, None]
@@ -132,7 +134,8 @@ def interpolate(theta_1: Tree, theta_2: Tree, tau: ArrayLike) -> Tree:
         a, b = real_array("theta_1", a), real_array("theta_2", b)
         if a.shape != b.shape:
             raise ValueError(f"theta_2 must have the shapes of theta_1: {a.shape}, got {b.shape}")
-        weight = tau.astype(a.dtype)
-        return (1 - weight) * a + weight * b
+        dtype = jnp.result_type(a, b)
+        weight = tau.astype(jnp.promote_types(dtype, jnp.float32))  # half precision is rounded once, at the end
+        return ((1 - weight) * a + weight * b).astype(dtype)
 
     return jax.tree.map(leaf, theta_1, theta_2)

@@ -1,0 +1,47 @@
+"""Monte Carlo averages, always with their standard error, and replicates that can be shown while they run."""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+import xarray as xr
+from jax import Array
+from rich.console import Console
+
+Tree = TypeVar("Tree")
+Item = TypeVar("Item")
+
+CHUNK = 64
+
+
+def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
+    """`items`, with a progress bar on stderr where someone is watching."""
+    console = Console(stderr=True)
+    return rich.progress.track(
+        items, description, total, console=console, transient=True, disable=not sys.stderr.isatty()
+    )
+
+
+def replicate(measure: Callable[[Array], Tree], key: Array, replicates: int, description: str) -> Tree:
+    """measure(key_i) for i = 0 … replicates − 1, stacked in front as numpy arrays.
+
+    Replicate i uses `fold_in(key, i)`: its numbers depend neither on how many others there are nor on their order.
+    """
+    batched = jax.jit(lambda indices: jax.lax.map(lambda i: measure(jax.random.fold_in(key, i)), indices))
+    starts = range(0, replicates, CHUNK)
+    chunks = [
+        jax.device_get(batched(jnp.arange(start, min(start + CHUNK, replicates))))
+        for start in progress(starts, description, len(starts))
+    ]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+
+
+def mean_and_error(samples: np.ndarray, dims: tuple[str, ...], name: str) -> dict[str, xr.Variable]:
+    """{name: mean, name_error: its standard error} over the leading axis."""
+    count = len(samples)
+    error = samples.std(axis=0, ddof=1) / count**0.5
+    return {name: xr.Variable(dims, samples.mean(axis=0)), f"{name}_error": xr.Variable(dims, error)}

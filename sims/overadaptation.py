@@ -1,0 +1,152 @@
+"""Overadaptation measured from raw data: draw X, the shift and the noise, fit, average with θ₁, measure.
+
+Nothing here uses the risk forms to produce an estimate; they are evaluated on the same designs beside it, so that
+measured and exact risk can be compared in standard errors.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jax import Array
+
+from linfit import (
+    Filter,
+    TwoTaskProblem,
+    fine_tune,
+    power_law_problem,
+    risk_forms,
+    sample_design,
+    sample_task,
+)
+from linfit.covariance import Covariance
+from sims.estimate import mean_and_error, progress, replicate
+from theory.overadaptation import best_of_each_method
+
+QUANTITIES = ("finetune", "finetune_bias", "finetune_variance", "pretrain")
+
+
+class Several(Filter):
+    """Several filters as one, stacked in front, so that one eigendecomposition serves them all."""
+
+    filters: tuple[Filter, ...]
+
+    def __call__(self, eigenvalues: Array) -> Array:
+        return jnp.concatenate([jnp.atleast_2d(filter(eigenvalues)) for filter in self.filters])
+
+
+def _along_tau(start: Array, step: Array, covariance: Covariance, tau: Array) -> Array:
+    """‖start + τ·step‖²_Σ for every row of step and every τ: (filters, taus)."""
+    constant = start @ covariance.apply(start)
+    slope = covariance.apply(step) @ start
+    curvature = jnp.sum(covariance.apply(step) * step, axis=-1)
+    return constant + 2 * tau * slope[:, None] + tau**2 * curvature[:, None]
+
+
+def measure_once(key: Array, problem: TwoTaskProblem, n: int, filter: Filter, tau: Array, law: str) -> dict:
+    """One replicate: risks of the fitted ensembles, (filters, taus) each, and the exact ones on the same X.
+
+    Bias² is measured on the fit to noise-free labels, variance on the fit to the noise alone: fitting is linear in y.
+    """
+    task = sample_task(key, problem, n, law)
+    clean = task.X @ task.theta_2_star
+    labels = jnp.stack([task.y, clean, task.y - clean], axis=1)
+    start = jnp.stack([task.theta_1, task.theta_1, jnp.zeros_like(task.theta_1)], axis=1)
+    steps = fine_tune(task.X, labels, start, filter) - start  # (filters, p, 3)
+    gap = task.theta_1 - task.theta_2_star
+    finetune, pretrain = problem.finetune_covariance, problem.pretrain_covariance
+    measured = {
+        "finetune": _along_tau(gap, steps[..., 0], finetune, tau),
+        "finetune_bias": _along_tau(gap, steps[..., 1], finetune, tau),
+        "finetune_variance": _along_tau(jnp.zeros_like(gap), steps[..., 2], finetune, tau),
+        "pretrain": _along_tau(task.theta_1, steps[..., 0], pretrain, tau),
+    }
+    forms = risk_forms(task.X, problem)
+    exact = forms.finetune(filter, tau[:, None])
+    exact_risks = {
+        "finetune": exact.total,
+        "finetune_bias": exact.bias,
+        "finetune_variance": exact.variance,
+        "pretrain": forms.pretrain(filter, tau[:, None]).total,
+    }
+    return {"measured": measured, "exact": jax.tree.map(jnp.transpose, exact_risks)}
+
+
+def monte_carlo(
+    key: Array,
+    problem: TwoTaskProblem,
+    n: int,
+    filters: dict[str, Filter],
+    tau: Array,
+    replicates: int,
+    law: str = "gaussian",
+) -> xr.Dataset:
+    """Measured risks along τ for each named filter, with standard errors, beside the exact ones.
+
+    Dimensions (filter, tau). For each of "finetune", "finetune_bias", "finetune_variance", "pretrain": the mean over
+    replicates, `…_error` its standard error, `…_exact` the exact risk averaged over the same designs, and `…_z` the gap
+    between the two in standard errors of their paired difference.
+
+    >>> from linfit import MinNorm, Ridge, power_law_problem
+    >>> data = monte_carlo(jax.random.key(0), power_law_problem(30), 10, {"min-norm": MinNorm(), "ridge": Ridge(0.1)},
+    ...                    jnp.array([0.5, 1.0]), replicates=50)
+    >>> bool(abs(data.finetune_z).max() < 4)
+    True
+    """
+    several = Several(tuple(filters.values()))
+    samples = replicate(
+        lambda replicate_key: measure_once(replicate_key, problem, n, several, tau, law), key, replicates, "Monte Carlo"
+    )
+    dims = ("filter", "tau")
+    variables: dict[str, xr.Variable] = {}
+    for name in QUANTITIES:
+        measured, exact = samples["measured"][name], samples["exact"][name]
+        variables |= mean_and_error(measured, dims, name)
+        variables[f"{name}_exact"] = xr.Variable(dims, exact.mean(axis=0))
+        variables[f"{name}_z"] = xr.Variable(dims, standardised_gap(measured, exact))
+    coordinates = {"filter": list(filters), "tau": np.asarray(tau)}
+    attributes = {"n": n, "p": problem.p, "noise_std": float(problem.noise_std), "replicates": replicates, "law": law}
+    return xr.Dataset(variables, coordinates, attributes)
+
+
+def standardised_gap(measured: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Mean of measured − exact over replicates, in its standard errors (not below rounding, 1e-12 of the risk)."""
+    difference = measured - exact
+    error = difference.std(axis=0, ddof=1) / len(difference) ** 0.5
+    return difference.mean(axis=0) / np.maximum(error, 1e-12 * np.abs(exact).mean(axis=0))
+
+
+def designs(key: Array, covariance: Covariance, n: int, count: int, law: str = "gaussian") -> Array:
+    """A stack of independent designs (count, n, p)."""
+    return jnp.stack([sample_design(jax.random.fold_in(key, i), covariance, n, law) for i in range(count)])
+
+
+def phase_diagram(
+    key: Array,
+    n: int,
+    p: int,
+    decay: float,
+    alignments: np.ndarray,
+    noise_variances: np.ndarray,
+    design_count: int,
+) -> xr.Dataset:
+    """The best fine-tuning risk of every method over shift alignment × label noise (docs, O4).
+
+    Dimensions (method, alignment, noise_variance); variables `risk`, `tau` and `hyperparameter` at each method's own
+    optimum, exact and averaged over `design_count` designs, the same for all cells.
+    """
+    over_noise = jax.jit(jax.vmap(lambda form, std: best_of_each_method(form.with_noise_std(std)), (None, 0)))
+    stack = designs(key, power_law_problem(p, decay).finetune_covariance, n, design_count)
+    rows = []
+    for alignment in progress(alignments, "phase diagram", len(alignments)):
+        problem = power_law_problem(p, decay, alignment=alignment, noise_variance=1.0)
+        best = over_noise(risk_forms(stack, problem).finetune, jnp.sqrt(noise_variances))
+        rows.append(jax.device_get(best))
+    methods = list(rows[0])
+    dims = ("method", "alignment", "noise_variance")
+    variables = {
+        field: (dims, np.stack([[getattr(row[method], field) for row in rows] for method in methods]))
+        for field in ("risk", "tau", "hyperparameter")
+    }
+    coordinates = {"method": methods, "alignment": alignments, "noise_variance": noise_variances}
+    return xr.Dataset(variables, coordinates, {"n": n, "p": p, "decay": decay, "designs": design_count})

@@ -1,0 +1,172 @@
+"""Overadaptation on real data: scikit-learn's handwritten digits through random Fourier features.
+
+The 1,797 images of 8×8 pixels become p features φ(x) = √(2/p) cos(Wx + b), far more than there are fine-tuning
+samples. Pretraining fits the ten one-hot class indicators on upright images; the fine-tuning task shows the classes
+turned by an angle, with Gaussian noise added to the few fine-tuning labels. Everything is measured on held-out,
+noise-free images.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.ndimage
+import xarray as xr
+from jax import Array
+
+from linfit import MinNorm, Ridge, fine_tune, leave_one_out
+from linfit._checks import count, non_negative
+from linfit.selection import default_penalties
+from sims.estimate import mean_and_error, progress
+
+CLASSES = 10
+PIXELS = 64
+BANDWIDTH = 2.0
+"""Length scale of the Gaussian kernel that the features approximate, for pixels scaled to [0, 1]."""
+
+
+class Split(NamedTuple):
+    """Features (·, p) and one-hot targets (·, 10) of both tasks, no image in two places."""
+
+    pretrain: tuple[Array, Array]
+    pretrain_test: tuple[Array, Array]
+    finetune: tuple[Array, Array]
+    finetune_test: tuple[Array, Array]
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images (1797, 8, 8) scaled to [0, 1] and their classes (1797,). Needs the extra `data`."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ValueError("the digits come with scikit-learn: pip install 'linfit[data]'") from error
+    digits = datasets.load_digits()
+    return digits.images / 16.0, digits.target
+
+
+def random_fourier_features(key: Array, images: np.ndarray, p: int) -> Array:
+    """φ(x) = √(2/p) cos(Wx + b), W ~ N(0, 1/bandwidth²), b uniform: (m, p) for images (m, …).
+
+    Inner products approximate the Gaussian kernel exp(−‖x−x'‖²/(2·bandwidth²)).
+
+    >>> features = random_fourier_features(jax.random.key(0), np.zeros((2, 64)), 4000)
+    >>> bool(abs(features[0] @ features[1] - 1) < 0.1)
+    True
+    """
+    pixels = images.reshape(len(images), -1)
+    frequency_key, phase_key = jax.random.split(key)
+    frequencies = jax.random.normal(frequency_key, (pixels.shape[1], count("p", p))) / BANDWIDTH
+    phases = jax.random.uniform(phase_key, (p,), maxval=2 * jnp.pi)
+    return (2 / p) ** 0.5 * jnp.cos(pixels @ frequencies + phases)
+
+
+def digits_split(key: Array, p: int = 2048, n: int = 150, n_pretrain: int = 700, angle: float = 45.0) -> Split:
+    """A random division of the digits into the two tasks, fine-tuning images turned by `angle` degrees.
+
+    n fine-tuning and n_pretrain pretraining images; the rest are for testing, half upright and half turned.
+    """
+    images, classes = load_digits()
+    n, n_pretrain = count("n", n, minimum=2), count("n_pretrain", n_pretrain, minimum=2)
+    if n + n_pretrain + 2 > len(images):
+        raise ValueError(
+            f"n + n_pretrain must leave images for testing: at most {len(images) - 2}, got {n + n_pretrain}"
+        )
+    order_key, feature_key = jax.random.split(key)
+    order = np.asarray(jax.random.permutation(order_key, len(images)))
+    turned = np.clip(scipy.ndimage.rotate(images, angle, axes=(1, 2), reshape=False, order=1), 0, 1)
+    targets = jnp.asarray(np.eye(CLASSES)[classes])
+    upright_features = random_fourier_features(feature_key, images, p)
+    turned_features = random_fourier_features(feature_key, turned, p)
+    middle = n + n_pretrain + (len(images) - n - n_pretrain) // 2
+    finetune, pretrain, pretrain_test, finetune_test = np.split(order, [n, n + n_pretrain, middle])
+    return Split(
+        (upright_features[pretrain], targets[pretrain]),
+        (upright_features[pretrain_test], targets[pretrain_test]),
+        (turned_features[finetune], targets[finetune]),
+        (turned_features[finetune_test], targets[finetune_test]),
+    )
+
+
+def leave_one_out_penalty(X: Array, targets: Array) -> float:
+    """The ridge penalty with the smallest leave-one-out error, fitted from zero weights."""
+    penalties = default_penalties(X)
+    start = jnp.zeros((X.shape[1], targets.shape[1]))
+    errors = jnp.mean(leave_one_out(X, targets, start, penalties, 1.0) ** 2, axis=(-2, -1))
+    return float(penalties[int(jnp.argmin(errors))])
+
+
+def error_along_tau(data: tuple[Array, Array], theta_1: Array, theta: Array, tau: Array) -> Array:
+    """Squared error per image, summed over classes, of θ_τ for every τ: (taus,)."""
+    features, targets = data
+    residual = targets - features @ theta_1
+    moved = features @ (theta - theta_1)
+    terms = [jnp.sum(a * b) / len(features) for a, b in ((residual, residual), (residual, moved), (moved, moved))]
+    return terms[0] - 2 * tau * terms[1] + tau**2 * terms[2]
+
+
+def accuracy_along_tau(data: tuple[Array, Array], theta_1: Array, theta: Array, tau: Array) -> Array:
+    """Share of images whose largest output is the right class, for every τ: (taus,)."""
+    features, targets = data
+    start, moved = features @ theta_1, features @ (theta - theta_1)
+    right = targets.argmax(-1)
+    return jnp.stack([jnp.mean((start + t * moved).argmax(-1) == right) for t in tau])
+
+
+def measure_split(key: Array, noise_levels: np.ndarray, tau: Array, **sizes: int) -> dict[str, np.ndarray]:
+    """One split and one noise draw: test errors along τ for min-norm and ridge, and the leave-one-out choices.
+
+    Arrays (noise level, filter, …); the label noise is the same draw scaled to each level.
+    """
+    split_key, noise_key = jax.random.split(key)
+    split = digits_split(split_key, **sizes)
+    X_pre, y_pre = split.pretrain
+    zero = jnp.zeros((X_pre.shape[1], CLASSES))
+    theta_1 = fine_tune(X_pre, y_pre, zero, Ridge(leave_one_out_penalty(X_pre, y_pre)))
+    X, targets = split.finetune
+    noise = jax.random.normal(noise_key, targets.shape)
+    results: dict[str, list] = {name: [] for name in ("finetune", "pretrain", "accuracy", "loo", "loo_tau", "test_tau")}
+    for level in noise_levels:
+        y = targets + level * noise
+        residual = leave_one_out(X, y, theta_1, default_penalties(X), 1.0)
+        penalty = default_penalties(X)[int(jnp.argmin(jnp.mean(residual**2, axis=(-2, -1))))]
+        for filter, loo_penalty in ((MinNorm(), 0.0), (Ridge(penalty), penalty)):
+            theta = fine_tune(X, y, theta_1, filter)
+            loo = jnp.sum(leave_one_out(X, y, theta_1, loo_penalty, tau) ** 2, axis=-1).mean(-1)
+            finetune = error_along_tau(split.finetune_test, theta_1, theta, tau)
+            results["finetune"].append(finetune)
+            results["pretrain"].append(error_along_tau(split.pretrain_test, theta_1, theta, tau))
+            results["accuracy"].append(accuracy_along_tau(split.finetune_test, theta_1, theta, tau))
+            results["loo"].append(loo)
+            results["loo_tau"].append(tau[jnp.argmin(loo)])
+            results["test_tau"].append(tau[jnp.argmin(finetune)])
+    return {
+        name: np.asarray(values).reshape(len(noise_levels), 2, *np.shape(values[0])) for name, values in results.items()
+    }
+
+
+def digits_along_tau(key: Array, noise_levels: np.ndarray, tau: np.ndarray, splits: int, **sizes: int) -> xr.Dataset:
+    """Both test errors along τ on the digits, averaged over random splits, features and noise draws.
+
+    Dimensions (noise_std, filter, tau), filter "min-norm" or "ridge" (its λ by leave-one-out at τ = 1). Variables with
+    standard errors over splits: `finetune` and `pretrain` (squared error summed over classes, noise-free test labels),
+    `accuracy` on the fine-tuning test images, `loo` (the leave-one-out estimate, which includes the label noise),
+    `loo_tau` and `test_tau` (the τ chosen by leave-one-out and the best on the test images), and `loo_regret`, the
+    test error at the former less that at the latter.
+    """
+    levels = np.asarray(non_negative("noise_levels", noise_levels, ndim=1))
+    tau = jnp.asarray(tau)
+    runs = [
+        measure_split(jax.random.fold_in(key, i), levels, tau, **sizes)
+        for i in progress(range(count("splits", splits, minimum=2)), "digits")
+    ]
+    samples = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
+    chosen = np.argmin(samples["loo"], axis=-1)[..., None]
+    at_choice = np.take_along_axis(samples["finetune"], chosen, axis=-1)[..., 0]
+    samples["loo_regret"] = at_choice - samples["finetune"].min(axis=-1)
+    variables: dict[str, xr.Variable] = {}
+    for name, values in samples.items():
+        dims = ("noise_std", "filter", "tau")[: values.ndim - 1]
+        variables |= mean_and_error(values, dims, name)
+    coordinates = {"noise_std": levels, "filter": ["min-norm", "ridge"], "tau": np.asarray(tau)}
+    return xr.Dataset(variables, coordinates, {"splits": splits, "data": "scikit-learn digits", **sizes})
