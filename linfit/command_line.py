@@ -23,7 +23,10 @@ def main() -> None:
     commands = {command.name: command.load() for command in sorted(entry_points(group="linfit.commands"))}
     try:
         tyro.extras.subcommand_cli_from_dict(
-            commands, prog="linfit", description="Theory and simulation of fine-tuning in linear models."
+            commands,
+            prog="linfit",
+            description="Theory and simulation of fine-tuning in linear models. (linfit --version: the version)",
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
     except (ValueError, OSError) as error:
         print(f"linfit: error: {error}", file=sys.stderr)

@@ -80,12 +80,14 @@ def monte_carlo(
     tau: Array,
     replicates: int,
     law: str = "gaussian",
+    names: np.ndarray | None = None,
 ) -> xr.Dataset:
     """Measured risks along τ for each named filter, with standard errors, beside the exact ones.
 
     Dimensions (filter, tau). For each of "finetune", "finetune_bias", "finetune_variance", "pretrain": the mean over
     replicates, `…_error` its standard error, `…_exact` the exact risk averaged over the same designs, and `…_z` the gap
-    between the two in standard errors of their paired difference.
+    between the two in standard errors of their paired difference. A filter that holds several hyperparameters needs
+    `names`, one coordinate value per member.
 
     >>> from linfit import MinNorm, Ridge, power_law_problem
     >>> data = monte_carlo(jax.random.key(0), power_law_problem(30), 10, {"min-norm": MinNorm(), "ridge": Ridge(0.1)},
@@ -104,7 +106,7 @@ def monte_carlo(
         variables |= mean_and_error(measured, dims, name)
         variables[f"{name}_exact"] = xr.Variable(dims, exact.mean(axis=0))
         variables[f"{name}_z"] = xr.Variable(dims, standardised_gap(measured, exact))
-    coordinates = {"filter": list(filters), "tau": np.asarray(tau)}
+    coordinates = {"filter": list(filters) if names is None else names, "tau": np.asarray(tau)}
     attributes = {"n": n, "p": problem.p, "noise_std": float(problem.noise_std), "replicates": replicates, "law": law}
     return xr.Dataset(variables, coordinates, attributes)
 
@@ -113,7 +115,8 @@ def standardised_gap(measured: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """Mean of measured − exact over replicates, in its standard errors (not below rounding, 1e-12 of the risk)."""
     difference = measured - exact
     error = difference.std(axis=0, ddof=1) / len(difference) ** 0.5
-    return difference.mean(axis=0) / np.maximum(error, 1e-12 * np.abs(exact).mean(axis=0))
+    rounding = 1e-12 * np.abs(exact).mean(axis=0) + np.finfo(exact.dtype).tiny
+    return difference.mean(axis=0) / np.maximum(error, rounding)
 
 
 def designs(key: Array, covariance: Covariance, n: int, count: int, law: str = "gaussian") -> Array:
@@ -132,7 +135,7 @@ def phase_diagram(
 ) -> xr.Dataset:
     """The best fine-tuning risk of every method over shift alignment × label noise (docs, O4).
 
-    Dimensions (method, alignment, noise_variance); variables `risk`, `tau` and `hyperparameter` at each method's own
+    Dimensions (estimator, alignment, noise_variance); variables `risk`, `tau` and `hyperparameter` at each method's own
     optimum, exact and averaged over `design_count` designs, the same for all cells.
     """
     over_noise = jax.jit(jax.vmap(lambda form, std: best_of_each_method(form.with_noise_std(std)), (None, 0)))
@@ -143,10 +146,10 @@ def phase_diagram(
         best = over_noise(risk_forms(stack, problem).finetune, jnp.sqrt(noise_variances))
         rows.append(jax.device_get(best))
     methods = list(rows[0])
-    dims = ("method", "alignment", "noise_variance")
+    dims = ("estimator", "alignment", "noise_variance")
     variables = {
         field: (dims, np.stack([[getattr(row[method], field) for row in rows] for method in methods]))
         for field in ("risk", "tau", "hyperparameter")
     }
-    coordinates = {"method": methods, "alignment": alignments, "noise_variance": noise_variances}
+    coordinates = {"estimator": methods, "alignment": alignments, "noise_variance": noise_variances}
     return xr.Dataset(variables, coordinates, {"n": n, "p": p, "decay": decay, "designs": design_count})

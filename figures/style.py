@@ -1,0 +1,75 @@
+"""One look for every figure: colour-blind safe (Okabe–Ito), readable in print at column width, one name per method."""
+
+from typing import NamedTuple
+
+import matplotlib as mpl
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLUMN, PAGE = 3.4, 7.0
+"""Widths of one column and of the page, in inches."""
+
+COLOURS = {
+    "pretrained": "#000000",
+    "min-norm": "#D55E00",
+    "fine-tuned": "#D55E00",
+    "ridge": "#0072B2",
+    "early stopping": "#009E73",
+    "ensemble": "#CC79A7",
+    "min-norm + ensemble": "#CC79A7",
+    "ridge + ensemble": "#56B4E9",
+    "early stopping + ensemble": "#E69F00",
+    "oracle": "#555555",
+    "bias": "#0072B2",
+    "variance": "#E69F00",
+    "total": "#D55E00",
+}
+
+MARKERS = {"min-norm": "o", "ridge": "s", "early stopping": "^"}
+
+SETTINGS = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.5,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "pdf.fonttype": 42,
+}
+
+
+class Picture(NamedTuple):
+    """A figure ready to be written: PNG, PDF, its numbers, and a caption that states the setting."""
+
+    name: str
+    """File name without ending."""
+    title: str
+    caption: str
+    """Plain text: what is shown, the setting, the seeds, the agreement between theory and simulation."""
+    figure: Figure
+    data: xr.Dataset
+    """Every plotted number."""
+
+
+def canvas(
+    columns: int = 1, rows: int = 1, *, width: float = PAGE, height: float = 2.4, **kwargs
+) -> tuple[Figure, list[Axes]]:  # type: ignore[no-untyped-def]
+    """A figure in the house style and its axes, row by row; no display is needed."""
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(width, height * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    return figure, list(axes.ravel())
+
+
+def panel_letters(axes: list[Axes]) -> None:
+    """(a), (b), … in the upper left corner of each panel."""
+    for letter, axis in zip("abcdefgh", axes, strict=False):
+        axis.set_title(f"({letter})", loc="left", fontweight="bold")
