@@ -1,11 +1,13 @@
 """Tests run in float64; `--float32` runs the numerical suite in single precision, with its own tolerances."""
 
 import jax
+import numpy as np
 import pytest
 
 
 def pytest_addoption(parser):
     parser.addoption("--float32", action="store_true", help="run the numerical suite in float32")
+    parser.addoption("--seed", type=int, default=0, help="seed of the random tests; every seed should pass")
 
 
 def pytest_configure(config):
@@ -24,3 +26,21 @@ def _doctest_names(doctest_namespace):
 def rtol(pytestconfig):
     """Relative tolerance for what is exact in exact arithmetic."""
     return 2e-3 if pytestconfig.getoption("--float32") else 1e-10
+
+
+@pytest.fixture
+def seed(pytestconfig):
+    """0 unless `--seed` says otherwise."""
+    return pytestconfig.getoption("--seed")
+
+
+@pytest.fixture
+def generator(seed):
+    """A numpy generator for the data of one test."""
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def dtype():
+    """The default floating type of this run."""
+    return jax.numpy.result_type(float)

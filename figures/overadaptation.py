@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jax import Array
 from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm
+from matplotlib.ticker import MaxNLocator
 
 from figures.style import COLOURS, COLUMN, MARKERS, Picture, canvas, panel_letters
 from linfit import GradientFlow, MinNorm, Ridge, RiskForm, RiskForms, TwoTaskProblem, power_law_problem, risk_forms
@@ -32,12 +32,12 @@ class Setting(NamedTuple):
         return f"n = {self.n}, p = {self.p}"
 
 
-FULL = Setting(n=200, p=2000, replicates=200, designs=8, phase_points=33, splits=12)
+FULL = Setting(n=200, p=2000, replicates=256, designs=8, phase_points=33, splits=12)
 QUICK = Setting(n=60, p=600, replicates=64, designs=3, phase_points=9, splits=2)
 
-ALIGNMENT, NOISE_VARIANCE, PRETRAIN_RISK = -0.5, 0.1, 0.02
+ALIGNMENT, NOISE_VARIANCE, PRETRAIN_RISK = -0.5, 0.5, 0.02
 PROBLEM_TEXT = (
-    "Σ₁ = Σ₂ = diag(1/j), shift covariance Ω ∝ Σ^(−1/2) with tr ΩΣ = 1, label noise σ² = 0.1, "
+    "Σ₁ = Σ₂ = diag(1/j), shift covariance Ω ∝ Σ^(−1/2) with tr ΩΣ = 1, label noise σ² = 0.5, "
     "pretrained weights with R_pre(θ₁) = 0.02"
 )
 
@@ -46,7 +46,7 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     """All figures of the paper, one after the other."""
     setting = QUICK if quick else FULL
     seed = int(jax.random.key_data(key).ravel()[-1])
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 5)
     problem = power_law_problem(
         setting.p, alignment=ALIGNMENT, noise_variance=NOISE_VARIANCE, pretrain_risk=PRETRAIN_RISK
     )
@@ -56,7 +56,7 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     measured = measure_along_tau(keys[1], problem, setting, best)
     context = f"{PROBLEM_TEXT}; {setting}; seed {seed}."
     yield risk_along_tau(measured, context)
-    yield bias_and_variance(measured, context)
+    yield bias_and_variance(keys[4], setting, seed)
     yield trade_off(forms, best, context)
     yield surface(forms.finetune, best, context)
     yield training_time(keys[1], forms, problem, setting, context)
@@ -110,27 +110,46 @@ def risk_along_tau(data: xr.Dataset, context: str) -> Picture:
     return Picture("risk_along_tau", "Both risks along the ensemble", caption, figure, data)
 
 
-def bias_and_variance(data: xr.Dataset, context: str) -> Picture:
-    """(b) bias², variance and total against τ, for min-norm."""
-    curve = data.sel(filter="min-norm")
-    figure, axes = canvas(1, width=COLUMN, height=2.5)
-    for name, label, marker in (
-        ("finetune", "total", "o"),
-        ("finetune_bias", "bias", "s"),
-        ("finetune_variance", "variance", "^"),
-    ):
-        text = {"total": R"total $R_\mathrm{ft}$", "bias": "bias²", "variance": "variance"}[label]
-        axes[0].plot(curve.tau, curve[f"{name}_exact"], color=COLOURS[label], label=text)
-        shown = curve.isel(tau=slice(0, None, 5))
-        axes[0].errorbar(shown.tau, shown[name], shown[f"{name}_error"], color=COLOURS[label], fmt=marker, capsize=1.5)
-    axes[0].set_xlabel(R"ensemble coefficient $\tau$")
-    axes[0].set_ylabel(R"fine-tuning risk $R_\mathrm{ft}(\theta_\tau)$")
-    axes[0].legend()
-    caption = (
-        "Why: as min-norm fine-tuning is mixed in, squared bias falls and then turns while variance grows as τ²; "
-        f"the total has its minimum before τ = 1. {agreement(data)} {context}"
+def bias_and_variance(key: Array, setting: Setting, seed: int) -> Picture:
+    """(b) bias², variance and total against τ, for min-norm and three alignments of the shift."""
+    alignments = {-0.5: "shift in the tail", 0.0: "isotropic shift", 0.5: "shift along the head"}
+    runs = []
+    for alignment in alignments:
+        problem = power_law_problem(
+            setting.p, alignment=alignment, noise_variance=NOISE_VARIANCE, pretrain_risk=PRETRAIN_RISK
+        )
+        runs.append(
+            monte_carlo(
+                key, problem, setting.n, {"min-norm": MinNorm()}, jnp.linspace(0, 1.2, 61), setting.replicates // 2
+            )
+        )
+    data = xr.concat(runs, xr.Variable("alignment", list(alignments)), combine_attrs="override").isel(
+        filter=0, drop=True
     )
-    return Picture("bias_and_variance", "Bias and variance along the ensemble", caption, figure, curve)
+    figure, axes = canvas(3, sharey=True)
+    for axis, (alignment, text) in zip(axes, alignments.items(), strict=True):
+        curve = data.sel(alignment=alignment)
+        for name, part, label, marker in (
+            ("finetune", "total", R"total $R_\mathrm{ft}$", "o"),
+            ("finetune_bias", "bias", "bias²", "s"),
+            ("finetune_variance", "variance", "variance", "^"),
+        ):
+            axis.plot(curve.tau, curve[f"{name}_exact"], color=COLOURS[part], label=label)
+            shown = curve.isel(tau=slice(0, None, 5))
+            axis.errorbar(shown.tau, shown[name], shown[f"{name}_error"], color=COLOURS[part], fmt=marker, capsize=1.5)
+        best = float(curve.tau[np.argmin(curve.finetune_exact.values)])
+        axis.axvline(best, color=COLOURS["total"], linewidth=0.8, linestyle=":")
+        axis.set_xlabel(R"ensemble coefficient $\tau$")
+        axis.set_title(Rf"{text}, $\alpha = {alignment:g}$")
+    axes[0].set_ylabel(R"fine-tuning risk $R_\mathrm{ft}(\theta_\tau)$")
+    axes[2].legend()
+    caption = (
+        "Why averaging helps: as min-norm fine-tuning is mixed in, squared bias falls and then flattens or turns, while variance "
+        "grows as τ²; the total has its minimum (dotted) before τ = 1. The less of the shift the data can reveal (left), the "
+        f"sooner the bias turns. {agreement(data)} Σ₁ = Σ₂ = diag(1/j), Ω ∝ Σ^α with tr ΩΣ = 1, σ² = {NOISE_VARIANCE}, "
+        f"R_pre(θ₁) = {PRETRAIN_RISK}; {setting}; seed {seed}."
+    )
+    return Picture("bias_and_variance", "Bias and variance along the ensemble", caption, figure, data)
 
 
 def averaged(form: RiskForm, filter: object, tau: object = 1.0) -> Array:
@@ -140,14 +159,8 @@ def averaged(form: RiskForm, filter: object, tau: object = 1.0) -> Array:
 
 def oracle_frontier(forms: RiskForms, weights: Array) -> tuple[Array, Array]:
     """(R_pre, R_ft) of the spectral filter that minimises R_ft + κR_pre, averaged over designs, for each κ."""
-
-    def point(forms: RiskForms, weight: Array) -> tuple[Array, Array]:
-        filter = combined(forms, weight).oracle_filter()
-        return forms.pretrain(filter).total, forms.finetune(filter).total
-
-    over_designs = eqx.filter_vmap(point, in_axes=(eqx.if_array(0), None))
-    points = [over_designs(forms, weight) for weight in weights]
-    pretrain, finetune = (jnp.stack([jnp.mean(point[i]) for point in points]) for i in range(2))
+    filters = [combined(forms, weight).oracle_filter() for weight in weights]
+    pretrain, finetune = (jnp.stack([averaged(form, filter) for filter in filters]) for form in forms[::-1])
     return pretrain, finetune
 
 
@@ -178,9 +191,9 @@ def trade_off(forms: RiskForms, best: dict[str, Optimum], context: str) -> Pictu
     variables["oracle_frontier"] = (("risk", "kappa_point"), np.stack(frontier))
     ends = {"pretrained": MinNorm() * 0.0, "fine-tuned": MinNorm()}
     for name, end in ends.items():
-        point = [float(averaged(form, end)) for form in (forms.pretrain, forms.finetune)]
+        point = (float(averaged(forms.pretrain, end)), float(averaged(forms.finetune, end)))
         axes[0].plot(*point, "o", color=COLOURS[name])
-        inwards = {"pretrained": ((6, 2), "left"), "fine-tuned": ((0, -11), "right")}[name]
+        inwards = {"pretrained": ((6, 2), "left"), "fine-tuned": ((-5, 4), "right")}[name]
         axes[0].annotate(name, point, inwards[0], textcoords="offset points", ha=inwards[1], fontsize=7)
     axes[0].set_xlabel(R"forgetting: pretraining risk $R_\mathrm{pre}$")
     axes[0].set_ylabel(R"fine-tuning risk $R_\mathrm{ft}$")
@@ -201,7 +214,7 @@ def surface(form: RiskForm, best: dict[str, Optimum], context: str) -> Picture:
     risk = np.asarray(averaged(form, Ridge(penalties), jnp.asarray(tau)[:, None]))
     optimum = best["ridge + ensemble"]
     figure, axes = canvas(1, width=COLUMN * 1.2, height=2.8)
-    levels = np.linspace(risk.min(), min(risk.max(), 1.2), 25)
+    levels = MaxNLocator(24).tick_values(risk.min(), min(risk.max(), 1.3))
     filled = axes[0].contourf(penalties, tau, risk, levels=levels, cmap="cividis", extend="max")
     axes[0].plot(optimum.hyperparameter, optimum.tau, "*", color="white", markeredgecolor="black", markersize=10)
     slope, curvature = (np.asarray(part).mean(0) for part in form.slope_and_curvature(Ridge(penalties)))
@@ -259,7 +272,7 @@ def training_time(key: Array, forms: RiskForms, problem: TwoTaskProblem, setting
     panel_letters(axes)
     caption = (
         "Fine-tuning for too long: past its best time the fine-tuned model gets worse on its own task (a) and forgets more (b); "
-        f"averaging, at the τ that is best for R_ft at that time, undoes most of both. {agreement(measured)} "
+        f"averaging, at the τ that is best for R_ft at that time, undoes most of both (early on that τ exceeds 1, and so does the forgetting). {agreement(measured)} "
         f"Lines: exact risk averaged over {setting.designs} other designs. {context}"
     )
     data = xr.Dataset(
@@ -293,25 +306,35 @@ def phases(key: Array, setting: Setting, seed: int) -> Picture:
     both = 100 * (regularised / risk.sel(estimator="ridge + ensemble") - 1)
     figure, axes = canvas(3, height=3.2, sharey=True)
     colours = ListedColormap([COLOURS[name] for name in PHASE_METHODS])
-    limit = float(np.ceil(np.nanpercentile(np.abs(margin), 90)))
-    maps = (
+    worst, most = min(float(np.floor(np.percentile(margin, 10))), -1.0), max(float(np.ceil(margin.max())), 1.0)
+    maps: tuple[tuple[xr.DataArray, Normalize, str | ListedColormap, str], ...] = (
         (winner, Normalize(-0.5, len(PHASE_METHODS) - 0.5), colours, "best of these three"),
-        (margin, TwoSlopeNorm(0, -limit, limit), "PuOr", "ensembled min-norm against\nthe best regularization [%]"),
+        (
+            margin,
+            TwoSlopeNorm(0, worst, most),
+            "PuOr",
+            "ensembled min-norm against\nthe best regularization [%]",
+        ),
         (both, Normalize(0, None), "cividis", "what the ensemble adds\nto the best regularization [%]"),
     )
     for axis, (values, norm, cmap, label) in zip(axes, maps, strict=True):
         mesh = axis.pcolormesh(alignments, noise, values.T, norm=norm, cmap=cmap, shading="nearest", rasterized=True)
-        extend = "both" if isinstance(norm, TwoSlopeNorm) else "neither"
+        extend = "min" if isinstance(norm, TwoSlopeNorm) else "neither"
         bar = figure.colorbar(mesh, ax=axis, location="bottom", extend=extend)
         bar.set_label(label)
+        if extend == "min":
+            ticks = [worst, worst / 2, 0, most / 2, most]
+            bar.set_ticks(ticks, labels=[f"{tick:+.0f}" if tick else "0" for tick in ticks])
         if cmap is colours:
             bar.set_ticks(range(len(PHASE_METHODS)), labels=["min-norm\n+ ensemble", "ridge", "early\nstopping"])
     tau = data.tau.sel(estimator="min-norm + ensemble")
     axes[0].contour(alignments, noise, tau.T, levels=[1], colors="black", linestyles="--", linewidths=1)
     axes[1].contour(alignments, noise, margin.T, levels=[0], colors="black", linewidths=1)
     for axis in axes:
-        axis.set(yscale="log", xticks=[-1, 0, 1], xticklabels=["tail −1", "isotropic 0", "head 1"])
-        axis.set_xlabel(R"shift alignment $\alpha$:  $\Omega \propto \Sigma^\alpha$")
+        axis.set(yscale="log", xticks=[-1, -0.5, 0, 0.5, 1])
+        axis.set_xlabel(
+            "shift alignment $\\alpha$: $\\Omega \\propto \\Sigma^\\alpha$\n(−1 tail, 0 isotropic, +1 head)"
+        )
     axes[0].set_ylabel(R"label noise $\sigma^2$ (signal $\mathrm{tr}\,\Omega\Sigma = 1$)")
     panel_letters(axes)
     caption = (
@@ -331,6 +354,8 @@ def digits(key: Array, setting: Setting, seed: int) -> Picture:
     levels, tau = np.array([0.0, 0.2, 0.4]), np.linspace(0, 1.25, 51)
     data = digits_along_tau(key, levels, tau, setting.splits)
     figure, axes = canvas(3, 2, height=2.1, sharex=True)
+    at_choice = data.pretrain.sel(tau=data.test_tau, method="nearest")
+    tops = (1.15, 1.15 * float(max(at_choice.max(), data.pretrain.sel(filter="ridge").max())))
     for column, level in enumerate(levels):
         for row, name in enumerate(("finetune", "pretrain")):
             axis = axes[3 * row + column]
@@ -356,9 +381,7 @@ def digits(key: Array, setting: Setting, seed: int) -> Picture:
                         linestyle="none",
                         label=label if filter == "min-norm" else None,
                     )
-            axis.set_ylim(
-                bottom=0, top=1.15 if row == 0 else max(0.35, 1.1 * float(data[name].sel(filter="ridge").max()))
-            )
+            axis.set_ylim(0, tops[row])
         axes[column].set_title(f"label noise {level:g}")
         axes[3 + column].set_xlabel(R"ensemble coefficient $\tau$")
     axes[0].set_ylabel("fine-tuning test error")

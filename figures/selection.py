@@ -20,7 +20,10 @@ ENDINGS = (".png", ".pdf", ".svg")
 def load_arrays(file: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz by name; never unpickles. ValueError if one is missing or the file is not an .npz."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with archive:
             arrays = {name: archive[name] for name in (*ARRAYS, *VALIDATION) if name in archive.files}
             found = ", ".join(archive.files) or "nothing"
     except FileNotFoundError:

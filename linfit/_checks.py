@@ -22,10 +22,13 @@ def is_concrete(*values: object) -> bool:
 
 
 def real_array(name: str, value: ArrayLike, *, ndim: int | None = None, finite: bool = True) -> Array:
-    """`value` as a real floating-point array; integers are promoted to the default float, floats keep theirs."""
+    """`value` as a real floating-point array; integers are promoted to the default float, floats keep theirs.
+
+    A plain number, `1` as well as `1.0`, stays weakly typed: it follows the dtype of what it meets.
+    """
     try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
+        array = jnp.asarray(float(value) if isinstance(value, int | float) else value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a numeric array, got {type(value).__name__}") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         if not (jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool):
@@ -70,6 +73,14 @@ def count(name: str, value: int, *, minimum: int = 1) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return int(value)
+
+
+def broadcastable(name: str, shape: tuple[int, ...], reference: str, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless two shapes of hyperparameters broadcast against each other."""
+    try:
+        np.broadcast_shapes(shape, expected)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast against {reference} of shape {expected}, got shape {shape}") from None
 
 
 def same_size(name: str, got: int, reference: str, expected: int) -> None:

@@ -22,7 +22,8 @@ def gram(rows: Array) -> Array:
     """X Xᵀ, shape (n, n)."""
     if on_host(rows):
         host = np.asarray(rows)
-        return jnp.asarray(host @ host.T)
+        with np.errstate(invalid="ignore"):  # Inf − Inf is for the caller to report, by the name of the argument
+            return jnp.asarray(host @ host.T)
     return rows @ rows.T
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import count
-from linfit.covariance import Covariance, Diagonal
+from linfit._checks import ArrayLike, count
+from linfit.covariance import Covariance, Diagonal, as_covariance
 from linfit.problem import TwoTaskProblem
 
 STUDENT_DEGREES_OF_FREEDOM = 8
@@ -33,15 +33,17 @@ LAWS: dict[str, Callable[[Array, tuple[int, ...], jnp.dtype], Array]] = {
 """Laws of a coordinate with mean 0 and variance 1; "student" has 8 degrees of freedom."""
 
 
-def sample_design(key: Array, covariance: Covariance, n: int, law: str = "gaussian") -> Array:
+def sample_design(key: Array, covariance: Covariance | ArrayLike, n: int, law: str = "gaussian") -> Array:
     """n independent rows x = Σ^{1/2}z, shape (n, p), E xxᵀ = Σ; `law` of z is a key of `linfit.design.LAWS`.
 
+    The covariance is eigenvalues (p,), a matrix (p, p), or a covariance such as `linfit.Empirical(features)`.
     Raises ValueError for n < 1 or an unknown law.
 
     >>> from linfit import Diagonal, sample_design
     >>> sample_design(jax.random.key(0), Diagonal([4.0, 1.0]), 3, law="rademacher").shape
     (3, 2)
     """
+    covariance = as_covariance(covariance, "covariance")
     shape = (count("n", n), covariance.latent_size)
     if law not in LAWS:
         raise ValueError(f"law must be one of {', '.join(LAWS)}, got {law!r}")

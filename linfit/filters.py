@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import ArrayLike, is_concrete, non_negative, positive, real_array
+from linfit._checks import ArrayLike, broadcastable, is_concrete, non_negative, positive, real_array
 from linfit._linear_algebra import rank_cutoff
 
 
@@ -64,8 +64,8 @@ class Ridge(Filter):
 
     def __call__(self, eigenvalues: ArrayLike) -> Array:
         s, penalty = _eigenvalues(eigenvalues), self.penalty[..., None]
-        penalised = penalty > 0
-        return jnp.where(penalised, 1 / (s + jnp.where(penalised, penalty, 1)), _pseudo_inverse(s))
+        kept = (penalty > 0) | (s > rank_cutoff(s))
+        return jnp.where(kept, 1 / jnp.where(kept, s + penalty, 1), 0)
 
 
 class GradientFlow(Filter):
@@ -87,8 +87,9 @@ class GradientFlow(Filter):
         s, time = _eigenvalues(eigenvalues), self.time[..., None]
         finite = jnp.isfinite(time)
         time = jnp.where(finite, time, 1)
-        zero = s == 0
-        flow = jnp.where(zero, time, -jnp.expm1(-time * s) / jnp.where(zero, 1, s))
+        progress = time * s
+        zero = progress == 0  # s = 0, t = 0, or both so small that ts underflows
+        flow = jnp.where(zero, time, -jnp.expm1(-progress) / jnp.where(zero, 1, s))
         return jnp.where(finite, flow, _pseudo_inverse(s))
 
 
@@ -111,6 +112,7 @@ class GradientDescent(Filter):
         self.steps = non_negative("steps", steps)
         if is_concrete(self.steps) and (np.asarray(self.steps) % 1).any():
             raise ValueError(f"steps must be whole numbers, got {self.steps}")
+        broadcastable("steps", self.steps.shape, "step_size", self.step_size.shape)
 
     def __call__(self, eigenvalues: ArrayLike) -> Array:
         s = _eigenvalues(eigenvalues)
@@ -121,8 +123,8 @@ class GradientDescent(Filter):
                 f"step_size must be below 2/s_max = {limit:.6g} for these eigenvalues, got {self.step_size}"
             )
         steps = self.steps[..., None]
-        # 1 − (1−ηs)^k = −expm1(k log|1−ηs|) while 1−ηs > 0, which keeps all digits at small ηs; beyond it the
-        # power alternates in sign. ηs = 1 is reached in one step: the power is 0, and log 0 is stepped around.
+        # 1 − (1−ηs)^k = −expm1(k log|1−ηs|) keeps all digits at small ηs, and near ηs = 2 after an even number of
+        # steps; beyond ηs = 1 an odd power is negative. At ηs = 1 the power is 0, and log 0 is stepped around.
         contraction = 1 - progress
         arrived = contraction == 0
         small = progress < 0.5
@@ -131,14 +133,11 @@ class GradientDescent(Filter):
             jnp.log1p(-jnp.where(small, progress, 0)),
             jnp.log(jnp.abs(jnp.where(small | arrived, 1, contraction))),
         )
-        sign = jnp.where((contraction < 0) & (steps % 2 == 1), -1, 1)
-        learned = jnp.where(
-            contraction > 0,
-            -jnp.expm1(steps * log_contraction),
-            1 - sign * jnp.exp(steps * log_contraction),
-        )
+        log_power = steps * log_contraction
+        negative = (contraction < 0) & (steps % 2 == 1)
+        learned = jnp.where(negative, 1 + jnp.exp(log_power), -jnp.expm1(log_power))
         learned = jnp.where(arrived, jnp.minimum(steps, 1), learned)
-        zero = s == 0
+        zero = progress == 0
         return jnp.where(zero, self.step_size[..., None] * steps, learned / jnp.where(zero, 1, s))
 
 
@@ -160,7 +159,9 @@ class Ensemble(Filter):
         self.tau = real_array("tau", tau)
 
     def __call__(self, eigenvalues: ArrayLike) -> Array:
-        return self.tau[..., None] * self.filter(eigenvalues)
+        g = self.filter(eigenvalues)
+        broadcastable("tau", self.tau.shape, "the hyperparameters of the filter", g.shape[:-1])
+        return self.tau[..., None] * g
 
 
 class Tabulated(Filter):

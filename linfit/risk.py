@@ -23,9 +23,18 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from linfit._checks import ArrayLike, real_array, require_finite, same_size
+from linfit._checks import (
+    ArrayLike,
+    broadcastable,
+    is_concrete,
+    non_negative,
+    real_array,
+    require_finite,
+    same_size,
+)
 from linfit._linear_algebra import eigh, gram, on_host, solve_semidefinite
 from linfit.covariance import Covariance, Diagonal, Product, inner_product, product
 from linfit.filters import Filter, Tabulated
@@ -80,49 +89,59 @@ class RiskForm(eqx.Module):
         (5, 2)
         """
         tau = real_array("tau", tau)
-        return self._over_designs(lambda form: form._risk(filter, tau))
+        return self._over_designs(lambda form, filter: form._risk(filter, tau), filter)
 
     def slope_and_curvature(self, filter: Filter | ArrayLike) -> tuple[Array, Array]:
         """b·g and gᵀHg: along the ensemble, R(τ) = c − 2τ b·g + τ² gᵀHg (docs, S3)."""
-        return self._over_designs(lambda form: form._slope_and_curvature(filter))
+        return self._over_designs(lambda form, filter: form._slope_and_curvature(filter), filter)
 
     def optimal_tau(self, filter: Filter | ArrayLike) -> Array:
-        """τ* = b·g / gᵀHg, the best ensemble coefficient; overadaptation is τ* < 1 (docs, S3, O1)."""
+        """τ* = b·g / gᵀHg, the best ensemble coefficient; overadaptation is τ* < 1 (docs, S3, O1).
+
+        1 for a filter that does not move the weights (gᵀHg = 0), for which every τ is the same.
+        """
         slope, curvature = self.slope_and_curvature(filter)
-        return slope / curvature
+        moves = curvature > 0
+        return jnp.where(moves, slope / jnp.where(moves, curvature, 1), 1)
 
     def ensemble_gain(self, filter: Filter | ArrayLike) -> Array:
         """R(1) − R(τ*) = (1−τ*)² gᵀHg, what averaging at the best τ saves (docs, S3)."""
-        slope, curvature = self.slope_and_curvature(filter)
-        return (1 - slope / curvature) ** 2 * curvature
+        _, curvature = self.slope_and_curvature(filter)
+        return (1 - self.optimal_tau(filter)) ** 2 * curvature
 
     def oracle_filter(self) -> Tabulated:
-        """g* = H⁻¹b, which no spectral method beats on this design (docs, S4). Values in `.values`."""
-        return self._over_designs(lambda form: Tabulated(form._oracle()))
+        """g* = H⁻¹b, which no spectral method beats on this design (docs, S4). Values (…, n) in `.values`."""
+        return self._over_designs(lambda form, _: Tabulated(form._oracle()))
 
     def oracle_risk(self) -> Array:
         """R(g*) = c − bᵀH⁻¹b, the floor of all spectral methods (docs, S4)."""
-        return self._over_designs(lambda form: form.constant - form.linear @ form._oracle())
+        return self._over_designs(lambda form, _: form.constant - form.linear @ form._oracle())
 
     def with_noise_std(self, noise_std: ArrayLike) -> "RiskForm":
-        """The same design at another noise level σ."""
-        noise_std = jnp.broadcast_to(real_array("noise_std", noise_std), self.noise_std.shape)
+        """The same design at another noise level σ ≥ 0, a number (or one per design of a stack)."""
+        noise_std = non_negative("noise_std", noise_std)
+        if noise_std.shape not in ((), self.noise_std.shape):
+            raise ValueError(f"noise_std must be a number, got shape {noise_std.shape}; use jax.vmap for several")
+        noise_std = jnp.broadcast_to(noise_std, self.noise_std.shape)
         return eqx.tree_at(lambda form: form.noise_std, self, noise_std)
 
     def __add__(self, other: "RiskForm") -> "RiskForm":
-        # σ² is folded into q, so that forms with different noise levels add up too.
-        noise_gain = self.noise_std[..., None] ** 2 * self.noise_gain
-        noise_gain = noise_gain + other.noise_std[..., None] ** 2 * other.noise_gain
+        if not isinstance(other, RiskForm):
+            return NotImplemented
+        for name in ("eigenvalues", "noise_std"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if is_concrete(ours, theirs) and not np.array_equal(ours, theirs):
+                raise ValueError(f"forms must have the same design and noise level to be added; their {name} differ")
         return RiskForm(
             self.eigenvalues,
             self.constant + other.constant,
             self.linear + other.linear,
             self.bias_quadratic + other.bias_quadratic,
-            noise_gain,
-            jnp.ones_like(self.noise_std),
+            self.noise_gain + other.noise_gain,
+            self.noise_std,
         )
 
-    def __rmul__(self, weight: ArrayLike) -> "RiskForm":
+    def __mul__(self, weight: ArrayLike) -> "RiskForm":
         weight = real_array("weight", weight, ndim=0)
         return RiskForm(
             self.eigenvalues,
@@ -133,10 +152,17 @@ class RiskForm(eqx.Module):
             self.noise_std,
         )
 
-    def _over_designs(self, function):  # type: ignore[no-untyped-def]
-        for _ in range(self.eigenvalues.ndim - 1):
-            function = eqx.filter_vmap(function)
-        return function(self)
+    __rmul__ = __mul__
+    __array_ufunc__ = None  # so that `numpy_scalar * form` comes here
+
+    def _over_designs(self, function, filter=None):  # type: ignore[no-untyped-def]
+        """function(form, filter) for every design of a stack; values g of the same stack go with their design."""
+        stack = self.constant.shape
+        with_design = not isinstance(filter, Filter) or isinstance(filter, Tabulated)
+        with_design = with_design and np.shape(filter)[: len(stack)] == stack
+        for _ in stack:
+            function = eqx.filter_vmap(function, in_axes=(eqx.if_array(0), eqx.if_array(0) if with_design else None))
+        return function(self, filter)
 
     def _values(self, filter: Filter | ArrayLike) -> Array:
         g = filter(self.eigenvalues) if isinstance(filter, Filter) else real_array("filter", filter)
@@ -144,7 +170,9 @@ class RiskForm(eqx.Module):
         return g
 
     def _risk(self, filter: Filter | ArrayLike, tau: Array) -> Risk:
-        return _evaluate(self, self._values(filter), tau)
+        g = self._values(filter)
+        broadcastable("tau", tau.shape, "the hyperparameters of the filter", g.shape[:-1])
+        return _evaluate(self, g, tau)
 
     def _slope_and_curvature(self, filter: Filter | ArrayLike) -> tuple[Array, Array]:
         g = self._values(filter)
@@ -366,17 +394,24 @@ def _assemble(
     # Where S is a multiple of the identity, P = UᵀXSXᵀU is diagonal and so is P∘Q: diagonals will do.
     diagonal_only = indices[2] == 0 and products.projections is None
 
-    def rotate(index: int | None, ratio: float) -> Array:
-        """ratio · Uᵀ(XMXᵀ)U (n, n), or its diagonal (n,) where that suffices."""
+    def rotated_diagonal(index: int | None, ratio: float) -> Array:
+        """ratio · diag Uᵀ(XMXᵀ)U (n,)."""
         if index is None:
-            return jnp.zeros((n, n), eigenvalues.dtype)
+            return jnp.zeros(n, eigenvalues.dtype)
         if index == 0:
-            return ratio * n * (eigenvalues if diagonal_only else jnp.diag(eigenvalues))
-        left = vectors.T @ products.grams[index]
+            return ratio * n * eigenvalues
         # (UᵀM)∘Uᵀ, not U∘(MU): eigh returns U transposed in memory.
-        return ratio * (jnp.sum(left * vectors.T, axis=1) if diagonal_only else left @ vectors)
+        return ratio * jnp.sum((vectors.T @ products.grams[index]) * vectors.T, axis=1)
 
-    Q, Q1, P, C = (rotate(index, ratio) for index, ratio in zip(indices, ratios, strict=True))
+    def rotated(index: int | None, ratio: float) -> Array:
+        """ratio · Uᵀ(XMXᵀ)U (n, n), or its diagonal (n,) where that suffices."""
+        if diagonal_only:
+            return rotated_diagonal(index, ratio)
+        if index is None or index == 0:
+            return jnp.diag(rotated_diagonal(index, ratio))
+        return ratio * (vectors.T @ products.grams[index] @ vectors)
+
+    Q, Q1, P = (rotated(index, ratio) for index, ratio in zip(indices[:3], ratios[:3], strict=True))
 
     def as_matrix(values: Array) -> Array:
         return jnp.diag(values) if diagonal_only else values
@@ -384,7 +419,7 @@ def _assemble(
     def diagonal(values: Array) -> Array:
         return values if diagonal_only else jnp.diagonal(values)
 
-    linear = diagonal(C) / n
+    linear = rotated_diagonal(indices[3], ratios[3]) / n
     pretrain_linear = jnp.zeros_like(linear)
     if products.projections is not None:
         mean, finetune_mean, pretrain_error = (vectors.T @ products.projections).T

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.optimize
 from jax import Array
 
-from linfit._checks import ArrayLike, non_negative, real_array
+from linfit._checks import ArrayLike, broadcastable, non_negative, real_array
 from linfit._linear_algebra import eigh, gram, rank_cutoff
 from linfit.filters import Ridge
 from linfit.solve import check_data
@@ -36,6 +36,7 @@ def leave_one_out(X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, penalty: Array
     """
     X, y, theta_1 = check_data(X, y, theta_1)
     penalty, tau = non_negative("penalty", penalty), real_array("tau", tau)
+    broadcastable("tau", tau.shape, "penalty", penalty.shape)
     residual = y - X @ theta_1
     learned = leave_one_out_path(X, residual)(penalty)
     return residual - tau[(..., *[None] * residual.ndim)] * learned
@@ -145,13 +146,27 @@ def select(
     taus = jnp.atleast_1d(real_array("taus", jnp.linspace(0, 1.25, 101) if taus is None else taus))
     if penalties.ndim != 1 or taus.ndim != 1:
         raise ValueError(f"penalties and taus must be 1-d, got shapes {penalties.shape} and {taus.shape}")
+    if (np.diff(penalties) <= 0).any():
+        raise ValueError(f"penalties must be increasing, got {penalties}")
 
     residual = y - X @ theta_1
     if validation is None:
         return _minimise(residual, leave_one_out_path(X, residual), penalties, taus)
-    X_val, y_val, _ = check_data(*validation, theta_1)
+    X_val, y_val = _check_validation(validation, theta_1)
     path = validation_path(X, residual, X_val)
     return _minimise(y_val - X_val @ theta_1, path, penalties, taus)
+
+
+def _check_validation(validation: tuple[ArrayLike, ArrayLike], theta_1: Array) -> tuple[Array, Array]:
+    if not isinstance(validation, tuple | list) or len(validation) != 2:
+        raise ValueError(f"validation must be a pair (X_val, y_val), got {type(validation).__name__}")
+    try:
+        X_val, y_val, _ = check_data(*validation, theta_1)
+    except ValueError as error:
+        raise ValueError(f"validation: {error}") from None
+    if y_val.size < 2:
+        raise ValueError("validation must have at least 2 samples for a standard error, got 1")
+    return X_val, y_val
 
 
 def _minimise(residual: Array, learned: Callable[[Array], Array], penalties: Array, taus: Array) -> Selection:

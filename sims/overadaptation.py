@@ -19,6 +19,7 @@ from linfit import (
     sample_design,
     sample_task,
 )
+from linfit._checks import ArrayLike
 from linfit.covariance import Covariance
 from sims.estimate import mean_and_error, progress, replicate
 from theory.overadaptation import best_of_each_method
@@ -31,7 +32,7 @@ class Several(Filter):
 
     filters: tuple[Filter, ...]
 
-    def __call__(self, eigenvalues: Array) -> Array:
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
         return jnp.concatenate([jnp.atleast_2d(filter(eigenvalues)) for filter in self.filters])
 
 
