@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-ROOMS = {"overadaptation": "figures.overadaptation"}
+ROOMS = {"overadaptation": "figures.overadaptation", "equivalents": "figures.equivalents"}
 """What `linfit figures NAME` can draw: each module has `pictures(key, quick)`."""
 
 

@@ -155,9 +155,8 @@ def digits_along_tau(key: Array, noise_levels: np.ndarray, tau: np.ndarray, spli
     test error at the former less that at the latter.
     """
     levels = np.asarray(non_negative("noise_levels", noise_levels, ndim=1))
-    tau = jnp.asarray(tau)
     runs = [
-        measure_split(jax.random.fold_in(key, i), levels, tau, **sizes)
+        measure_split(jax.random.fold_in(key, i), levels, jnp.asarray(tau), **sizes)
         for i in progress(range(count("splits", splits, minimum=2)), "digits")
     ]
     samples = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
@@ -168,5 +167,5 @@ def digits_along_tau(key: Array, noise_levels: np.ndarray, tau: np.ndarray, spli
     for name, values in samples.items():
         dims = ("noise_std", "filter", "tau")[: values.ndim - 1]
         variables |= mean_and_error(values, dims, name)
-    coordinates = {"noise_std": levels, "filter": ["min-norm", "ridge"], "tau": np.asarray(tau)}
+    coordinates = {"noise_std": levels, "filter": ["min-norm", "ridge"], "tau": tau}
     return xr.Dataset(variables, coordinates, {"splits": splits, "data": "scikit-learn digits", **sizes})

@@ -38,7 +38,7 @@ def minimise_over_logarithm(function: Callable[[Array], Array], lower: ArrayLike
     def along(position: Array, _: None) -> Array:
         return function(jnp.exp(left + position * (right - left))[None])[0]
 
-    solver = optimistix.GoldenSearch(rtol=0, atol=1e-6)
+    solver: optimistix.AbstractMinimiser = optimistix.GoldenSearch(rtol=0, atol=1e-6)  # type: ignore[call-arg]
     middle = jnp.asarray(0.5, grid.dtype)
     position = optimistix.minimise(
         along, solver, middle, options={"lower": 0.0, "upper": 1.0}, max_steps=64, throw=False

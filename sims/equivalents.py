@@ -1,0 +1,114 @@
+"""Deterministic equivalents measured: exact risk averaged over random designs, beside the prediction.
+
+The exact risk of a design (`linfit.risk_forms`) is already averaged over noise and shift, so what is left to average is
+the design alone.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jax import Array
+
+from linfit import Filter, TwoTaskProblem, risk_forms, sample_design
+from sims.estimate import mean_and_error, replicate
+from theory.equivalents import risk
+
+DOMAINS = ("finetune", "pretrain")
+
+
+def averaged_risk(
+    key: Array,
+    problem: TwoTaskProblem,
+    n: int,
+    filter: Filter,
+    hyperparameters: np.ndarray,
+    tau: np.ndarray,
+    designs: int,
+    law: str = "gaussian",
+) -> xr.Dataset:
+    """Exact total risk of an array of filters, averaged over designs, and its prediction.
+
+    Dimensions (tau, hyperparameter), the latter labelling the filters. For "finetune" and "pretrain": the mean,
+    `…_error` its standard error, `…_predicted` the deterministic equivalent, `…_gap` the relative gap between them.
+
+    >>> from linfit import Ridge, power_law_problem
+    >>> penalty = np.array([0.01, 0.1])
+    >>> data = averaged_risk(
+    ...     jax.random.key(0), power_law_problem(120), 40, Ridge(penalty), penalty, np.array([1.0]), designs=40)
+    >>> bool(abs(data.finetune_gap).max() < 0.05)
+    True
+    """
+    column = jnp.asarray(tau)[:, None]
+
+    def measure(design_key: Array) -> tuple[Array, Array]:
+        forms = risk_forms(sample_design(design_key, problem.finetune_covariance, n, law), problem)
+        return forms.finetune(filter, column).total, forms.pretrain(filter, column).total
+
+    samples = replicate(measure, key, designs, f"designs, n = {n}")
+    predicted = risk(problem, n, filter, column)
+    dims = ("tau", "hyperparameter")
+    variables: dict[str, xr.Variable] = {}
+    for name, sample, prediction in zip(DOMAINS, samples, predicted, strict=True):
+        total = np.asarray(prediction.total)
+        variables |= mean_and_error(np.asarray(sample), dims, name)
+        variables[f"{name}_predicted"] = xr.Variable(dims, total)
+        variables[f"{name}_gap"] = xr.Variable(dims, sample.mean(axis=0) / total - 1)
+    attributes = {"n": n, "p": problem.p, "designs": designs, "law": law}
+    return xr.Dataset(variables, {"tau": tau, "hyperparameter": hyperparameters}, attributes)
+
+
+def convergence(
+    key: Array,
+    problem_of: Callable[[int], TwoTaskProblem],
+    sizes: Sequence[int],
+    filters: dict[str, Filter],
+    designs: Callable[[int], int],
+) -> xr.Dataset:
+    """Relative gap between averaged exact risk and prediction as n and p grow together.
+
+    `problem_of(n)` is the problem at n samples, `designs(n)` how many designs to average; each filter is a single one.
+    Dimensions (filter, n): `gap` = mean / prediction − 1 of the fine-tuning risk and `gap_error`, its standard error.
+    Over n: `slope` of log|gap| against log n, by least squares weighted with the errors, and `slope_error`.
+    """
+    gaps, errors = [], []
+    for index, n in enumerate(sizes):
+        problem = problem_of(n)
+
+        def measure(design_key: Array, problem: TwoTaskProblem = problem, n: int = n) -> Array:
+            form = risk_forms(sample_design(design_key, problem.finetune_covariance, n), problem).finetune
+            return jnp.stack([form(filter).total for filter in filters.values()])
+
+        predicted = np.array([float(risk(problem, n, filter).finetune.total) for filter in filters.values()])
+        relative = replicate(measure, jax.random.fold_in(key, index), designs(n), f"n = {n}") / predicted - 1
+        gaps.append(relative.mean(axis=0))
+        errors.append(relative.std(axis=0, ddof=1) / len(relative) ** 0.5)
+    gap, error = np.transpose(gaps), np.transpose(errors)
+    fits = [power_of_n(np.asarray(sizes), *row) for row in zip(gap, error, strict=True)]
+    slope, slope_error = np.transpose(fits)
+    dims = ("filter", "n")
+    return xr.Dataset(
+        {
+            "gap": (dims, gap),
+            "gap_error": (dims, error),
+            "slope": ("filter", slope),
+            "slope_error": ("filter", slope_error),
+        },
+        {"filter": list(filters), "n": np.asarray(sizes)},
+        {"designs": [designs(n) for n in sizes]},
+    )
+
+
+def power_of_n(n: np.ndarray, gap: np.ndarray, error: np.ndarray) -> tuple[float, float]:
+    """b and its standard error in |gap| ≈ C·n^b, each point weighted by its accuracy.
+
+    >>> power_of_n(np.array([10, 100, 1000]), np.array([0.5, 0.05, 0.005]), np.array([0.01, 0.001, 0.0001]))[0]
+    -1.0
+    """
+    weights = np.abs(gap) / error  # one over the error of log|gap|
+    design = np.stack([np.ones(len(n)), np.log(n)], axis=1)
+    covariance = np.linalg.inv(design.T @ (weights[:, None] ** 2 * design))
+    slope = covariance @ design.T @ (weights**2 * np.log(np.abs(gap)))
+    return round(float(slope[1]), 12), float(covariance[1, 1] ** 0.5)

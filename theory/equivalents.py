@@ -1,0 +1,626 @@
+"""Deterministic equivalents: the risk of every filter without sampling a design (docs, D1–D5).
+
+As n and p grow together the sample covariance Σ̂ = XᵀX/n acts, in every quantity below, like a shrunken population
+covariance: λ(Σ̂+λ)⁻¹ ≍ κ(Σ+κ)⁻¹ with a larger, *effective* penalty κ. The relative error falls like 1/n.
+
+Derivation of the risk. Write a filter as a sum of ridges, g(s) = Re Σ_k w_k/(s+λ_k) (`theory.rational`), and let
+κ_k solve D1 at λ_k; S = E ΔΔᵀ, m = E Δ. In the basis where Σ₁ and Σ₂ are diagonal, coordinate j is learned, on average,
+by the fraction
+
+    f_j = Σ_k w_k s_j/(s_j+κ_k),
+
+and D2 says that the fluctuation around this mean adds, on a test covariance M,
+
+    E_M = Σ_kl w_k w_l κ_k κ_l a_kl Σ_j S_jj s_j r_jk r_jl,   V_M = σ² Σ_kl w_k w_l a_kl,      r_jk = 1/(s_j+κ_k),
+    a_kl = (1/n) Σ_j M_j s_j r_jk r_jl / (1 − (1/n) Σ_j s_j² r_jk r_jl):
+
+    R_ft(τ)  = Σ_j M_j S_jj (1 − τf_j)² + τ²(E_M + V_M),                               M = Σ₂,
+    R_pre(τ) = Σ_j M_j [(u_j + τ f_j m_j)² + τ² f_j² Ω_jj] + τ²(E_M + V_M),            M = Σ₁.
+
+(For ridge this is D3; the variance of a sum of ridges is the same double sum because
+Σ̂(Σ̂+λ_k)⁻¹(Σ̂+λ_l)⁻¹ = [λ_k(Σ̂+λ_k)⁻¹ − λ_l(Σ̂+λ_l)⁻¹]/(λ_k−λ_l).) Only the diagonal of S enters, since everything
+else is diagonal.
+
+Two identities make the double sums cheap. With T_w(κ) = Σ_j w_j/(s_j+κ),
+
+    Σ_j w_j r_jk r_jl = −[T_w(κ_k) − T_w(κ_l)]/(κ_k − κ_l),      1 − (1/n) Σ_j s_j² r_jk r_jl = (λ_k − λ_l)/(κ_k − κ_l),
+
+so K resolvents cost K passes over the spectrum, not K².
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix
+from jax import Array
+
+from linfit._checks import ArrayLike, is_concrete, non_negative, positive, real_array, same_size
+from linfit.covariance import Covariance, Diagonal
+from linfit.filters import Ensemble, Filter, GradientDescent, GradientFlow, MinNorm, Ridge
+from linfit.problem import TwoTaskProblem
+from linfit.risk import Risk
+from theory import rational
+
+
+class Spectrum(eqx.Module):
+    """Weighted atoms: eigenvalues (k,) ≥ 0, each with a multiplicity (k,) ≥ 0, whole or not.
+
+    The cost of everything below is that of k, whatever the dimension p = Σ multiplicities.
+
+    >>> float(effective_regularization(0.0, Spectrum([1.0], [1e9]), 1e8))   # κ = p/n − 1
+    9.0
+    """
+
+    eigenvalues: Array
+    multiplicities: Array
+
+    def __init__(self, eigenvalues: ArrayLike, multiplicities: ArrayLike):
+        self.eigenvalues = non_negative("eigenvalues", eigenvalues, ndim=1)
+        self.multiplicities = non_negative("multiplicities", multiplicities, ndim=1).astype(self.eigenvalues.dtype)
+        same_size("multiplicities", self.multiplicities.shape[0], "eigenvalues", self.eigenvalues.shape[0])
+
+    @property
+    def trace(self) -> Array:
+        """tr Σ."""
+        return self.multiplicities @ self.eigenvalues
+
+    @property
+    def rank(self) -> Array:
+        """Number of positive eigenvalues."""
+        return jnp.sum(jnp.where(self.eigenvalues > 0, self.multiplicities, 0))
+
+
+def _as_spectrum(value: "Spectrum | Covariance | ArrayLike", name: str = "spectrum") -> Spectrum:
+    if isinstance(value, Spectrum):
+        return value
+    if isinstance(value, Covariance):
+        value = _diagonal(value, name)
+    eigenvalues = non_negative(name, value, ndim=1)
+    return Spectrum(eigenvalues, jnp.ones_like(eigenvalues))
+
+
+def _diagonal(covariance: Covariance, name: str) -> Array:
+    if not isinstance(covariance, Diagonal):
+        raise ValueError(
+            f"{name} must be diagonal, given as eigenvalues (p,), got {type(covariance).__name__}; "
+            "covariances that commute become so in their common eigenbasis (rotate the shift too)"
+        )
+    return covariance.eigenvalues
+
+
+# D1 ------------------------------------------------------------------------------------------------------------------
+
+
+def effective_regularization(penalty: ArrayLike, spectrum: "Spectrum | Covariance | ArrayLike", n: ArrayLike) -> Array:
+    """κ(λ): λ(Σ̂+λ)⁻¹ ≍ κ(Σ+κ)⁻¹ (docs, D1).
+
+        κ − (κ/n) tr Σ(Σ+κ)⁻¹ = λ
+
+    `penalty` λ of any shape, real ≥ 0 or complex off the negative axis → κ of that shape, in units of the eigenvalues.
+    `spectrum` is eigenvalues (p,) or a `Spectrum`; n > 0 the number of samples. λ = 0 is the limit: κ > 0 if more
+    than n eigenvalues are positive, else 0. Differentiable in every argument (implicitly).
+
+    Raises ValueError for a penalty that is negative or NaN, n ≤ 0, or eigenvalues that are negative or all zero.
+
+    >>> effective_regularization(jnp.array([0.0, 1.0]), jnp.ones(20), 10)
+    Array([1.        , 2.41421356], dtype=float64)
+    """
+    spectrum = _nonzero(_as_spectrum(spectrum))
+    return _kappa(_penalty(penalty, spectrum.eigenvalues.dtype), spectrum, _samples(n, spectrum))
+
+
+def _nonzero(spectrum: Spectrum) -> Spectrum:
+    if is_concrete(spectrum) and not float(spectrum.trace) > 0:
+        raise ValueError("spectrum must have a positive eigenvalue, got trace 0")
+    return spectrum
+
+
+def _penalty(penalty: ArrayLike, dtype: jnp.dtype) -> Array:
+    if not jnp.iscomplexobj(penalty):
+        array = non_negative("penalty", penalty)
+        return array.astype(jnp.result_type(array, dtype))
+    array = jnp.asarray(penalty)
+    if is_concrete(array):
+        host = np.asarray(array)
+        if not np.isfinite(host).all():
+            raise ValueError("penalty must be finite, got NaN or Inf")
+        if ((host.imag == 0) & (host.real < 0)).any():
+            raise ValueError("penalty must lie off the negative real axis, got a negative one")
+    return array.astype(jnp.result_type(array, dtype))
+
+
+def _samples(n: ArrayLike, spectrum: Spectrum) -> Array:
+    return positive("n", n, ndim=0).astype(spectrum.eigenvalues.dtype)
+
+
+@jax.jit
+def _kappa(penalty: Array, spectrum: Spectrum, n: Array) -> Array:
+    flat = _over_nodes(lambda one: _solve(one, spectrum, n), penalty.ravel(), spectrum.eigenvalues.size)
+    return flat.reshape(penalty.shape)
+
+
+def _over_nodes(function, nodes, size: int):  # type: ignore[no-untyped-def]
+    """Map over nodes, as many at a time as keep p × nodes within 2²⁰ numbers."""
+    count = jax.tree.leaves(nodes)[0].shape[0]
+    batch = max(1, 2**20 // size)
+    return jax.vmap(function)(nodes) if batch >= count else jax.lax.map(function, nodes, batch_size=batch)
+
+
+def _solve(penalty: Array, spectrum: Spectrum, n: Array) -> Array:
+    """One root of D1, by Newton's method from λ + trΣ/n.
+
+    With f = s/(s+κ), Newton's map for h(κ) = κ − (κ/n) Σf − λ is N(κ) = [λ + (κ/n) Σf(1−f)] / [1 − (1/n) Σf²]: no
+    cancellation in the numerator. For real λ, h is convex and positive at the start, so the iterates fall to the root
+    monotonically. For complex λ the root is the only one on λ's side of the real axis (1/κ is a Stieltjes transform
+    of λ); a step across is replaced by one of the plain iteration κ ← λ + (κ/n) Σf, which never crosses.
+    """
+    excess = spectrum.rank - n
+    interpolates = (penalty == 0) & (excess <= 0)
+    safe = jnp.where(interpolates, 1, penalty)
+
+    def moments(kappa: Array) -> tuple[Array, Array, Array]:
+        f = spectrum.eigenvalues * _reciprocal(spectrum.eigenvalues, kappa)
+        weighted = spectrum.multiplicities * f
+        return jnp.sum(weighted) / n, jnp.sum(weighted * (1 - f)) / n, jnp.sum(weighted * f) / n
+
+    def newton(kappa: Array, penalty: Array) -> Array:
+        first, difference, second = moments(kappa)
+        step = (penalty + kappa * difference) / (1 - second)
+        if not jnp.iscomplexobj(kappa):
+            return step
+        return jnp.where(step.imag * penalty.imag >= 0, step, penalty + kappa * first)
+
+    kappa = _fixed_point(newton, safe + spectrum.trace / n, safe)
+    slope = jnp.where(excess < 0, -n / jnp.where(excess < 0, excess, -1), 0)  # κ ≈ λ·n/(n − rank) near λ = 0
+    return jnp.where(interpolates, penalty * slope, kappa)
+
+
+def _fixed_point(function, start: Array, argument: Array) -> Array:  # type: ignore[no-untyped-def]
+    """κ = function(κ, argument), by optimistix, which differentiates it implicitly; complex κ as (log|κ|, arg κ)."""
+    tolerance = float(jnp.finfo(start.dtype).eps) ** 0.625  # relative; a Newton step squares it
+    solver: optimistix.FixedPointIteration
+    if not jnp.iscomplexobj(start):
+        solver = optimistix.FixedPointIteration(rtol=tolerance, atol=0.0, norm=_norm)
+        return optimistix.fixed_point(function, solver, start, argument).value
+
+    def to_polar(kappa: Array) -> Array:
+        logarithm = jnp.log(kappa)
+        return jnp.stack([logarithm.real, logarithm.imag])
+
+    def from_polar(polar: Array) -> Array:
+        return jnp.exp(jax.lax.complex(polar[0], polar[1]))
+
+    solver = optimistix.FixedPointIteration(rtol=0.0, atol=tolerance, norm=_norm)
+    solution: optimistix.Solution = optimistix.fixed_point(
+        lambda polar, argument: to_polar(function(from_polar(polar), argument)), solver, to_polar(start), argument
+    )
+    return from_polar(solution.value)
+
+
+def _norm(error: Array) -> Array:
+    """The largest entry, in the dtype in which optimistix starts to count."""
+    return jnp.max(jnp.abs(error)).astype(jnp.result_type(float))
+
+
+def _reciprocal(s: Array, kappa: Array) -> Array:
+    """1/(s+κ), 0 where both vanish; in real arithmetic, which XLA vectorises and complex division it does not."""
+    if jnp.iscomplexobj(kappa):
+        real, imaginary = s + kappa.real, kappa.imag
+        square = real**2 + imaginary**2
+        return jax.lax.complex(real / square, -imaginary / square)
+    total = s + kappa
+    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+
+
+class DegreesOfFreedom(NamedTuple):
+    """Effective dimensions at an effective penalty κ."""
+
+    first: Array
+    """df₁ = tr Σ(Σ+κ)⁻¹."""
+    second: Array
+    """df₂ = tr Σ²(Σ+κ)⁻²; variance blows up as it approaches n."""
+
+
+def degrees_of_freedom(
+    penalty: ArrayLike, spectrum: "Spectrum | Covariance | ArrayLike", n: ArrayLike
+) -> DegreesOfFreedom:
+    """df₁ = tr Σ(Σ+κ)⁻¹ and df₂ = tr Σ²(Σ+κ)⁻² at κ = κ(λ) (docs, D5); each of the shape of `penalty`.
+
+    df₁ = n(1 − λ/κ): at λ = 0 and rank > n all n samples are used up. Raises ValueError as `effective_regularization`.
+
+    >>> degrees_of_freedom(0.0, jnp.ones(20), 10)
+    DegreesOfFreedom(first=Array(10., dtype=float64), second=Array(5., dtype=float64))
+    """
+    spectrum = _nonzero(_as_spectrum(spectrum))
+    kappa = effective_regularization(penalty, spectrum, n)
+    return _degrees_of_freedom(kappa, spectrum)
+
+
+@jax.jit
+def _degrees_of_freedom(kappa: Array, spectrum: Spectrum) -> DegreesOfFreedom:
+    def one(kappa: Array) -> tuple[Array, Array]:
+        f = spectrum.eigenvalues * _reciprocal(spectrum.eigenvalues, kappa)
+        return jnp.sum(spectrum.multiplicities * f), jnp.sum(spectrum.multiplicities * f**2)
+
+    first, second = _over_nodes(one, kappa.ravel(), spectrum.eigenvalues.size)
+    return DegreesOfFreedom(first.reshape(kappa.shape), second.reshape(kappa.shape))
+
+
+class EffectiveRanks(NamedTuple):
+    """How many eigenvalues the tail beyond the k-th is worth."""
+
+    r: Array
+    """r_k = Σ_{i>k} λ_i / λ_{k+1}."""
+    R: Array
+    """R_k = (Σ_{i>k} λ_i)² / Σ_{i>k} λ_i²; r_k ≤ R_k ≤ r_k²."""
+
+
+def effective_ranks(spectrum: "Spectrum | Covariance | ArrayLike", k: ArrayLike = 0) -> EffectiveRanks:
+    """Effective ranks r_k and R_k of benign overfitting (Bartlett, Long, Lugosi & Tsigler 2020; docs, D5).
+
+        r_k = Σ_{i>k} λ_i / λ_{k+1},      R_k = (Σ_{i>k} λ_i)² / Σ_{i>k} λ_i²
+
+    The eigenvalues are sorted here; k ≥ 0 of any shape, below the number of positive eigenvalues. Raises ValueError
+    otherwise.
+
+    >>> effective_ranks(jnp.array([4.0, 1.0, 1.0]), [0, 1])
+    EffectiveRanks(r=Array([1.5, 2. ], dtype=float64), R=Array([2., 2.], dtype=float64))
+    """
+    spectrum = _nonzero(_as_spectrum(spectrum))
+    k = non_negative("k", k).astype(spectrum.eigenvalues.dtype)
+    if is_concrete(k, spectrum) and not (np.asarray(k) < float(spectrum.rank)).all():
+        raise ValueError(f"k must be below the number of positive eigenvalues, {spectrum.rank}, got {k.max()}")
+    order = jnp.argsort(-spectrum.eigenvalues)
+    eigenvalues, multiplicities = spectrum.eigenvalues[order], spectrum.multiplicities[order]
+    last = jnp.cumsum(multiplicities)
+    at = jnp.searchsorted(last, k, side="right")  # the atom that holds the (k+1)-th eigenvalue, and
+    rest = last[at] - k  # how much of it lies beyond the k-th
+
+    def tail(values: Array) -> Array:
+        later = jnp.cumsum((multiplicities * values)[::-1])[::-1] - multiplicities * values
+        return rest * values[at] + later[at]
+
+    total = tail(eigenvalues)
+    return EffectiveRanks(total / eigenvalues[at], total**2 / tail(eigenvalues**2))
+
+
+def spectral_edge(spectrum: "Spectrum | Covariance | ArrayLike", n: ArrayLike) -> Array:
+    """Largest eigenvalue that Σ̂ has in the limit: min over x > s_max of x·(1 + (1/n) Σ s/(x−s)) (docs, D1; ours).
+
+    This is −λ at κ = −x, where D1 ceases to be monotone. Found on a grid: at most 1% above. Raises ValueError as
+    `effective_regularization`.
+
+    >>> round(float(spectral_edge(jnp.ones(400), 100)), 1)   # Marchenko–Pastur: (1 + √(p/n))²
+    9.0
+    """
+    spectrum = _nonzero(_as_spectrum(spectrum))
+    s, samples = spectrum.eigenvalues, _samples(n, spectrum)
+    grid = jnp.max(s) * (1 + jnp.logspace(-4, 4, 161, dtype=s.dtype))
+
+    def edge(x: Array) -> Array:
+        return x * (1 + jnp.sum(spectrum.multiplicities * s / (x - s)) / samples)
+
+    return jnp.min(_over_nodes(edge, grid, s.size))
+
+
+def signal_to_noise(problem: TwoTaskProblem) -> Array:
+    """SNR = tr SΣ₂ / σ², the risk of the pretrained weights over the noise variance (docs, D5); ∞ without noise.
+
+    >>> from linfit import RandomShift, TwoTaskProblem
+    >>> float(signal_to_noise(TwoTaskProblem([1.0, 1.0], [1.0, 3.0], RandomShift([0.5, 0.5]), noise_std=2.0)))
+    0.5
+    """
+    return (
+        _second_moment(problem) @ _diagonal(problem.finetune_covariance, "finetune_covariance") / (problem.noise_std**2)
+    )
+
+
+# Risk ----------------------------------------------------------------------------------------------------------------
+
+
+class TauForm(NamedTuple):
+    """R(τ) = c − 2τ·slope + τ²·(bias + variance): the risk of an ensemble as a function of τ (docs, S3)."""
+
+    constant: Array
+    """c = R(0), the risk of the pretrained weights."""
+    slope: Array
+    bias: Array
+    variance: Array
+
+    def __call__(self, tau: ArrayLike = 1.0) -> Risk:
+        """Bias² and variance at τ, which broadcasts against the filter's hyperparameters."""
+        tau = real_array("tau", tau)
+        bias = self.constant - 2 * tau * self.slope + tau**2 * self.bias
+        return Risk(*jnp.broadcast_arrays(bias, tau**2 * self.variance))
+
+    @property
+    def optimal_tau(self) -> Array:
+        """τ* = slope/(bias + variance); overadaptation is τ* < 1 (docs, O1)."""
+        return self.slope / (self.bias + self.variance)
+
+    @property
+    def optimal_risk(self) -> Array:
+        """R(τ*)."""
+        return self.constant - self.slope * self.optimal_tau
+
+
+class TauForms(NamedTuple):
+    """Both domains of one filter."""
+
+    finetune: TauForm
+    pretrain: TauForm
+
+
+class Risks(NamedTuple):
+    """Both risks of one filter and τ."""
+
+    finetune: Risk
+    """R_ft(θ) = ‖θ−θ₂*‖²_{Σ₂}."""
+    pretrain: Risk
+    """R_pre(θ) = ‖θ−θ₁*‖²_{Σ₁}."""
+
+
+def risk(
+    problem: TwoTaskProblem,
+    n: ArrayLike,
+    filter: Filter,
+    tau: ArrayLike = 1.0,
+    *,
+    multiplicities: ArrayLike | None = None,
+) -> Risks:
+    """Predicted bias² and variance of θ_τ = (1−τ)θ₁ + τθ̂ on both domains, over designs of n samples (docs, D2–D4).
+
+    Ridge is the known two-point equivalent; gradient flow and descent by contour, the pretraining risk and τ are ours.
+    For MinNorm, Ridge, GradientFlow, GradientDescent and `tau * filter`; array hyperparameters and `tau`
+    broadcast → fields of that shape. Σ₁ and Σ₂ diagonal; of the shift covariance only the diagonal enters. n > 0
+    (any real number) and everything else may be traced: jit, vmap and grad work, and new values do not
+    recompile. Times within a decade share a contour if concrete; traced ones have each their own, which is slower.
+    With `multiplicities` (p,), coordinate j of the problem stands for that many equal ones.
+
+    Error against the mean of exact risks: O(1/n). Numerical error: 1e-7 relative (float32: 3e-3); for
+    gradient descent with ηs_max > 1, |1−ηs_max|^k more beyond 16 steps, s_max the `spectral_edge`.
+
+    Raises ValueError for covariances that are not diagonal, n ≤ 0, another filter, or a step size with ηs_max ≥ 2.
+
+    >>> from linfit import GradientFlow, RandomShift, TwoTaskProblem, spectra
+    >>> spectrum = spectra.power_law(1000)
+    >>> problem = TwoTaskProblem(spectrum, spectrum, RandomShift(spectra.isotropic(1000)), noise_std=1.0)
+    >>> risk(problem, 250, GradientFlow([1.0, 10.0, 100.0])).finetune.total.round(2)
+    Array([5.69, 3.72, 2.79], dtype=float64)
+    """
+    finetune, pretrain = tau_forms(problem, n, filter, multiplicities=multiplicities)
+    return Risks(finetune(tau), pretrain(tau))
+
+
+def tau_forms(
+    problem: TwoTaskProblem, n: ArrayLike, filter: Filter, *, multiplicities: ArrayLike | None = None
+) -> TauForms:
+    """The predicted risks as functions of τ, with the best τ in closed form (docs, D3, S3; ours).
+
+    Arguments and errors as for `risk`; fields have the shape of the filter's hyperparameters.
+
+    >>> from linfit import MinNorm, RandomShift, TwoTaskProblem
+    >>> flat = jnp.ones(1000)
+    >>> problem = TwoTaskProblem(flat, flat, RandomShift(flat / 1000), noise_std=1.0)
+    >>> tau_forms(problem, 500, MinNorm()).finetune.optimal_tau   # SNR 1, p = 2n
+    Array(0.33333333, dtype=float64)
+    """
+    if isinstance(filter, Ensemble):
+        inner = tau_forms(problem, n, filter.filter, multiplicities=multiplicities)
+        return TauForms(*(_scaled(form, filter.tau) for form in inner))
+    population = _population(problem, n, multiplicities)
+    if isinstance(filter, MinNorm):
+        return _ridge(population, jnp.zeros_like(population.n))
+    if isinstance(filter, Ridge):
+        return _ridge(population, filter.penalty.astype(population.n.dtype))
+    if isinstance(filter, GradientFlow):
+        return _gradient_flow(population, filter.time.astype(population.n.dtype))
+    if isinstance(filter, GradientDescent):
+        return _gradient_descent(population, filter)
+    raise ValueError(
+        "filter must be MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them: "
+        f"no equivalent for {type(filter).__name__}"
+    )
+
+
+def _scaled(form: TauForm, tau: Array) -> TauForm:
+    scaled = (form.constant, tau * form.slope, tau**2 * form.bias, tau**2 * form.variance)
+    return TauForm(*jnp.broadcast_arrays(*scaled))
+
+
+class _Population(NamedTuple):
+    """The problem as weighted sums over its coordinates."""
+
+    spectrum: Spectrum
+    n: Array
+    constants: Array
+    """R_ft and R_pre of the pretrained weights (2,)."""
+    slope: Array
+    """Weights w of slope = Σ_k w_k T_w(κ_k) (2, p)."""
+    square: Array
+    """Weights of Σ_j M_j S_jj f_j², M = Σ₂ and Σ₁ (2, p)."""
+    gain: Array
+    """M s (2, p)."""
+    spread: Array
+    """S s (1, p)."""
+    noise_std: Array
+
+
+def _second_moment(problem: TwoTaskProblem) -> Array:
+    """diag S, S = Ω + mmᵀ."""
+    spread = problem.gap_covariance.diagonal() if problem.gap_covariance is not None else 0.0
+    mean = problem.gap_mean
+    return spread + (jnp.zeros(problem.p) if mean is None else mean**2)
+
+
+def _population(problem: TwoTaskProblem, n: ArrayLike, multiplicities: ArrayLike | None) -> _Population:
+    if not isinstance(problem, TwoTaskProblem):
+        raise ValueError(f"problem must be a linfit.TwoTaskProblem, got {type(problem).__name__}")
+    s = _diagonal(problem.finetune_covariance, "finetune_covariance")
+    pretrain = _diagonal(problem.pretrain_covariance, "pretrain_covariance")
+    spectrum = _nonzero(Spectrum(s, jnp.ones_like(s) if multiplicities is None else multiplicities))
+    count = spectrum.multiplicities
+    S = _second_moment(problem).astype(s.dtype)
+    u, mean = problem.pretrain_error, problem.gap_mean
+    u = jnp.zeros_like(s) if u is None else u
+    mean = jnp.zeros_like(s) if mean is None else mean
+    return _Population(
+        spectrum,
+        _samples(n, spectrum),
+        jnp.stack([count @ (S * s), count @ (u**2 * pretrain)]),
+        count * jnp.stack([S * s * s, -pretrain * u * mean * s]),
+        count * jnp.stack([S * s * s**2, S * pretrain * s**2]),
+        count * jnp.stack([s * s, pretrain * s]),
+        (count * S * s)[None],
+        problem.noise_std.astype(s.dtype),
+    )
+
+
+@jax.jit
+def _ridge(population: _Population, penalty: Array) -> TauForms:
+    """Also λ = ∞, where nothing is learned."""
+    flat = penalty.ravel()
+    finite = jnp.isfinite(flat)
+    one_term = rational.Ridges(jnp.where(finite, flat, 1)[:, None], jnp.ones_like(flat)[:, None], jnp.arange(flat.size))
+    return _shaped(_evaluate(population, one_term, finite), penalty.shape)
+
+
+def _shaped(forms: TauForms, shape: tuple[int, ...]) -> TauForms:
+    return jax.tree.map(lambda leaf: leaf.reshape(shape), forms)
+
+
+def _gradient_flow(population: _Population, time: Array) -> TauForms:
+    """t = 0 learns nothing, t = ∞ is MinNorm; between them a contour."""
+    flat = time.ravel()
+    started, ended = flat > 0, jnp.isinf(flat)
+    between = jnp.where(started & ~ended, flat, 1)
+    plan = rational.plan(between, jnp.ones_like(flat), concrete=is_concrete(flat))
+    forms = _flow(population, between, started, plan)
+    if not is_concrete(ended) or np.asarray(ended).any():
+        forms = _where(ended, _ridge(population, jnp.zeros((1,), flat.dtype)), forms)
+    return _shaped(forms, time.shape)
+
+
+@jax.jit
+def _flow(population: _Population, times: Array, started: Array, plan: rational.Plan) -> TauForms:
+    return _evaluate(population, rational.flow_ridges(times, plan), started)
+
+
+def _where(condition: Array, a: TauForms, b: TauForms) -> TauForms:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def _gradient_descent(population: _Population, filter: GradientDescent) -> TauForms:
+    steps, step_size = jnp.broadcast_arrays(filter.steps, filter.step_size)
+    dtype = population.n.dtype
+    flat_steps, flat_sizes = steps.ravel().astype(dtype), step_size.ravel().astype(dtype)
+    if is_concrete(population, flat_sizes):
+        edge = spectral_edge(population.spectrum, population.n)
+        if (np.asarray(flat_sizes) >= 2 / np.asarray(edge)).any():
+            raise ValueError(
+                f"step_size must be below 2/s_max = {2 / edge:.6g} for this problem, got {flat_sizes.max()}"
+            )
+    few = flat_steps <= rational.FEW_STEPS
+    if not is_concrete(few):
+        forms = _where(
+            few, _few_steps(population, flat_steps, flat_sizes), _many_steps(population, flat_steps, flat_sizes)
+        )
+    elif np.asarray(few).all():
+        forms = _few_steps(population, flat_steps, flat_sizes)
+    else:
+        forms = _many_steps(population, flat_steps, flat_sizes)
+        if np.asarray(few).any():
+            forms = _where(few, _few_steps(population, flat_steps, flat_sizes), forms)
+    return _shaped(forms, steps.shape)
+
+
+def _many_steps(population: _Population, steps: Array, sizes: Array) -> TauForms:
+    steps = jnp.maximum(steps, rational.FEW_STEPS)
+    return _descent(population, steps, rational.plan(steps, sizes, concrete=is_concrete(steps, sizes)))
+
+
+@jax.jit
+def _descent(population: _Population, steps: Array, plan: rational.Plan) -> TauForms:
+    return _evaluate(population, rational.descent_ridges(steps, plan), jnp.ones_like(steps, bool))
+
+
+def _few_steps(population: _Population, steps: Array, sizes: Array) -> TauForms:
+    """One circle for each step size."""
+    distinct, group = sizes, jnp.arange(sizes.size)
+    if is_concrete(sizes):
+        distinct, group = (jnp.asarray(x) for x in np.unique(np.asarray(sizes), return_inverse=True))
+    return _circle(population, jnp.minimum(steps, rational.FEW_STEPS), distinct, group)
+
+
+@jax.jit
+def _circle(population: _Population, steps: Array, sizes: Array, group: Array) -> TauForms:
+    return _evaluate(population, rational.few_steps_ridges(steps, sizes, group), steps > 0)
+
+
+def _evaluate(population: _Population, ridges: rational.Ridges, active: Array) -> TauForms:
+    """The sums of the module's docstring for T filters; where not `active`, nothing is learned."""
+    linear, kernels = _over_groups(population, ridges.penalties)
+    w = jnp.where(active[:, None], ridges.weights, 0)
+    group = ridges.group
+    conjugates = [w, w.conj()] if jnp.iscomplexobj(w) else [w]
+    # Re of a sum over upper nodes is half the sum over them and their conjugates.
+    columns = jnp.concatenate(conjugates, axis=-1) / len(conjugates)
+    slope = jnp.einsum("tk,tdk->dt", w, linear[group]).real
+    double = jnp.einsum("tk,tqkl,tl->qt", w, kernels[group], columns).real
+    bias, variance = double[:2], population.noise_std**2 * double[2:]
+    constants = jnp.broadcast_to(population.constants[:, None], slope.shape)
+    return TauForms(*(TauForm(*parts) for parts in zip(constants, slope, bias, variance)))
+
+
+def _over_groups(population: _Population, penalties: Array) -> tuple[Array, Array]:
+    """Linear sums (G, 2, K) and kernels (G, 4, K, L): Σ M S f² + E and a, each for M = Σ₂, Σ₁."""
+    p, K = population.spectrum.eigenvalues.size, penalties.shape[1]
+    return _over_nodes(lambda nodes: _tables(population, nodes), penalties, p * K)
+
+
+def _tables(population: _Population, penalties: Array) -> tuple[Array, Array]:
+    """Linear sums (2, K) and kernels (4, K, L), L = K for real λ and 2K, conjugates last, for complex."""
+    spectrum, n = population.spectrum, population.n
+    s = spectrum.eigenvalues
+    pairs = jnp.concatenate(
+        [population.square, population.gain, population.spread, (spectrum.multiplicities * s**2)[None]]
+    )
+    kappa = _over_nodes(lambda one: _solve(one, spectrum, n), penalties, s.size)
+    # T_w(κ) − T_w(κ₀) = (κ₀−κ) Σ w/((s+κ₀)(s+κ)) keeps all digits of the differences; κ₀ is of the size of the κ.
+    middle = jnp.exp(jnp.mean(jnp.log(jnp.abs(jnp.where(kappa == 0, 1, kappa)))))
+    shifted = pairs * _reciprocal(s, middle)
+
+    def transforms(kappa: Array) -> tuple[Array, Array, Array]:
+        r = _reciprocal(s, kappa)
+        return _dot(population.slope, r), (middle - kappa) * _dot(shifted, r), _dot(pairs, r * r)
+
+    linear, value, derivative = _over_nodes(transforms, kappa, s.size)
+    rows = [kappa, value.T, derivative.T]
+    columns = [jnp.concatenate([x, x.conj()], axis=-1) for x in rows] if jnp.iscomplexobj(kappa) else rows
+    product = rows[0][:, None] * columns[0]
+    double = _divided_difference(*rows, *columns)
+    denominator = 1 - double[5] / n
+    gain = double[2:4] / (n * denominator)
+    moved = product * double[4]
+    fluctuation = jnp.where(moved == 0, 0, gain * moved)  # at the peak rank = n, λ = 0 the gain is infinite
+    return linear.T, jnp.concatenate([double[:2] + fluctuation, gain])
+
+
+def _dot(weights: Array, r: Array) -> Array:
+    if jnp.iscomplexobj(r):
+        return jax.lax.complex(weights @ r.real, weights @ r.imag)
+    return weights @ r
+
+
+def _divided_difference(
+    kappa: Array, value: Array, derivative: Array, others: Array, other_value: Array, other_derivative: Array
+) -> Array:
+    """Σ_j w_j r_jk r_jl (q, K, L) from T_w (q, K) and −T_w′ (q, K); close κ by the mean derivative."""
+    gap = kappa[:, None] - others
+    root = float(jnp.finfo(gap.dtype).eps) ** (1 / 3)
+    close = jnp.abs(gap) <= root * jnp.abs(kappa[:, None])
+    difference = (other_value[:, None, :] - value[:, :, None]) / jnp.where(close, 1, gap)
+    return jnp.where(close, (derivative[:, :, None] + other_derivative[:, None, :]) / 2, difference)
