@@ -2,35 +2,44 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
-INSTALLED = $(VENV)/installed
+INSTALL = $(RUN)python -m pip install --quiet --constraint constraints.txt --editable
 
-figures: $(INSTALLED)
+figures: $(VENV)/figures
 	$(RUN)linfit figures --out output
 
-test: $(INSTALLED)
-	$(RUN)python -m pytest
-	$(RUN)python -m pytest --float32 -m numerical
+test: $(VENV)/test
+	$(RUN)python -m pytest -n auto
+	$(RUN)python -m pytest -n auto --float32 -m numerical
 
 # Tests that finish in about two minutes, for everyday work.
-quick: $(INSTALLED)
-	$(RUN)python -m pytest -m "not slow"
+quick: $(VENV)/test
+	$(RUN)python -m pytest -n auto -m "not slow"
 
-bench: $(INSTALLED)
+bench: $(VENV)/test
 	OPENBLAS_NUM_THREADS=1 NPROC=4 $(RUN)python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
 
-lint: $(INSTALLED)
+lint: $(VENV)/test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
 	$(RUN)lint-imports
 
-docs: $(INSTALLED)
-	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+docs: $(VENV)/docs
 	$(RUN)sphinx-build -W --keep-going docs output/docs
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	touch $(INSTALLED)
+
+$(VENV)/figures: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) '.[data]'
+	touch $@
+
+$(VENV)/test: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) '.[test]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/test
+	$(INSTALL) '.[docs]'
+	touch $@
 
 .PHONY: figures test quick bench lint docs
