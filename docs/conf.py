@@ -27,8 +27,14 @@ def _display(translator, node):
     raise nodes.SkipNode
 
 
+def _escape_bars(app, what, name, obj, options, lines):
+    """|x| is an absolute value in our docstrings, not a substitution."""
+    lines[:] = [line if line.lstrip().startswith(">>>") else line.replace("|", r"\|") for line in lines]
+
+
 def setup(app):
     """Register the MathML renderer."""
+    app.connect("autodoc-process-docstring", _escape_bars)
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
 
 

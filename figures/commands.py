@@ -1,12 +1,23 @@
 """Subcommands of this floor. Nothing heavy is imported until one of them runs."""
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-ROOMS = {"overadaptation": "figures.overadaptation", "equivalents": "figures.equivalents"}
+ROOMS = {
+    "overadaptation": "figures.overadaptation",
+    "overtraining": "figures.overtraining",
+    "equivalents": "figures.equivalents",
+    "claims": "figures.claims",
+    "bridge": "figures.bridge",
+}
 """What `linfit figures NAME` can draw: each module has `pictures(key, quick)`."""
+
+NEEDS = {"overadaptation": ("sklearn", "data"), "bridge": ("transformers", "llm")}
+"""Rooms that need an optional package, and the extra that brings it."""
 
 
 def figures(
@@ -19,9 +30,10 @@ def figures(
     """Regenerate the paper figures and one report page.
 
     Args:
-        names: which figures to draw (overadaptation); all of them if none is named.
+        names: which figures to draw (overadaptation, overtraining, equivalents, claims, bridge); all of them if none is
+            named, without those whose optional packages are not installed.
         out: folder for NAME.png, NAME.pdf, NAME.nc (the plotted numbers) and index.html.
-        quick: small sizes, within a minute.
+        quick: small sizes, for a first look.
         seed: seed of every random draw.
     """
     unknown = [name for name in names if name not in ROOMS]
@@ -29,31 +41,21 @@ def figures(
         raise ValueError(f"names must be among {', '.join(ROOMS)}; got {', '.join(unknown)}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed must be between 0 and 2^32 − 1, got {seed}")
-    from figures.report import prepare_folder, write_picture, write_report
+    missing = {room: extra for room, (package, extra) in NEEDS.items() if find_spec(package) is None}
+    for room in names or ROOMS:
+        if room in missing:
+            help = f"{room} needs the extra {missing[room]}: pip install 'linfit[{missing[room]}]'"
+            if names:
+                raise ValueError(help)
+            print(f"skipped: {help}", file=sys.stderr)
+    from figures.report import draw_rooms, prepare_folder, write_report
 
     prepare_folder(out)
-    import time
-    from importlib import import_module
-
-    import jax
-    import matplotlib as mpl
-    from rich.console import Console
-
-    from figures.style import SETTINGS
-
-    console = Console(stderr=True)
-    pictures = []
-    rooms = names or tuple(ROOMS)
-    start = time.perf_counter()
-    with mpl.rc_context(SETTINGS):
-        for room in rooms:
-            for picture in import_module(ROOMS[room]).pictures(jax.random.key(seed), quick):
-                write_picture(picture, out)
-                pictures.append(picture)
-                console.print(f"{room}: {picture.name} ({time.perf_counter() - start:.0f} s)", highlight=False)
+    rooms = [room for room in names or ROOMS if room not in missing]
+    entries = draw_rooms([ROOMS[room] for room in rooms], seed, quick, out)
     options = [*names, *(["--quick"] if quick else []), f"--seed {seed}"]
-    report = write_report(pictures, out, " ".join(["linfit figures", *options]))
-    console.print(f"report: {report}", highlight=False)
+    report = write_report(entries, out, " ".join(["linfit figures", *options]))
+    print(f"report: {report}")
 
 
 def select(

@@ -33,14 +33,18 @@ class Setting(NamedTuple):
     sizes: tuple[int, ...]
     numbers: int
     """Designs × n in the convergence study."""
+    laws: tuple[str, ...]
+    """Of the designs, keys of `linfit.design.LAWS`."""
 
 
-FULL = Setting(n=250, p=1000, designs=12, sizes=(8, 16, 32, 64, 128), numbers=24_000)
-QUICK = Setting(n=60, p=240, designs=12, sizes=(8, 16, 32), numbers=8_000)
+FULL = Setting(
+    n=250, p=1000, designs=12, sizes=(8, 16, 32, 64, 128), numbers=24_000, laws=("gaussian", "rademacher", "student")
+)
+QUICK = Setting(n=60, p=240, designs=12, sizes=(8, 16, 32), numbers=8_000, laws=("gaussian", "student"))
 
 TAUS = np.array([0.3, 0.7, 1.0, 1.3])
 SHADES = ("#009E73", "#0072B2", "#D55E00", "#CC79A7")
-LAWS = {"gaussian": "o", "rademacher": "x", "student": "+"}
+MARKERS = {"gaussian": "o", "rademacher": "x", "student": "+"}
 STEP_SIZE = 0.2
 
 
@@ -64,14 +68,14 @@ def draw(key: Array, setting: Setting, seed: int) -> Picture:
     }
     figure, axes = canvas(3, 2, sharey="row")
     variables: dict[str, xr.DataArray] = {}
-    gaps: dict[str, float] = dict.fromkeys(LAWS, 0.0)
+    gaps: dict[str, float] = dict.fromkeys(setting.laws, 0.0)
     error = 0.0
     for column, (family, (make, fine, coarse, label)) in enumerate(families.items()):
         name = family.replace(" ", "_")
         lines = risk(problem, setting.n, make(fine), TAUS[:, None])
         runs = {
             law: averaged_risk(key, problem, setting.n, make(coarse), coarse, TAUS, setting.designs, law)
-            for law in LAWS
+            for law in setting.laws
         }
         for row, (domain, line) in enumerate(zip(("finetune", "pretrain"), lines, strict=True)):
             axis = axes[3 * row + column]
@@ -79,9 +83,9 @@ def draw(key: Array, setting: Setting, seed: int) -> Picture:
             variables[f"{domain}_{name}_predicted"] = total
             for tau, colour in zip(TAUS, SHADES, strict=True):
                 axis.plot(fine, total.sel(tau=tau), color=colour, label=Rf"$\tau = {tau:g}$")
-                for law, marker in LAWS.items():
+                for law in setting.laws:
                     points = runs[law].sel(tau=tau)
-                    axis.plot(coarse, points[domain], marker, color=colour, markerfacecolor="none", markersize=4)
+                    axis.plot(coarse, points[domain], MARKERS[law], color=colour, markerfacecolor="none", markersize=4)
             axis.set(xscale="log", xlabel=label if row else None, title=None if row else family)
             for law, run in runs.items():
                 gaps[law] = max(gaps[law], float(abs(run[f"{domain}_gap"]).max()))
@@ -94,9 +98,9 @@ def draw(key: Array, setting: Setting, seed: int) -> Picture:
     axes[0].set_ylabel(R"fine-tuning risk $R_\mathrm{ft}$")
     axes[3].set_ylabel(R"pretraining risk $R_\mathrm{pre}$")
     axes[0].legend(loc="upper right")
-    for law, marker in LAWS.items():
-        axes[5].plot([], [], marker, color="black", markerfacecolor="none", markersize=4, label=f"{law} designs")
-    axes[5].legend(handles=axes[5].lines[-len(LAWS) :], loc="upper left")
+    for law in setting.laws:
+        axes[5].plot([], [], MARKERS[law], color="black", markerfacecolor="none", markersize=4, label=f"{law} designs")
+    axes[5].legend(handles=axes[5].lines[-len(setting.laws) :], loc="upper left")
     panel_letters(axes)
     worst = ", ".join(f"{law} {100 * gap:.2f}%" for law, gap in gaps.items())
     caption = (

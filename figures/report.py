@@ -2,13 +2,23 @@
 
 import base64
 import html
+import multiprocessing
 import os
+import signal
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
-from figures.style import Picture
+import jax
+import matplotlib as mpl
+
+from figures.style import SETTINGS, Picture
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -52,17 +62,51 @@ def write_picture(picture: Picture, out: Path) -> None:
         picture.data.assign_attrs(title=picture.title, caption=picture.caption).to_netcdf(path, engine="scipy")
 
 
-def write_report(pictures: Iterable[Picture], out: Path, command: str) -> Path:
+class Entry(NamedTuple):
+    """What the report says of a written picture."""
+
+    name: str
+    title: str
+    caption: str
+
+
+def draw_room(module: str, seed: int, quick: bool, out: Path) -> list[Entry]:
+    """Draw and write every picture of one module, saying so as they are done."""
+    start, entries = time.perf_counter(), []
+    with mpl.rc_context(SETTINGS):
+        for picture in import_module(module).pictures(jax.random.key(seed), quick):
+            write_picture(picture, out)
+            entries.append(Entry(picture.name, picture.title, picture.caption))
+            print(f"{module}: {picture.name} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
+    return entries
+
+
+def draw_rooms(modules: Sequence[str], seed: int, quick: bool, out: Path) -> list[Entry]:
+    """The pictures of several modules in their order, each module in a process of its own, as many as there are cores."""
+    if len(modules) == 1:
+        return draw_room(modules[0], seed, quick, out)
+    workers = min(len(modules), os.cpu_count() or 1)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_quit_on_interrupt) as pool:
+        rooms = [pool.submit(draw_room, module, seed, quick, out) for module in modules]
+        return [entry for room in rooms for entry in room.result()]
+
+
+def _quit_on_interrupt() -> None:
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
+
+def write_report(entries: Iterable[Entry], out: Path, command: str) -> Path:
     """index.html: all figures with their captions in one self-contained page."""
     sections, links = [], []
-    for picture in pictures:
-        image = base64.b64encode((out / f"{picture.name}.png").read_bytes()).decode()
-        title, caption = html.escape(picture.title), html.escape(picture.caption)
-        links.append(f'<a href="#{picture.name}">{title}</a>')
+    for entry in entries:
+        image = base64.b64encode((out / f"{entry.name}.png").read_bytes()).decode()
+        title, caption = html.escape(entry.title), html.escape(entry.caption)
+        links.append(f'<a href="#{entry.name}">{title}</a>')
         sections.append(
-            f'<section id="{picture.name}"><h2>{title}</h2><figure>'
+            f'<section id="{entry.name}"><h2>{title}</h2><figure>'
             f'<img src="data:image/png;base64,{image}" alt="{title}">'
-            f"<figcaption>{caption} Files: <code>{picture.name}.png</code>, <code>.pdf</code>, "
+            f"<figcaption>{caption} Files: <code>{entry.name}.png</code>, <code>.pdf</code>, "
             f"<code>.nc</code> (numbers).</figcaption></figure></section>"
         )
     page = (

@@ -44,10 +44,10 @@ def report_selection(file: Path, out: Path | None, json: bool) -> None:
     if out.suffix not in ENDINGS:
         raise ValueError(f"--out must end in {', '.join(ENDINGS)}, got {out.name}")
     arrays = load_arrays(file)
-    data = [arrays[name] for name in ARRAYS]
-    results = {"leave-one-out": select(*data)}
+    X, y, theta_1 = (arrays[name] for name in ARRAYS)
+    results = {"leave-one-out": select(X, y, theta_1)}
     if "X_val" in arrays:
-        results["validation"] = select(*data, validation=(arrays["X_val"], arrays["y_val"]))
+        results["validation"] = select(X, y, theta_1, validation=(arrays["X_val"], arrays["y_val"]))
     prepare_folder(out.parent)
     with whole_file(out) as path, mpl.rc_context(SETTINGS):
         draw(results).savefig(path, format=out.suffix[1:])

@@ -1,6 +1,6 @@
 """One look for every figure: colour-blind safe (Okabe–Ito), readable in print at column width, one name per method."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import xarray as xr
@@ -60,8 +60,8 @@ class Picture(NamedTuple):
 
 
 def canvas(
-    columns: int = 1, rows: int = 1, *, width: float = PAGE, height: float = 2.4, **kwargs
-) -> tuple[Figure, list[Axes]]:  # type: ignore[no-untyped-def]
+    columns: int = 1, rows: int = 1, *, width: float = PAGE, height: float = 2.4, **kwargs: Any
+) -> tuple[Figure, list[Axes]]:
     """A figure in the house style and its axes, row by row; no display is needed."""
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(width, height * rows), layout="constrained")

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from linfit import network as network
     from linfit import spectra as spectra
     from linfit.covariance import Dense as Dense
     from linfit.covariance import Diagonal as Diagonal
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from linfit.solve import fine_tune as fine_tune
     from linfit.solve import gradient_descent as gradient_descent
     from linfit.solve import interpolate as interpolate
+    from linfit.targets import Targets as Targets
+    from linfit.targets import s3ft_targets as s3ft_targets
+    from linfit.weighting import flow_weights as flow_weights
 
 _PUBLIC = {
     "covariance": ("Dense", "Diagonal", "Empirical"),
@@ -42,15 +46,19 @@ _PUBLIC = {
     "risk": ("Risk", "RiskForm", "RiskForms", "risk_forms"),
     "selection": ("Selection", "leave_one_out", "select"),
     "solve": ("fine_tune", "gradient_descent", "interpolate"),
+    "targets": ("Targets", "s3ft_targets"),
+    "weighting": ("flow_weights",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = [*sorted(_MODULE_OF), "spectra"]
+_MODULES = ("network", "spectra")
+
+__all__ = [*sorted(_MODULE_OF), *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "spectra":
-        return import_module("linfit.spectra")
+    if name in _MODULES:
+        return import_module(f"linfit.{name}")
     if name in _MODULE_OF:
         return getattr(import_module(f"linfit.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'linfit' has no attribute {name!r}")

@@ -36,9 +36,7 @@ def problems(seed: int, p: int = 24) -> dict[str, TwoTaskProblem]:
         "diagonal-random-u": TwoTaskProblem(diagonal[0], diagonal[1], RandomShift(diagonal[2]), 0.7, u),
         "diagonal-fixed-u": TwoTaskProblem(diagonal[0], diagonal[1], FixedShift(delta), 0.7, u),
         "isotropic-shift": TwoTaskProblem(diagonal[0], diagonal[0], RandomShift(np.full(p, 0.3)), 0.5),
-        "isotropic-all-u": TwoTaskProblem(
-            np.full(p, 2.0), np.full(p, 0.7), RandomShift(np.full(p, 0.3)), 0.5, u
-        ),
+        "isotropic-all-u": TwoTaskProblem(np.full(p, 2.0), np.full(p, 0.7), RandomShift(np.full(p, 0.3)), 0.5, u),
         "head-aligned": TwoTaskProblem(diagonal[0], diagonal[0], RandomShift(3 * diagonal[0]), 0.5),
         "tail-aligned": TwoTaskProblem(diagonal[0], diagonal[0], RandomShift(2 / diagonal[0]), 0.5),
         "dense-random-u": TwoTaskProblem(dense[0], dense[1], RandomShift(dense[2]), 0.4, u),

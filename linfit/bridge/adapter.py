@@ -1,0 +1,179 @@
+"""LoRA adapters (PEFT layout) as weight deltas, always by product: ΔW = scaling · B A, never A and B separately.
+
+Averaging A's and B's of two adapters is not averaging their deltas: (A₁+A₂)(B₁+B₂)/4 ≠ (A₁B₁+A₂B₂)/2.
+"""
+
+import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from linfit.bridge.checkpoint import Checkpoint, Tensor, open_files, some
+from linfit.bridge.numbers import FLOATS, decode
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.[^.]+)*?(\.weight)?$")
+
+
+class LowRank(NamedTuple):
+    """ΔW = left · right (m, n), in float32; the scaling is in `left`."""
+
+    left: np.ndarray
+    """(m, r)."""
+    right: np.ndarray
+    """(r, n)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.left.shape[0], self.right.shape[1]
+
+
+class Adapter:
+    """A LoRA adapter folder; `deltas` by the name of the base tensor, `replaced` for modules saved whole.
+
+    Raises ValueError for DoRA and other adapters whose delta is not B A, for unpaired factors, and for pickles.
+    """
+
+    def __init__(self, folder: str | Path, base: Checkpoint):
+        self.folder = Path(folder)
+        path = self.folder / "adapter_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        _require_lora(settings, path)
+        file = self.folder / "adapter_model.safetensors"
+        if not file.is_file():
+            raise ValueError(
+                f"{self.folder}: no adapter_model.safetensors; a pickled adapter_model.bin is never opened here; save "
+                "the adapter again with save_pretrained(…, safe_serialization=True)"
+            )
+        self.checkpoint = Checkpoint(file)
+        self.shards, self.index, self.config = self.checkpoint.shards, None, base.config
+        factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
+        self.replaced: dict[str, Tensor] = {}
+        for name, tensor in self.checkpoint.tensors.items():
+            if "lora_magnitude_vector" in name:
+                raise ValueError(f"{path}: {_DORA}")
+            match = _FACTOR.match(name)
+            if match:
+                key = (match["module"].removeprefix(_PREFIX), bool(match["embedding"]))
+                factors.setdefault(key, {})[match["side"]] = tensor
+            else:
+                self.replaced[_replaced_name(name, settings)] = tensor
+        self.deltas = {
+            f"{module}.weight": _low_rank(module, pair, embedding, settings, base)
+            for (module, embedding), pair in factors.items()
+        }
+        unknown = sorted((self.deltas.keys() | self.replaced.keys()) - base.tensors.keys())
+        if unknown:
+            raise ValueError(f"{self.folder}: the base {base.folder} lacks {some(unknown, 'adapted tensor')}")
+        for name, delta in self.deltas.items():
+            shape = base.tensors[name].shape
+            if shape != delta.shape:
+                raise ValueError(
+                    f"{self.folder}: the delta of {name} is {list(delta.shape)}, the base is {list(shape)}"
+                )
+        for name, tensor in self.replaced.items():
+            if tensor.shape != base.tensors[name].shape:
+                raise ValueError(
+                    f"{self.folder}: {name} is {tensor.describe()}, the base {base.tensors[name].describe()}"
+                )
+
+
+_DORA = (
+    "DoRA rescales each column of the adapted weight, so its update is not a delta B·A that can be scaled by τ; merge "
+    "it into the base with PEFT's merge_and_unload() and use the resulting folder"
+)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def _require_lora(settings: dict[str, Any], path: Path) -> None:
+    if str(settings.get("peft_type", "")).upper() != "LORA":
+        raise ValueError(f"{path}: peft_type must be LORA, got {settings.get('peft_type')!r}")
+    if settings.get("use_dora"):
+        raise ValueError(f"{path}: {_DORA}")
+    for key, reason in {
+        "use_qalora": "a quantisation-aware adapter acts on pooled inputs",
+        "alora_invocation_tokens": "an activated adapter applies to some tokens only",
+        "use_bdlora": "block-diagonal factors are stored packed",
+        "arrow_config": "a routed adapter depends on the input",
+        "target_parameters": "adapted parameters (rather than modules) use another layout",
+        "trainable_token_indices": "single token rows are stored in another layout",
+        "layer_replication": "the adapted model has more layers than the base",
+    }.items():
+        if settings.get(key):
+            raise ValueError(f"{path}: {key} is not supported: {reason}; merge with PEFT's merge_and_unload() first")
+
+
+def _replaced_name(name: str, settings: dict[str, Any]) -> str:
+    name = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    for module in settings.get("modules_to_save") or ():
+        name = name.replace(f"{module}.modules_to_save.default.", f"{module}.")
+        name = name.replace(f"{module}.modules_to_save.", f"{module}.")
+    if ".lora_" in name:
+        raise ValueError(
+            f"adapter tensor {name!r} is not a LoRA factor known here; merge with PEFT's merge_and_unload()"
+        )
+    return name
+
+
+def _pattern_value(patterns: dict[str, float] | None, module: str, default: float) -> float:
+    """PEFT's rank_pattern and alpha_pattern: regular expressions for the end of a module name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def scaling(settings: dict[str, Any], module: str, rank: int) -> float:
+    """α/r, or α/√r for rank-stabilised LoRA.
+
+    >>> scaling({"lora_alpha": 8, "r": 4, "use_rslora": True}, "layer", 4)
+    4.0
+    """
+    alpha = _pattern_value(settings.get("alpha_pattern"), module, float(settings.get("lora_alpha", rank)))
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _load(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
+        raise ValueError(f"{tensor.path}: factor {tensor.name} must be a floating matrix, got {tensor.describe()}")
+    raw = np.empty(tensor.stop - tensor.start, np.uint8)
+    with open_files([tensor]) as files:
+        files.read_into(tensor.path, tensor.start, raw)
+    return decode(raw, tensor.dtype).astype(np.float32).reshape(tensor.shape)
+
+
+def _low_rank(
+    module: str, pair: dict[str, Tensor], embedding: bool, settings: dict[str, Any], base: Checkpoint
+) -> LowRank:
+    if set(pair) != {"A", "B"}:
+        raise ValueError(f"adapter of {module} has only factor {next(iter(pair))}")
+    a, b = _load(pair["A"]), _load(pair["B"])
+    if a.shape[0] != b.shape[1]:
+        raise ValueError(f"adapter of {module}: factors {list(b.shape)} and {list(a.shape)} do not multiply")
+    rank = a.shape[0]
+    usual_rank: Any = settings.get("r", rank)
+    declared = _pattern_value(settings.get("rank_pattern"), module, usual_rank)
+    if declared != rank:
+        raise ValueError(f"adapter of {module}: factors have rank {rank}, the configuration says {declared}")
+    left = np.float32(scaling(settings, module, rank)) * b
+    transposed = embedding or bool(settings.get("fan_in_fan_out"))
+    if transposed:  # an embedding, or GPT-2's Conv1D, stores Wᵀ
+        return LowRank(np.ascontiguousarray(a.T), np.ascontiguousarray(left.T))
+    return LowRank(left, a)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a tensor name fits a shell pattern, wholly or up to `.weight`/`.bias`.
+
+    >>> matches("model.layers.0.*", "model.layers.0.mlp.up_proj.weight")
+    True
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[0], pattern)

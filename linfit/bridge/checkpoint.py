@@ -1,0 +1,291 @@
+"""Reading safetensors folders: headers and indexes first, every claim in them checked, tensors lazily by range.
+
+A safetensors file is an eight-byte length, a JSON header of that length, and the tensors' bytes. Nothing is trusted:
+offsets must tile the data exactly, sizes must follow from dtype and shape, an index may only name files of its own
+folder. Whatever does not hold is a `ValueError` that names the file, before a single tensor is read.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from linfit.bridge.numbers import ITEM_SIZE
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Tensor(NamedTuple):
+    """Where one stored tensor lies. Its bytes are `path[start:stop]`, row-major, little-endian."""
+
+    name: str
+    dtype: str
+    """As safetensors writes it: F32, BF16, …"""
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Length of the first axis; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, everything else)."""
+        return self.rows, prod(self.shape[1:])
+
+    def describe(self) -> str:
+        """`BF16 [32, 64]`."""
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class Shard(NamedTuple):
+    """One safetensors file."""
+
+    path: Path
+    header: bytes
+    """Length, JSON and padding: everything before the data."""
+    metadata: dict[str, str]
+    tensors: tuple[Tensor, ...]
+    """In the order of their bytes."""
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"name {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return result
+
+
+def _parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {what} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {what} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _tensor(name: str, entry: object, path: Path, data_start: int) -> Tensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{path}: header entry {name!r} must have dtype, shape and data_offsets, got {entry!r:.80}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!r:.40}; known are {', '.join(ITEM_SIZE)}")
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise ValueError(f"{path}: tensor {name!r} has shape {shape!r:.60}, which must be a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise ValueError(f"{path}: tensor {name!r} has data_offsets {offsets!r:.60}, which must be [begin, end]")
+    begin, end = offsets
+    expected = prod(shape) * ITEM_SIZE[dtype]
+    if end - begin != expected:
+        raise ValueError(f"{path}: tensor {name!r} is {dtype} {shape}, {expected} bytes, but spans {end - begin}")
+    return Tensor(name, dtype, tuple(shape), path, data_start + begin, data_start + end)
+
+
+def read_shard(path: Path) -> Shard:
+    """The header of one safetensors file, checked against the file's own size.
+
+    Raises ValueError naming the file if the header is truncated, is not JSON, has an unknown dtype, sizes that do not
+    follow from shape and dtype, or offsets that overlap, leave a gap, or do not end where the file ends.
+    """
+    with open(path, "rb") as file:
+        file_size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"{path}: truncated, {file_size} bytes are too few for a safetensors header")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES or 8 + length > file_size:
+            raise ValueError(
+                f"{path}: the header claims {length} bytes, the file has {file_size}: truncated or foreign"
+            )
+        text = file.read(length)
+    if not text.startswith(b"{"):
+        raise ValueError(f"{path}: the header must start with '{{'")
+    header = _parse_json(text, path, "the header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path}: __metadata__ must map strings to strings")
+    data_start = 8 + length
+    tensors = sorted(
+        (_tensor(name, entry, path, data_start) for name, entry in header.items()),
+        key=lambda tensor: (tensor.start, tensor.stop),
+    )
+    position = data_start
+    for tensor in tensors:
+        if tensor.start != position:
+            problem = "overlaps the one before" if tensor.start < position else "leaves a gap before it"
+            raise ValueError(f"{path}: tensor {tensor.name!r} {problem} (starts at {tensor.start}, not {position})")
+        position = tensor.stop
+    if position != file_size:
+        problem = "truncated" if position > file_size else "unused bytes at the end"
+        raise ValueError(f"{path}: the header describes {position} bytes, the file has {file_size}: {problem}")
+    return Shard(path, prefix + text, metadata, tuple(tensors))
+
+
+class Checkpoint:
+    """A folder in Hugging Face layout (one file, or shards and an index), or a single .safetensors file.
+
+    `tensors` maps names to where they lie; nothing is loaded. Raises ValueError, naming the file, for a folder with
+    pickles only, a missing shard, an index that points outside the folder or disagrees with its shards, a bad header.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.index: dict[str, Any] | None = None
+        if self.folder.is_file():
+            paths = [self.folder]
+            self.folder = self.folder.parent
+        elif not self.folder.is_dir():
+            raise ValueError(f"no such checkpoint folder: {folder}")
+        elif (self.folder / INDEX_NAME).exists():
+            paths = self._indexed_paths()
+        elif (self.folder / SINGLE_NAME).exists():
+            paths = [self.folder / SINGLE_NAME]
+        else:
+            paths = [_only_safetensors(self.folder)]
+        self.shards = [read_shard(path) for path in paths]
+        self.tensors: dict[str, Tensor] = {}
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                if tensor.name in self.tensors:
+                    other = self.tensors[tensor.name].path.name
+                    raise ValueError(f"{self.folder}: tensor {tensor.name!r} is in {other} and in {shard.path.name}")
+                self.tensors[tensor.name] = tensor
+        if self.index is not None:
+            self._check_index()
+        self.config = self._read_config()
+
+    def _indexed_paths(self) -> list[Path]:
+        path = self.folder / INDEX_NAME
+        self.index = _parse_json(path.read_bytes(), path, "the index")
+        weight_map = self.index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{path}: weight_map must be an object of tensor name → file name")
+        for file_name in weight_map.values():
+            if not isinstance(file_name, str) or not _is_plain_name(file_name):
+                raise ValueError(
+                    f"{path}: points outside its folder: {file_name!r:.80}; a shard needs a plain *.safetensors name"
+                )
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{path}: missing {_some(missing, 'shard')}")
+        return [self.folder / name for name in names]
+
+    def _check_index(self) -> None:
+        assert self.index is not None
+        listed = self.index["weight_map"]
+        held = {name: tensor.path.name for name, tensor in self.tensors.items()}
+        wrong = sorted(name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name))
+        if wrong:
+            name = wrong[0]
+            raise ValueError(
+                f"{self.folder / INDEX_NAME}: disagrees with its shards about {_some(wrong, 'tensor')}; {name!r} "
+                f"is listed in {listed.get(name)} and found in {held.get(name)}"
+            )
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        return _parse_json(path.read_bytes(), path, "the config") if path.is_file() else {}
+
+    def text_config(self, key: str) -> Any:
+        """A config value, looked up at the top and in `text_config`."""
+        nested = self.config.get("text_config")
+        return self.config.get(key, nested.get(key) if isinstance(nested, dict) else None)
+
+
+def _is_plain_name(name: str) -> bool:
+    return name.endswith(".safetensors") and Path(name).name == name and "\\" not in name and "\0" not in name
+
+
+def _only_safetensors(folder: Path) -> Path:
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if len(found) > 1:
+        raise ValueError(f"{folder}: {len(found)} safetensors files but no {INDEX_NAME} to say which belong together")
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{folder}: only pickled weights ({_some(pickles, 'file')}), which may run code when loaded and are never "
+            "opened here; convert once, where you trust them: transformers' "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+        )
+    raise ValueError(f"{folder}: no safetensors file")
+
+
+def _some(names: Iterable[str], noun: str, limit: int = 6) -> str:
+    """`3 tensors: a, b, c`, shortened."""
+    listed = list(names)
+    shown = ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")
+    return f"{len(listed)} {noun}{'s' if len(listed) != 1 else ''}: {shown}"
+
+
+some = _some
+
+
+class Files:
+    """Open descriptors, one per path, and exact positioned reads; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def open(self, paths: Iterable[Path]) -> None:
+        """Open each path once. Call before sharing."""
+        for path in paths:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+
+    def read_into(self, path: Path, position: int, buffer: np.ndarray) -> None:
+        """Fill a contiguous uint8 buffer from `position`; ValueError if the file ends first."""
+        view, descriptor = buffer.data, self._descriptors[path]
+        while len(view):
+            got = os.preadv(descriptor, [view], position)
+            if got == 0:
+                raise ValueError(f"{path}: truncated while it was being read, at byte {position}")
+            view, position = view[got:], position + got
+
+    def close(self) -> None:
+        """Close all."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> "Files":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_files(tensors: Iterable[Tensor]) -> Files:
+    """Descriptors for all files that hold these tensors."""
+    files = Files()
+    try:
+        files.open(tensor.path for tensor in tensors)
+    except OSError:
+        files.close()
+        raise
+    return files

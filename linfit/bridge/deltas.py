@@ -1,0 +1,193 @@
+"""The delta of a weight matrix as signal plus noise: spectra, noise edge, and filters on the delta (docs, B2, B3).
+
+Just as a fine-tuner of a linear model is a filter g(s) on the eigenvalues of XXᵀ/n, everything that can be done to a
+delta ΔW = Σ s_i u_i v_iᵀ without looking elsewhere is a filter on its singular values,
+
+    ΔW ↦ Σ g(s_i) s_i u_i v_iᵀ:   interpolation g = τ · truncation g = 1[i ≤ r] · optimal shrinkage g = η(s)/s.
+
+A filter needs only the Gram matrix of the shorter side: with ΔWᵀΔW = V diag(s²) Vᵀ the result is ΔW · V diag(g) Vᵀ,
+so ΔW itself is read in blocks and never held.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import scipy.integrate
+import scipy.linalg
+import scipy.optimize
+
+Blocks = Callable[[], Iterator[np.ndarray]]
+"""Row blocks (b, n) of a matrix (m, n) with m ≥ n, from the start at each call."""
+
+DOUBLE_GRAM = 2048
+"""Gram matrices up to this size are kept in float64, larger ones in float32."""
+
+
+@lru_cache(maxsize=256)
+def marchenko_pastur_median(aspect: float) -> float:
+    """Median eigenvalue of the Marchenko–Pastur law with aspect ratio β = n/m ≤ 1 and unit variance.
+
+    The law has density √((b−x)(x−a)) / (2πβx) on [a, b] = [(1−√β)², (1+√β)²]. Raises ValueError unless 0 < β ≤ 1.
+
+    >>> round(marchenko_pastur_median(1.0), 4)
+    0.6528
+    """
+    if not 0 < aspect <= 1:
+        raise ValueError(f"aspect must be in (0, 1], got {aspect}")
+    root = aspect**0.5
+
+    # x = 1 + β + 2√β cos φ turns the square-root edges into a smooth integrand on [0, π].
+    def mass_above(angle: float) -> float:
+        def density(phi: float) -> float:
+            x = 1 + aspect + 2 * root * np.cos(phi)
+            return 2 * np.sin(phi) ** 2 / (np.pi * x) if x > 0 else 2 / np.pi
+
+        return scipy.integrate.quad(density, 0, angle)[0]
+
+    angle = scipy.optimize.brentq(lambda angle: mass_above(angle) - 0.5, 0, np.pi)
+    return float(1 + aspect + 2 * root * np.cos(angle))
+
+
+class Noise(NamedTuple):
+    """What a pure-noise delta of this shape would look like."""
+
+    entry_std: float
+    """σ of one entry, estimated from the median singular value."""
+    edge: float
+    """σ(√m + √n): singular values of noise end here."""
+
+
+def noise_level(singular_values: np.ndarray, shape: tuple[int, int]) -> Noise:
+    """σ̂ = s_med / √(max(m,n)·μ_β), and the Marchenko–Pastur edge σ̂(√m + √n) (Gavish & Donoho; docs, B3).
+
+    `singular_values` (min(m, n),) all of them. σ̂ = 0 when more than half of them vanish, as for a low-rank delta.
+
+    >>> noise = np.random.default_rng(0).standard_normal((300, 200))
+    >>> abs(noise_level(np.linalg.svd(noise, compute_uv=False), noise.shape).entry_std - 1) < 0.02
+    True
+    """
+    long, short = max(shape), min(shape)
+    median = float(np.median(singular_values))
+    floor = long * np.finfo(np.float32).eps * float(np.max(singular_values, initial=0.0))
+    sigma = 0.0 if median <= floor else median / (long * marchenko_pastur_median(short / long)) ** 0.5
+    return Noise(sigma, sigma * (long**0.5 + short**0.5))
+
+
+def optimal_shrinkage(singular_values: np.ndarray, shape: tuple[int, int], entry_std: float) -> np.ndarray:
+    """η(s), the shrinkage of singular values with least Frobenius loss (Gavish & Donoho 2017; docs, B3).
+
+        η = σ√M · √((y² − β − 1)² − 4β) / y  for y = s/(σ√M) > 1 + √β, else 0;   M = max(m, n), β = min/max.
+
+    Same shape as `singular_values`. σ = 0 leaves them as they are. Raises ValueError if σ is negative.
+
+    >>> optimal_shrinkage(np.array([5.0, 1.5]), (100, 100), 0.1)
+    array([4.58257569, 0.        ])
+    """
+    if entry_std < 0:
+        raise ValueError(f"entry_std must be non-negative, got {entry_std}")
+    if entry_std == 0:
+        return singular_values
+    aspect, scale = min(shape) / max(shape), entry_std * max(shape) ** 0.5
+    y = singular_values / scale
+    above = y > 1 + aspect**0.5
+    safe = np.where(above, y, 2.0)
+    return np.where(above, scale * np.sqrt(np.maximum((safe**2 - aspect - 1) ** 2 - 4 * aspect, 0)) / safe, 0.0)
+
+
+def gram_of(blocks: Blocks) -> np.ndarray:
+    """ΔWᵀΔW (n, n), block by block; float64 up to n = 2048, float32 beyond."""
+    total: np.ndarray | None = None
+    for block in blocks():
+        wide = block.astype(np.float64) if block.shape[1] <= DOUBLE_GRAM else block
+        update = wide.T @ wide
+        total = update if total is None else np.add(total, update, out=total)
+    if total is None:
+        raise ValueError("a delta needs at least one row")
+    return total
+
+
+def singular_filter(gram: np.ndarray, shape: tuple[int, int], gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """V diag(g) Vᵀ (n, n) in float32, for g = gain(s) and singular values s in descending order."""
+    eigenvalues, vectors = scipy.linalg.eigh(gram, driver="evr", overwrite_a=True, check_finite=False)
+    s = np.sqrt(np.maximum(eigenvalues, 0))[::-1]
+    g = gain(s)[::-1].astype(vectors.dtype)
+    kept = g != 0
+    return ((vectors[:, kept] * g[kept]) @ vectors[:, kept].T).astype(np.float32, copy=False)
+
+
+def rank_gain(rank: int) -> Callable[[np.ndarray], np.ndarray]:
+    """g = 1[i ≤ r]."""
+    return lambda s: (np.arange(s.size) < rank).astype(float)
+
+
+def shrinkage_gain(shape: tuple[int, int]) -> Callable[[np.ndarray], np.ndarray]:
+    """g = η(s)/s with the noise level of the spectrum itself."""
+
+    def gain(s: np.ndarray) -> np.ndarray:
+        shrunk = optimal_shrinkage(s, shape, noise_level(s, shape).entry_std)
+        return np.divide(shrunk, s, out=np.zeros_like(shrunk), where=s > 0)
+
+    return gain
+
+
+class Split(NamedTuple):
+    """K deltas of one tensor, split into what they share and how they differ (docs, B2; ours).
+
+    Euclidean metric, and the variance of the runs at hand (seeds, data splits) only.
+    """
+
+    mean_square: float
+    """‖δ̄‖², δ̄ the mean of the K deltas."""
+    variance: float
+    """V̂ = Σ_k ‖δ_k − δ̄‖² / (K−1), the variance of one run, summed over entries."""
+    runs: int
+
+    @property
+    def signal(self) -> float:
+        """max(‖δ̄‖² − V̂/K, 0)."""
+        return max(self.mean_square - self.variance / self.runs, 0.0)
+
+    @property
+    def signal_to_noise(self) -> float:
+        """signal / V̂ of one run; inf without variance."""
+        return self.signal / self.variance if self.variance > 0 else float("inf")
+
+    def tau(self, averaged: int = 1) -> float:
+        """τ* = signal / (signal + V̂/averaged): 1 for one run, K for the average of all; 1 if nothing moved.
+
+        >>> Split(mean_square=3.0, variance=4.0, runs=4).tau(), Split(3.0, 4.0, 4).tau(averaged=4)
+        (0.3333333333333333, 0.6666666666666666)
+        """
+        total = self.signal + self.variance / averaged
+        return self.signal / total if total > 0 else 1.0
+
+
+def split_of(gram: np.ndarray) -> Split:
+    """The split from the inner products ⟨δ_j, δ_k⟩ (K, K); ValueError for K < 2.
+
+    >>> split_of(np.array([[2.0, 1.0], [1.0, 2.0]]))
+    Split(mean_square=1.5, variance=1.0, runs=2)
+    """
+    runs = len(gram)
+    if runs < 2:
+        raise ValueError(f"a mean/variance split needs at least 2 fine-tuned runs, got {runs}")
+    mean_square = float(gram.sum()) / runs**2
+    variance = max(float(np.trace(gram)) - runs * mean_square, 0.0) / (runs - 1)
+    return Split(mean_square, variance, runs)
+
+
+def split_deltas(deltas: Sequence[object]) -> object:
+    """`Split` for every leaf of K pytrees of deltas with one structure.
+
+    >>> split_deltas([{"w": np.array([1.0, 0.0])}, {"w": np.array([1.0, 2.0])}])["w"].signal
+    1.0
+    """
+    import jax
+
+    def leaf(*arrays: object) -> Split:
+        rows = np.stack([np.asarray(array, np.float64).ravel() for array in arrays])
+        return split_of(rows @ rows.T)
+
+    return jax.tree.map(leaf, *deltas)

@@ -1,0 +1,257 @@
+"""How far a fine-tuned model moved, and how much of the movement is signal (docs, B2, B3)."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg
+
+from linfit.bridge.adapter import matches
+from linfit.bridge.checkpoint import Files, Tensor, open_files
+from linfit.bridge.deltas import DOUBLE_GRAM, noise_level, optimal_shrinkage, split_of
+from linfit.bridge.merging import Delta, Family, _run_tensor, open_family
+from linfit.bridge.numbers import FLOATS
+
+
+class TensorReport(NamedTuple):
+    """One tensor. With K ≥ 2 runs the delta is the mean of theirs; spectral fields are None for vectors."""
+
+    name: str
+    kind: str
+    """The name with layer numbers replaced by `*`."""
+    shape: tuple[int, ...]
+    base_norm: float
+    """‖W‖_F."""
+    delta_norm: float
+    """‖ΔW‖_F."""
+    relative_norm: float
+    """‖ΔW‖/‖W‖."""
+    changed: float
+    """Share of entries that differ at all: small where a low-precision format swallowed the update."""
+    effective_rank: float | None = None
+    """(Σs²)²/Σs⁴."""
+    top_singular_values: tuple[float, ...] | None = None
+    noise_edge: float | None = None
+    """Where the Marchenko–Pastur spectrum of noise would end, σ from the median singular value."""
+    above_edge: int | None = None
+    """Number of singular values beyond it."""
+    signal_share: float | None = None
+    """Ση(s)²/Σs²: the energy that optimal shrinkage keeps."""
+    overlap: float | None = None
+    """‖V_kᵀ(ΔW) V_k(W)‖²/k: overlap of the top singular subspaces on the shorter side."""
+    overlap_by_chance: float | None = None
+    """k/min(m, n)."""
+    variance: float | None = None
+    """V̂ of one run (K ≥ 2)."""
+    signal_to_noise: float | None = None
+    """Signal/V̂ of one run (K ≥ 2)."""
+    suggested_tau: float | None = None
+    """Shrinkage of one run (K ≥ 2)."""
+    suggested_tau_of_average: float | None = None
+    """Shrinkage of the average of all runs (K ≥ 2)."""
+
+
+class Inspection(NamedTuple):
+    """All tensors of a family."""
+
+    base: str
+    tuned: list[str]
+    tensors: list[TensorReport]
+    notes: list[str]
+
+    def by_kind(self) -> list[dict[str, Any]]:
+        """One entry per layer type: norms pooled over layers, other quantities averaged, weighted by ‖ΔW‖²."""
+        kinds: dict[str, list[TensorReport]] = {}
+        for report in self.tensors:
+            kinds.setdefault(report.kind, []).append(report)
+        return [{"kind": kind, "tensors": len(group), **_pooled(group)} for kind, group in kinds.items()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "base": self.base,
+            "tuned": self.tuned,
+            "kinds": self.by_kind(),
+            "tensors": [report._asdict() for report in self.tensors],
+            "notes": self.notes,
+        }
+
+
+AVERAGED = (
+    "effective_rank", "signal_share", "overlap", "overlap_by_chance",
+    "signal_to_noise", "suggested_tau", "suggested_tau_of_average",
+)  # fmt: skip
+
+
+def _pooled(group: Sequence[TensorReport]) -> dict[str, float | None]:
+    base = sum(report.base_norm**2 for report in group)
+    delta = sum(report.delta_norm**2 for report in group)
+    result: dict[str, float | None] = {"relative_norm": (delta / base) ** 0.5 if base > 0 else None}
+    for field in AVERAGED:
+        known = [(getattr(report, field), report.delta_norm**2) for report in group]
+        pairs = [(value, weight) for value, weight in known if value is not None and np.isfinite(value)]
+        total = sum(weight for _, weight in pairs)
+        result[field] = sum(value * weight for value, weight in pairs) / total if total > 0 else None
+    return result
+
+
+def inspect(
+    base: str | Path,
+    tuned: str | Path | Sequence[str | Path],
+    *,
+    subspace: int = 8,
+    largest: int = 8192,
+    only: str | None = None,
+    shared: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Norms, spectra, noise edges and, for K ≥ 2 runs, the mean/variance split of every floating tensor.
+
+    `subspace` k directions are compared with the base's; matrices whose shorter side exceeds `largest` get no spectrum.
+    `only` is a shell pattern of tensor names. The noise edge assumes independent entries of one variance; K runs show
+    their own variance only, in the Euclidean metric. Raises ValueError as `linfit.bridge.merge`. Docs, B2 and B3.
+    """
+    if subspace < 1:
+        raise ValueError(f"subspace must be at least 1, got {subspace}")
+    paths = [tuned] if isinstance(tuned, str | Path) else list(tuned)
+    family = open_family(base, paths, shared=shared, mixed_dtypes=True)
+    names = [name for name in family.names if _comparable(family, name) and (only is None or matches(only, name))]
+    if not names:
+        raise ValueError(f"only={only!r} fits no floating tensor that base and tuned share")
+    notes = list(family.notes)
+    reports = []
+    for done, name in enumerate(names):
+        reports.append(_report(family, name, subspace, largest, notes))
+        if progress is not None:
+            progress(done + 1, len(names))
+    if not any(report.delta_norm for report in reports):
+        notes.append("base and tuned are identical")
+    return Inspection(str(base), [str(path) for path in paths], reports, notes)
+
+
+def _comparable(family: Family, name: str) -> bool:
+    tensor = family.template.tensors[name]
+    everywhere = name in family.base.tensors and all(
+        _run_tensor(member, family.base, name) is not None for member in family.tuned
+    )
+    return everywhere and tensor.dtype in FLOATS and tensor.size > 0 and name not in family.shared_rows
+
+
+def _report(family: Family, name: str, subspace: int, largest: int, notes: list[str]) -> TensorReport:
+    base = family.base.tensors[name]
+    runs = [_run_tensor(member, family.base, name) for member in family.tuned]
+    mean = Delta(base, runs, [1 / len(runs)] * len(runs))
+    single = [Delta(base, [run], [1.0]) for run in runs]
+    short = min(base.matrix_shape)
+    spectral = len(base.shape) >= 2 and 1 < short <= largest
+    if len(base.shape) >= 2 and short > largest:
+        notes.append(f"{name}: shorter side {short} exceeds {largest}, no spectrum")
+    with open_files({source for delta in single for source in delta.sources}) as files:
+        sums = _accumulate(mean, single if len(runs) > 1 else [], files, spectral)
+    report = TensorReport(
+        name,
+        re.sub(r"(?<=\.)\d+(?=\.)", "*", name),
+        base.shape,
+        sums.base_square**0.5,
+        sums.delta_square**0.5,
+        (sums.delta_square / sums.base_square) ** 0.5
+        if sums.base_square > 0
+        else float("inf")
+        if sums.delta_square
+        else 0.0,
+        sums.changed / base.size,
+    )
+    if spectral and sums.delta_square > 0:
+        report = report._replace(**_spectrum(sums, base, subspace))
+    if len(runs) > 1:
+        split = split_of(sums.products)
+        report = report._replace(
+            variance=split.variance,
+            signal_to_noise=split.signal_to_noise,
+            suggested_tau=split.tau(),
+            suggested_tau_of_average=split.tau(averaged=len(runs)),
+        )
+    return report
+
+
+class _Sums(NamedTuple):
+    base_square: float
+    delta_square: float
+    changed: int
+    products: np.ndarray
+    """⟨δ_j, δ_k⟩ (K, K)."""
+    delta_gram: np.ndarray | None
+    base_gram: np.ndarray | None
+
+
+def _accumulate(mean: Delta, single: Sequence[Delta], files: Files, spectral: bool) -> _Sums:
+    """Everything that is a sum over entries, in one pass."""
+    base_square = delta_square = 0.0
+    changed = 0
+    products = np.zeros((len(single), len(single)))
+    grams: list[np.ndarray] | None = None
+    for start, stop in mean.spans():
+        base, delta = mean.base_block(files, start, stop), mean.block(files, start, stop)
+        changed += int(np.count_nonzero(delta))
+        base_square += float(np.vdot(base, base.astype(np.float64)))
+        delta_square += float(np.vdot(delta, delta.astype(np.float64)))
+        if single:
+            rows = np.stack([one.block(files, start, stop).ravel() for one in single]).astype(np.float64)
+            products += rows @ rows.T
+        if spectral:
+            pair = [block.astype(np.float64) if block.shape[1] <= DOUBLE_GRAM else block for block in (delta, base)]
+            update = [block.T @ block for block in pair]
+            grams = update if grams is None else [np.add(total, part, out=total) for total, part in zip(grams, update)]
+    delta_gram, base_gram = grams if grams is not None else (None, None)
+    return _Sums(base_square, delta_square, changed, products, delta_gram, base_gram)
+
+
+def singular_values(gram: np.ndarray) -> np.ndarray:
+    """Singular values, descending, from the Gram matrix of the shorter side."""
+    eigenvalues = scipy.linalg.eigh(gram, eigvals_only=True, check_finite=False)
+    return np.sqrt(np.maximum(eigenvalues, 0))[::-1].astype(float)
+
+
+def _top_directions(gram: np.ndarray, count: int) -> np.ndarray:
+    size = len(gram)
+    if size <= 512:
+        return scipy.linalg.eigh(gram, subset_by_index=[size - count, size - 1])[1]
+    start = np.random.default_rng(0).standard_normal(size)
+    return scipy.sparse.linalg.eigsh(gram, count, which="LA", v0=start, tol=1e-3)[1]
+
+
+def _spectrum(sums: _Sums, base: Tensor, subspace: int) -> dict[str, Any]:
+    assert sums.delta_gram is not None
+    assert sums.base_gram is not None
+    shape = base.matrix_shape
+    s = singular_values(sums.delta_gram)
+    noise = noise_level(s, shape)
+    count = min(subspace, s.size)
+    overlap = _top_directions(sums.delta_gram, count).T @ _top_directions(sums.base_gram, count)
+    energy = float(np.sum(s**2))
+    return {
+        "effective_rank": energy**2 / float(np.sum(s**4)),
+        "top_singular_values": tuple(s[:count].tolist()),
+        "noise_edge": noise.edge,
+        "above_edge": int(np.sum(s > noise.edge)),
+        "signal_share": float(np.sum(optimal_shrinkage(s, shape, noise.entry_std) ** 2)) / energy,
+        "overlap": float(np.sum(overlap.astype(float) ** 2)) / count,
+        "overlap_by_chance": count / s.size,
+    }
+
+
+def delta_singular_values(base: str | Path, tuned: str | Path | Sequence[str | Path], name: str) -> np.ndarray:
+    """All singular values, descending, of the (mean) delta of one matrix."""
+    paths = [tuned] if isinstance(tuned, str | Path) else list(tuned)
+    family = open_family(base, paths, mixed_dtypes=True)
+    if name not in family.names or len(family.base.tensors[name].shape) < 2:
+        raise ValueError(f"name must be a matrix that base and tuned share, got {name!r}")
+    runs = [_run_tensor(member, family.base, name) for member in family.tuned]
+    delta = Delta(family.base.tensors[name], runs, [1 / len(runs)] * len(runs))
+    from linfit.bridge.deltas import gram_of
+
+    with open_files(delta.sources) as files:
+        return singular_values(gram_of(lambda: delta.blocks(files)))

@@ -1,0 +1,163 @@
+"""Losses of a language model on a dataset (extra `llm`): batched, resumable, never from pickles."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from linfit.bridge.records import Record, read_records
+
+IGNORED = -100
+"""Label of a token that is no target."""
+
+
+def write_losses(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    batch_size: int = 8,
+    max_length: int = 2048,
+    tokens: bool = False,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Mean loss per target token of every record of `data`, in nats, written to `out`; returns the number resumed.
+
+    A record has `text`; or `prompt` and `completion` (the targets); or `messages` (the last one is the target); or
+    `input_ids` and optionally `labels`, as a Trainer would see them. Output: the record's `index`, `loss`, number of
+    target `tokens`, and with `tokens=True` the list `token_losses`, null where a token is no target. A record without
+    target gets a null loss. Finished batches survive an interruption. Raises ValueError for records of another form.
+    """
+    if batch_size < 1 or max_length < 2:
+        raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}")
+    records = read_records(data)
+    identity = _identity(model, data, max_length, tokens, dtype)
+    out = Path(out)
+    partial = out.with_name(f".{out.name}.partial")
+    done = _finished_lines(partial, identity)
+    if done < len(records):
+        import torch
+        import transformers
+
+        options = {"trust_remote_code": trust_remote_code}
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True, **options)
+        loaded = loaded.to(device).eval()
+        tokenizer = _tokenizer(model, records, options)
+        with open(partial, "a", encoding="utf-8") as file, torch.inference_mode():
+            for start in range(done, len(records), batch_size):
+                batch = records[start : start + batch_size]
+                encoded = [encode_record(record, tokenizer, max_length, start + i) for i, record in enumerate(batch)]
+                for offset, values in enumerate(_token_losses(loaded, encoded, device)):
+                    file.write(json.dumps(_line(start + offset, values, tokens)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                if progress is not None:
+                    progress(start + len(batch), len(records))
+    _finish(partial, out)
+    return done
+
+
+def _identity(model: str | Path, data: str | Path, max_length: int, tokens: bool, dtype: str) -> str:
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    content = sha256(Path(data).read_bytes()).hexdigest()
+    return sha256(json.dumps([str(model), state, content, max_length, tokens, dtype]).encode()).hexdigest()
+
+
+def _finished_lines(partial: Path, identity: str) -> int:
+    """Records finished by an interrupted run of the same job; a torn last line and another job's file are dropped."""
+    lines = partial.read_bytes().splitlines(keepends=True) if partial.exists() else []
+    if lines and lines[0].strip() == identity.encode():
+        whole = [line for line in lines if line.endswith(b"\n")]
+        partial.write_bytes(b"".join(whole))
+        return len(whole) - 1
+    partial.write_text(identity + "\n")
+    return 0
+
+
+def _finish(partial: Path, out: Path) -> None:
+    _, _, rest = partial.read_bytes().partition(b"\n")
+    whole = partial.with_name(partial.name + ".whole")
+    whole.write_bytes(rest)
+    whole.replace(out)
+    partial.unlink()
+
+
+def _tokenizer(model: str | Path, records: Sequence[Record], options: dict[str, Any]) -> Any:
+    if all("input_ids" in record for record in records):
+        return None
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(model, **options)
+
+
+def encode_record(record: Record, tokenizer: Any, max_length: int, index: int) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of one record, cut to `max_length`; ValueError if it has none of the known forms."""
+    if "input_ids" in record:
+        ids = list(record["input_ids"])
+        labels = list(record.get("labels", ids))
+        if len(labels) != len(ids) or not ids:
+            raise ValueError(f"record {index}: labels must be as long as input_ids, and not empty")
+    elif isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        start = tokenizer(record["prompt"]).input_ids
+        end = tokenizer(record["completion"], add_special_tokens=False).input_ids
+        ids, labels = start + end, [IGNORED] * len(start) + end
+    elif isinstance(record.get("text"), str):
+        ids = tokenizer(record["text"]).input_ids
+        labels = ids
+    elif isinstance(record.get("messages"), list) and record["messages"]:
+        ids, labels = _encode_messages(record["messages"], tokenizer)
+    else:
+        raise ValueError(
+            f"record {index}: needs text, prompt and completion, messages, or input_ids; found {', '.join(record)}"
+        )
+    return ids[:max_length], list(labels[:max_length])
+
+
+def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    def ids_of(part: list[dict[str, str]], prompt: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    start, ids = ids_of(messages[:-1], True) if messages[:-1] else [], ids_of(messages, False)
+    shared = 0
+    while shared < min(len(start), len(ids)) and start[shared] == ids[shared]:
+        shared += 1
+    return ids, [IGNORED] * shared + ids[shared:]
+
+
+def _token_losses(model: Any, encoded: Sequence[tuple[list[int], list[int]]], device: str) -> list[list[float | None]]:
+    """For each record one loss per position, None where the token is no target; the first token never is."""
+    import torch
+
+    longest = max(max(len(ids) for ids, _ in encoded), 1)
+    inputs = torch.zeros(len(encoded), longest, dtype=torch.long)
+    attention = torch.zeros(len(encoded), longest, dtype=torch.long)
+    for row, (ids, _) in enumerate(encoded):
+        inputs[row, : len(ids)] = torch.tensor(ids)
+        attention[row, : len(ids)] = 1
+    logits = model(input_ids=inputs.to(device), attention_mask=attention.to(device)).logits
+    results = []
+    for row, (ids, labels) in enumerate(encoded):
+        target = torch.tensor(labels[1:], device=device, dtype=torch.long)
+        values = torch.nn.functional.cross_entropy(
+            logits[row, : max(len(ids) - 1, 0)].float(), target, reduction="none", ignore_index=IGNORED
+        ).tolist()
+        counted = [None, *(None if label == IGNORED else value for value, label in zip(values, labels[1:]))]
+        results.append(counted[: len(ids)])
+    return results
+
+
+def _line(index: int, values: Sequence[float | None], tokens: bool) -> Record:
+    counted = [value for value in values if value is not None]
+    line: Record = {
+        "index": index,
+        "loss": sum(counted) / len(counted) if counted else None,
+        "tokens": len(counted),
+    }
+    return {**line, "token_losses": list(values)} if tokens else line

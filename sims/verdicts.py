@@ -1,0 +1,180 @@
+"""What `linfit verify` prints: tables for people, JSON for machines."""
+
+import json as json_format
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sims.verify import LEVEL, Attack, Boundary, Effort, Outcome, Verdict, falsify, select, side_by_side, verify
+from theory.claims import Claim
+
+FULL, QUICK = 32, 4
+"""Instances of each claim."""
+FULL_EFFORT, QUICK_EFFORT = Effort(points=32, refinements=32, walks=4), Effort(points=4, refinements=4, walks=1)
+
+
+def run(ids: Sequence[str], instances: int | None, seed: int, *, json: bool, attack: bool, quick: bool) -> bool:
+    """Verify, attack if asked to, print; whether every claim held."""
+    claims = select(ids)
+    start = time.perf_counter()
+    verdicts = verify(claims, instances or (QUICK if quick else FULL), seed)
+    effort = QUICK_EFFORT if quick else FULL_EFFORT
+    attacks = side_by_side(lambda claim: falsify(claim, effort, seed), claims, "falsify") if attack else []
+    seconds = time.perf_counter() - start
+    holds = all(verdict.holds for verdict in verdicts) and all(attack.holds for attack in attacks)
+    if json:
+        summary = {"holds": holds, "seed": seed, "level": LEVEL, "seconds": round(seconds, 1)}
+        parts = {"claims": [as_record(verdict) for verdict in verdicts]}
+        if attacks:
+            parts["attacks"] = [attack_record(attack) for attack in attacks]
+        print(json_format.dumps(summary | parts, indent=2, allow_nan=False))
+    else:
+        console = Console()
+        print_verdicts(console, verdicts)
+        if attacks:
+            print_attacks(console, attacks)
+        console.print(
+            f"{sum(v.holds for v in verdicts)} of {len(verdicts)} claims hold; seed {seed}, {seconds:.0f} s. "
+            f"True claims fail for one seed in {1 / LEVEL:,.0f} (Holm's correction over all instances).",
+            highlight=False,
+        )
+    return holds
+
+
+def worst_text(claim: Claim, worst: Outcome) -> str:
+    """The worst instance in the unit of its kind."""
+    if worst.error is not None:
+        return worst.error
+    return {
+        "identity": f"residual {worst.severity:.1e}",
+        "inequality": f"margin {-worst.severity:+.2g}",
+        "existence": f"margin {-worst.severity:+.2g}",
+        "statistical": f"|z| {worst.severity:.1f}",
+        "asymptotic": f"{worst.severity:.2f} of bound",
+    }[claim.kind]
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """In one word; how often, for a claim of existence; how fast, for an asymptotic one."""
+    if not verdict.holds:
+        return "FAILS"
+    if verdict.claim.kind == "existence":
+        return f"holds in {verdict.share:.0%}"
+    return "holds" if verdict.slope is None else f"holds, N^{verdict.slope:.1f}"
+
+
+def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
+    """One line for each claim, then what went wrong where something did."""
+    table = Table(title="claims")
+    for name in ("claim", "source", "instances", "worst", "verdict", "s"):
+        table.add_column(name, no_wrap=name == "claim", justify="right" if name in ("instances", "s") else "left")
+    for verdict in verdicts:
+        claim = verdict.claim
+        table.add_row(
+            claim.id,
+            claim.source,
+            str(len(verdict.outcomes)),
+            worst_text(claim, verdict.worst),
+            verdict_text(verdict),
+            f"{verdict.seconds:.1f}",
+            style=None if verdict.holds else "bold red",
+        )
+    console.print(table)
+    for verdict in verdicts:
+        if not verdict.holds:
+            values = ", ".join(f"{name} = {value:.6g}" for name, value in verdict.worst.values.items())
+            console.print(
+                f"{verdict.claim.id}: {verdict.claim.statement}\n  fails at {values}", style="red", highlight=False
+            )
+
+
+def print_attacks(console: Console, attacks: Sequence[Attack]) -> None:
+    """The worst instance inside the assumptions, and what happens outside."""
+    table = Table(title="attacks: the worst instance inside the assumptions; outside, one assumption at a time")
+    for name in ("claim", "worst inside", "verdict", "outside", "s"):
+        table.add_column(name, no_wrap=name == "claim", justify="right" if name == "s" else "left")
+    for attack in attacks:
+        table.add_row(
+            attack.claim.id,
+            worst_text(attack.claim, attack.worst),
+            attack_text(attack),
+            boundaries_text(attack),
+            f"{attack.seconds:.1f}",
+            style=None if attack.holds else "bold red",
+        )
+    console.print(table)
+
+
+def attack_text(attack: Attack) -> str:
+    """In one word."""
+    if attack.claim.kind == "existence":
+        return "has a witness" if attack.holds else "NO WITNESS"
+    return "survives" if attack.holds else "BROKEN"
+
+
+def boundaries_text(attack: Attack) -> str:
+    """Where the claim stops holding."""
+    if not attack.boundaries:
+        return "no assumption to leave"
+    broken = dict.fromkeys(boundary_text(attack.claim, b) for b in attack.boundaries if b.fails_at is not None)
+    walked = ", ".join(f"{b.parameter} to {b.end:g}" for b in attack.boundaries if b.fails_at is None)
+    if not broken:
+        return f"no boundary found ({walked})"
+    return "\n".join([*broken, *([f"no boundary: {walked}"] if walked else [])])
+
+
+def boundary_text(claim: Claim, boundary: Boundary) -> str:
+    """One boundary as a sentence."""
+    parameter = claim.parameters[boundary.parameter]
+    share = "" if boundary.share == 1 else f" ({boundary.share:.0%} of walks)"
+    why = "" if boundary.refused is None else f": {boundary.refused}"
+    if boundary.at_once and parameter.low == parameter.high:
+        return f"needs {boundary.parameter} = {parameter.low:g}{share}{why}"
+    held, failed = f"{boundary.holds_to:.3g}", f"{boundary.fails_at:.3g}"
+    where = f"holds to {held}, not beyond" if held == failed else f"holds to {held}, fails at {failed}"
+    return f"{boundary.parameter} {where}{share}{why}"
+
+
+def as_record(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as plain JSON values."""
+    claim = verdict.claim
+    return {
+        "id": claim.id,
+        "statement": claim.statement,
+        "formula": claim.formula,
+        "source": claim.source,
+        "kind": claim.kind,
+        "tolerance": claim.tolerance,
+        "instances": len(verdict.outcomes),
+        "worst": outcome_record(verdict.worst),
+        "share": verdict.share,
+        "slope": verdict.slope,
+        "verdict": "holds" if verdict.holds else "fails",
+        "seconds": round(verdict.seconds, 2),
+    }
+
+
+def outcome_record(outcome: Outcome) -> dict[str, Any]:
+    """Severity null if nothing could be measured."""
+    return {
+        "values": outcome.values,
+        "severity": outcome.severity if np.isfinite(outcome.severity) else None,
+        "p_value": outcome.p_value,
+        "error": outcome.error,
+    }
+
+
+def attack_record(attack: Attack) -> dict[str, Any]:
+    """An attack as plain JSON values."""
+    return {
+        "id": attack.claim.id,
+        "worst": outcome_record(attack.worst),
+        "verdict": "survives" if attack.holds else "broken",
+        "boundaries": [boundary._asdict() for boundary in attack.boundaries],
+        "boundary_found": any(boundary.fails_at is not None for boundary in attack.boundaries),
+        "seconds": round(attack.seconds, 2),
+    }

@@ -1,0 +1,434 @@
+"""Claims held against measurement: random instances inside the assumptions, searches for the worst one, walks outside.
+
+A claim's parameters are drawn quasi-randomly; a key gives its normals. Every instance yields a p-value: that of a test
+for what is sampled, 0 or 1 for what is exact. Holm's correction over all instances of all claims keeps the probability
+that a correct registry fails below `LEVEL`, so it passes for any seed.
+"""
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import scipy.optimize
+import scipy.stats
+from jax import Array
+
+from sims.estimate import progress
+from theory.claims import Claim, Normal, Parameter, all_claims
+
+LEVEL = 1e-5
+"""Probability that `verify` rejects anything at all in a registry where everything is true."""
+
+WITNESSES = 32
+"""Instances, at least, among which a claim of existence may find one."""
+
+Values = dict[str, float]
+Result = TypeVar("Result")
+
+
+def normals(key: Array) -> Normal:
+    """Standard normals from a key, call after call; drawn by numpy, so that new shapes need no compilation.
+
+    >>> normal = normals(jax.random.key(0))
+    >>> normal(2, 3).shape, bool((normal(2) != normal(2)).all())
+    ((2, 3), True)
+    """
+    words = [int(word) for word in np.ravel(jax.random.key_data(key))]
+    generator = np.random.Generator(np.random.SFC64(words))
+
+    def normal(*shape: int) -> np.ndarray:
+        return np.asarray(generator.standard_normal(shape))
+
+    return normal
+
+
+def claim_key(seed: int, claim: Claim) -> Array:
+    """The key of one claim: the same whichever other claims are verified."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(claim.id.encode()))
+
+
+# One instance --------------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """One instance of a claim, measured."""
+
+    values: Values
+    severity: float
+    """Larger is worse: relative residual, minus the margin, largest |z|, or largest gap in units of its bound."""
+    p_value: float
+    """That of the test that this instance obeys the claim; 0 or 1 where nothing is random."""
+    gaps: tuple[float, ...] = ()
+    """Asymptotic claims: mean squared relative gap at each size, less what sampling adds."""
+    error: str | None = None
+    """Why there was nothing to measure."""
+
+
+def examine(claim: Claim, values: Values, key: Array) -> Outcome:
+    """Predict and measure one instance. An instance that raises ValueError is a failure, with its message."""
+    try:
+        instance = claim.instance(normals(key), **values)
+        predicted, measured = claim.predict(instance), claim.measure(instance)
+    except ValueError as error:
+        return Outcome(values, np.inf, 0.0, error=str(error))
+    with np.errstate(invalid="ignore"):  # an infinite risk, say, is reported below
+        severity, p_value, gaps = COMPARISONS[claim.kind](claim, predicted, measured)
+    if not np.isfinite(severity):
+        return Outcome(values, np.inf, 0.0, error="not finite")
+    return Outcome(values, severity, p_value, gaps)
+
+
+Comparison = tuple[float, float, tuple[float, ...]]
+
+
+def _identity(claim: Claim, predicted: Any, measured: Any) -> Comparison:
+    predicted, measured = np.asarray(predicted), np.asarray(measured)
+    if predicted.shape != measured.shape:
+        raise TypeError(f"{claim.id}: predicted has shape {predicted.shape}, measured {measured.shape}")
+    residual = float(np.abs(measured - predicted).max() / np.abs(predicted).max())
+    return residual, float(residual <= claim.tolerance), ()
+
+
+def _inequality(claim: Claim, predicted: Any, measured: Any) -> Comparison:
+    margin = float(np.min(np.asarray(measured) - np.asarray(predicted)))
+    return -margin, float(margin > -claim.tolerance), ()
+
+
+def _statistical(claim: Claim, predicted: Any, measured: Any) -> Comparison:
+    z = studentised(np.asarray(measured) - np.asarray(predicted))
+    p_values = 2 * scipy.stats.t.sf(np.abs(z), len(measured) - 1)
+    return float(np.abs(z).max()), _bonferroni(p_values), ()
+
+
+def _asymptotic(claim: Claim, predicted: Any, measured: Any) -> Comparison:
+    ratios, p_values, gaps = [], [], []
+    for size, expected, samples in zip(claim.sizes, predicted, measured, strict=True):
+        difference = np.asarray(samples) - np.asarray(expected)
+        count = len(difference)
+        scale = np.abs(expected).max()
+        gap, error = difference.mean(axis=0) / scale, difference.std(axis=0, ddof=1) / scale / count**0.5
+        error = np.maximum(error, np.finfo(float).eps)
+        bound = claim.tolerance * size**-claim.rate
+        ratios.append(np.abs(gap).max() / bound)
+        p_values.append(np.ravel(scipy.stats.t.sf((np.abs(gap) - bound) / error, count - 1)))
+        gaps.append(float(np.mean(gap**2 - error**2)))
+    return float(np.max(ratios)), _bonferroni(np.concatenate(p_values)), tuple(gaps)
+
+
+COMPARISONS: dict[str, Callable[[Claim, Any, Any], Comparison]] = {
+    "identity": _identity,
+    "inequality": _inequality,
+    "existence": _inequality,
+    "statistical": _statistical,
+    "asymptotic": _asymptotic,
+}
+
+
+def studentised(samples: np.ndarray) -> np.ndarray:
+    """z of the hypothesis that the mean over the leading axis is 0, corrected for skewness (Hall 1992).
+
+    Squared errors are skewed, and far out in the tails, where corrected tests decide, Student's t would not be enough.
+
+    >>> samples = np.random.default_rng(0).exponential(size=(100, 5)) - 1
+    >>> bool((abs(studentised(samples)) < 4).all())
+    True
+    """
+    count = len(samples)
+    mean, spread = samples.mean(axis=0), samples.std(axis=0, ddof=1)
+    spread = np.maximum(spread, np.finfo(float).eps * (np.abs(samples).max(axis=0) + np.finfo(float).tiny))
+    t = mean / spread * count**0.5
+    skewness = np.mean((samples - mean) ** 3, axis=0) / spread**3 / count**0.5
+    return t + skewness * (2 * t**2 + 1) / 6 + skewness**2 * t**3 / 27
+
+
+def _bonferroni(p_values: np.ndarray) -> float:
+    return float(min(1.0, np.size(p_values) * np.min(p_values)))
+
+
+# Many instances ------------------------------------------------------------------------------------------------------
+
+
+def points(claim: Claim, count: int, key: Array) -> list[Values]:
+    """`count` quasi-random points of the assumed parameter space: Sobol' points, shifted at random.
+
+    >>> from theory.claims import Claim
+    >>> claim = Claim("C", "", "", "ours", "identity", {"x": Parameter(0, 1), "y": Parameter(2, 2)}, *[None] * 3)
+    >>> [0 <= point["x"] <= 1 and point["y"] == 2 for point in points(claim, 3, jax.random.key(0))]
+    [True, True, True]
+    """
+    cube = _cube(claim, count, key)
+    return [_values(claim, position) for position in cube]
+
+
+def _cube(claim: Claim, count: int, key: Array) -> np.ndarray:
+    dimension = len(_free(claim))
+    if dimension == 0:
+        return np.zeros((count, 0))
+    sobol = scipy.stats.qmc.Sobol(dimension, scramble=False)
+    shift = scipy.stats.norm.cdf(normals(key)(dimension))
+    return (sobol.random_base2(int(np.ceil(np.log2(max(count, 1)))))[:count] + shift) % 1
+
+
+def _free(claim: Claim) -> list[str]:
+    return [name for name, parameter in claim.parameters.items() if parameter.low < parameter.high]
+
+
+def _values(claim: Claim, position: np.ndarray) -> Values:
+    where = dict(zip(_free(claim), np.clip(position, 0, 1), strict=True))
+    return {name: parameter.inside(where.get(name, 0.0)) for name, parameter in claim.parameters.items()}
+
+
+class Verdict(NamedTuple):
+    """What the instances of a claim say."""
+
+    claim: Claim
+    outcomes: list[Outcome]
+    holds: bool
+    seconds: float
+
+    @property
+    def worst(self) -> Outcome:
+        """The instance with the smallest p-value, of these the most severe."""
+        return max(self.outcomes, key=lambda outcome: (-outcome.p_value, outcome.severity))
+
+    @property
+    def share(self) -> float:
+        """Share of the instances that obey the claim, each on its own."""
+        return float(np.mean([outcome.p_value > LEVEL for outcome in self.outcomes]))
+
+    @property
+    def slope(self) -> float | None:
+        """Exponent of the relative gap in N, over all instances of an asymptotic claim; None where noise hides it."""
+        measured = np.array([outcome.gaps for outcome in self.outcomes if outcome.gaps])
+        if self.claim.kind != "asymptotic" or len(measured) < 2:
+            return None
+        gaps, error = measured.mean(axis=0), measured.std(axis=0, ddof=1) / len(measured) ** 0.5
+        if (gaps <= 3 * error).any():
+            return None
+        return float(np.polyfit(np.log(self.claim.sizes), np.log(gaps) / 2, 1)[0])
+
+
+def verify(claims: Sequence[Claim], instances: int, seed: int) -> list[Verdict]:
+    """Every claim on `instances` points of its parameter space; Holm's correction over everything that was tested.
+
+    >>> [(verdict.claim.id, verdict.holds) for verdict in verify(select(["O3"]), instances=2, seed=0)]
+    [('O3', True), ('O3.less', True)]
+    """
+    measured = side_by_side(lambda claim: _measure(claim, instances, seed), claims, "verify")
+    tested = [
+        outcome.p_value
+        for claim, (outcomes, _) in zip(claims, measured, strict=True)
+        for outcome in outcomes
+        if claim.kind != "existence"
+    ]
+    limit = holm(tested, LEVEL)
+    return [
+        Verdict(claim, outcomes, _holds(claim, outcomes, limit), seconds)
+        for claim, (outcomes, seconds) in zip(claims, measured, strict=True)
+    ]
+
+
+def side_by_side(work: Callable[[Claim], Result], claims: Sequence[Claim], description: str) -> list[Result]:
+    """work(claim) for every claim, a claim to each core.
+
+    Neighbours share kernels, which two threads would both compile; so the cores start far apart.
+    """
+    cores = os.cpu_count() or 1
+    stride = -(-len(claims) // cores)
+    order = [index for start in range(stride) for index in range(start, len(claims), stride)]
+    with ThreadPoolExecutor(cores) as pool:
+        results = progress(pool.map(lambda index: work(claims[index]), order), description, len(claims))
+        by_index = dict(zip(order, results, strict=True))
+    return [by_index[index] for index in range(len(claims))]
+
+
+def _measure(claim: Claim, instances: int, seed: int) -> tuple[list[Outcome], float]:
+    start = time.perf_counter()
+    key = claim_key(seed, claim)
+    where = points(claim, max(instances, WITNESSES) if claim.kind == "existence" else instances, key)
+    outcomes = [examine(claim, values, jax.random.fold_in(key, index)) for index, values in enumerate(where)]
+    return outcomes, time.perf_counter() - start
+
+
+def _holds(claim: Claim, outcomes: Iterable[Outcome], limit: float) -> bool:
+    obeyed = [outcome.p_value > limit for outcome in outcomes]
+    return any(obeyed) if claim.kind == "existence" else all(obeyed)
+
+
+def holm(p_values: Sequence[float], level: float) -> float:
+    """The largest p-value that Holm's step-down procedure rejects at `level`; 0 if none is (0 is always rejected).
+
+    >>> holm([0.001, 0.02, 0.03, 0.5], 0.05)
+    0.001
+    """
+    limit = 0.0
+    for index, p_value in enumerate(sorted(p_values)):
+        if p_value > level / (len(p_values) - index):
+            break
+        limit = p_value
+    return limit
+
+
+def select(ids: Sequence[str], claims: Sequence[Claim] | None = None) -> list[Claim]:
+    """Claims by id, or by the part of it before a dot ("S5" is S5 and S5.unbiased); all of them if none is named.
+
+    Raises ValueError for an id that does not exist.
+    """
+    claims = all_claims() if claims is None else claims
+    for name in ids:
+        if not any(_named(claim, name) for claim in claims):
+            raise ValueError(f"ID must be among {', '.join(claim.id for claim in claims)}; got {name}")
+    return [claim for claim in claims if not ids or any(_named(claim, name) for name in ids)]
+
+
+def _named(claim: Claim, name: str) -> bool:
+    return claim.id == name or claim.id.startswith(f"{name}.")
+
+
+# Attacks -------------------------------------------------------------------------------------------------------------
+
+
+class Effort(NamedTuple):
+    """How long to search."""
+
+    points: int
+    """Quasi-random points inside the assumptions."""
+    refinements: int
+    """Further evaluations around the worst of them (Nelder–Mead)."""
+    walks: int
+    """Points from which each assumption is left."""
+
+
+DISTANCES = (1e-6, 1e-4, 1e-2, 0.1, 0.25, 0.5, 1.0)
+BISECTIONS = 6
+
+
+class Boundary(NamedTuple):
+    """What happens when one assumption is left towards one end, everything else held."""
+
+    parameter: str
+    end: float
+    holds_to: float
+    """Last value at which the claim was seen to hold, on the walk that failed first; `end` if no walk failed."""
+    fails_at: float | None
+    """First value at which it failed there; None if no walk failed."""
+    share: float
+    """Share of the walks that failed."""
+    refused: str | None
+    """The message, where the library itself turned the instance away."""
+    at_once: bool
+    """Whether it fails within the first step, a millionth of the walk: the assumption is needed exactly."""
+
+
+class Attack(NamedTuple):
+    """The worst that was found inside the assumptions, and where the claim stops holding outside."""
+
+    claim: Claim
+    worst: Outcome
+    """Sampled claims: measured again with fresh normals."""
+    holds: bool
+    boundaries: list[Boundary]
+    """Existence claims: how the region where it holds is left, from points inside it."""
+    seconds: float
+
+
+def falsify(claim: Claim, effort: Effort, seed: int) -> Attack:
+    """Search the assumptions of a claim for its worst instance; then leave them, one at a time."""
+    start = time.perf_counter()
+    key = claim_key(seed, claim)
+    worst = _worst(claim, effort, key)
+    starts = points(claim, effort.walks, jax.random.fold_in(key, effort.points + 1))
+    holds = worst.p_value > LEVEL
+    if claim.kind == "existence":
+        best = _worst(_opposite(claim), effort, key).values
+        holds = _obeys(claim, best, key)
+        starts = [best, *(values for values in points(claim, effort.points, key) if _obeys(claim, values, key))]
+    boundaries = [
+        _walk(claim, starts[: effort.walks], name, end, key)
+        for name, parameter in claim.parameters.items()
+        for end in _ends(claim, parameter)
+    ]
+    return Attack(claim, worst, holds, boundaries, time.perf_counter() - start)
+
+
+def _opposite(claim: Claim) -> Claim:
+    return claim._replace(predict=claim.measure, measure=claim.predict)
+
+
+def _worst(claim: Claim, effort: Effort, key: Array) -> Outcome:
+    """The worst of many points, after a local search with the same normals; what is sampled is then sampled afresh."""
+    cube = _cube(claim, effort.points, key)
+    keys = [jax.random.fold_in(key, index) for index in range(effort.points)]
+    severities = [examine(claim, _values(claim, position), k).severity for position, k in zip(cube, keys, strict=True)]
+    at = int(np.argmax(severities))
+    position = cube[at]
+    if np.isfinite(severities[at]) and position.size:
+        search = scipy.optimize.minimize(
+            lambda x: -examine(claim, _values(claim, x), keys[at]).severity,
+            position,
+            method="Nelder-Mead",
+            bounds=[(0, 1)] * position.size,
+            options={"maxfev": effort.refinements, "initial_simplex": _simplex(position)},
+        )
+        position = search.x if -search.fun > severities[at] else position
+    sampled = claim.kind in ("statistical", "asymptotic")
+    return examine(claim, _values(claim, position), jax.random.fold_in(key, effort.points) if sampled else keys[at])
+
+
+def _simplex(position: np.ndarray) -> np.ndarray:
+    """A step of 0.2 along each axis, inwards."""
+    steps = np.diag(np.where(position < 0.5, 0.2, -0.2))
+    return np.concatenate([position[None], position + steps])
+
+
+def _obeys(claim: Claim, values: Values, key: Array) -> bool:
+    return examine(claim, values, key).p_value > LEVEL
+
+
+def _ends(claim: Claim, parameter: Parameter) -> tuple[float, ...]:
+    """Where walks lead: out of the assumption; for a claim of existence, across its space."""
+    return (parameter.low, parameter.high) if claim.kind == "existence" else parameter.ends
+
+
+def _walk(claim: Claim, starts: list[Values], name: str, end: float, key: Array) -> Boundary:
+    keys = [jax.random.fold_in(key, index) for index in range(len(starts))]
+    exits = [_leave(claim, values, name, end, k) for values, k in zip(starts, keys, strict=True)]
+    failures = [exit for exit in exits if exit is not None]
+    if not failures:
+        return Boundary(name, end, end, None, 0.0, None, False)
+    first = min(failures, key=lambda exit: exit.distance)
+    at_once = first.distance <= DISTANCES[0]
+    return Boundary(name, end, first.held, first.failed, len(failures) / len(starts), first.error, at_once)
+
+
+class _Exit(NamedTuple):
+    distance: float
+    held: float
+    failed: float
+    error: str | None
+
+
+def _leave(claim: Claim, values: Values, name: str, end: float, key: Array) -> _Exit | None:
+    """Leave one assumption in growing steps, the same normals at each; bisect to the first failure."""
+    parameter = claim.parameters[name]
+    if claim.kind == "existence":
+        parameter = parameter._replace(low=values[name], high=values[name])
+
+    def outcome(distance: float) -> Outcome:
+        return examine(claim, values | {name: parameter.beyond(distance, end)}, key)
+
+    held = 0.0
+    for failed in DISTANCES:
+        if outcome(failed).p_value > LEVEL:
+            held = failed
+            continue
+        for _ in range(BISECTIONS):
+            middle = (held + failed) / 2
+            held, failed = (middle, failed) if outcome(middle).p_value > LEVEL else (held, middle)
+        return _Exit(failed, parameter.beyond(held, end), parameter.beyond(failed, end), outcome(failed).error)
+    return None

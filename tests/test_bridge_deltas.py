@@ -1,0 +1,179 @@
+"""Spectra of deltas: random-matrix facts by simulation, optimality by brute force, splits by Monte Carlo."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from linfit.bridge import inspect, noise_level, optimal_shrinkage, split_deltas
+from linfit.bridge.deltas import (
+    gram_of,
+    marchenko_pastur_median,
+    rank_gain,
+    shrinkage_gain,
+    singular_filter,
+    split_of,
+)
+from linfit.bridge.inspection import delta_singular_values
+from tests.bridge_checkpoints import families, write_single  # noqa: F401
+
+
+@pytest.mark.parametrize("aspect", [0.1, 0.5, 1.0])
+def test_marchenko_pastur_median_is_that_of_a_large_noise_matrix(aspect, generator):
+    n = 600
+    noise = generator.standard_normal((n, round(aspect * n)))
+    values = np.linalg.svd(noise, compute_uv=False) ** 2 / n
+    assert abs(np.median(values) - marchenko_pastur_median(aspect)) < 0.02
+
+
+@pytest.mark.parametrize(("aspect", "published"), [(1.0, 2.8582), (0.5, 2.1711)])
+def test_median_gives_the_published_optimal_threshold(aspect, published):
+    """ω(β) = λ*(β)/√μ_β of Gavish & Donoho (2014): 4/√3 at β = 1 becomes 2.858 for unknown noise."""
+    threshold = (2 * (aspect + 1) + 8 * aspect / (aspect + 1 + (aspect**2 + 14 * aspect + 1) ** 0.5)) ** 0.5
+    assert abs(threshold / marchenko_pastur_median(aspect) ** 0.5 - published) < 2e-3
+
+
+def test_noise_edge_bounds_noise_and_finds_spikes(generator):
+    shape = (500, 300)
+    noise = 0.3 * generator.standard_normal(shape)
+    level = noise_level(np.linalg.svd(noise, compute_uv=False), shape)
+    assert abs(level.entry_std - 0.3) < 0.005
+    assert np.linalg.norm(noise, 2) < 1.02 * level.edge
+    a, b = (np.linalg.qr(generator.standard_normal((size, 3)))[0] for size in shape)
+    spikes = noise + 40 * a @ b.T
+    s = np.linalg.svd(spikes, compute_uv=False)
+    level = noise_level(s, shape)
+    assert (s > 1.02 * level.edge).sum() == 3
+
+
+def best_scale(direction, signal):
+    return scipy.optimize.minimize_scalar(lambda eta: np.sum((eta * direction - signal) ** 2)).x
+
+
+@pytest.mark.parametrize("shape", [(160, 100), (100, 160)])
+def test_optimal_shrinkage_is_the_best_of_all_gains(shape, generator):
+    """One spike x in noise: η(y) is what minimises ‖η u vᵀ − x a bᵀ‖² over η, found by brute force."""
+    differences, changes = [], []
+    for _ in range(15):
+        a, b = (v / np.linalg.norm(v) for v in (generator.standard_normal(size) for size in shape))
+        signal = 25 * np.outer(a, b)
+        u, s, vt = np.linalg.svd(signal + generator.standard_normal(shape), full_matrices=False)
+        best = best_scale(np.outer(u[:, 0], vt[0]), signal)
+        shrunk = optimal_shrinkage(s, shape, 1.0)
+        differences.append(shrunk[0] - best)
+        changes.append(s[0] - best)
+        assert (shrunk[5:] == 0).all()
+    assert abs(np.mean(differences)) < 5 * np.std(differences) / 15**0.5
+    assert np.mean(changes) > 5
+
+
+def test_singular_filter_equals_svd(generator):
+    delta = generator.standard_normal((90, 40)).astype(np.float32) * np.linspace(0.1, 3, 40, dtype=np.float32)
+    u, s, vt = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
+    for gain in (rank_gain(5), shrinkage_gain(delta.shape), lambda s: s / (s + 1)):
+        gram = gram_of(lambda: iter(np.array_split(delta, 7)))
+        got = delta @ singular_filter(gram, delta.shape, gain)
+        np.testing.assert_allclose(got, (u * s * gain(s)) @ vt, atol=2e-4)
+
+
+def test_a_low_rank_delta_has_no_noise_to_shrink(generator):
+    delta = generator.standard_normal((60, 3)) @ generator.standard_normal((3, 40))
+    s = np.linalg.svd(delta, compute_uv=False)
+    assert noise_level(s, delta.shape) == (0.0, 0.0)
+    np.testing.assert_array_equal(optimal_shrinkage(s, delta.shape, 0.0), s)
+
+
+def test_split_is_unbiased(seed):
+    """Mean over many draws of signal (before the max) and variance, in standard errors."""
+    generator = np.random.default_rng(seed)
+    m, noise, runs = generator.standard_normal(30), 1.7, 3
+    signals, variances = [], []
+    for _ in range(3000):
+        rows = m + noise * generator.standard_normal((runs, 30))
+        split = split_of(rows @ rows.T)
+        variances.append(split.variance)
+        signals.append(split.mean_square - split.variance / runs)
+    for estimates, truth in ((variances, 30 * noise**2), (signals, m @ m)):
+        assert abs(np.mean(estimates) - truth) < 5 * np.std(estimates) / 3000**0.5
+
+
+@pytest.mark.parametrize("averaged", [1, 4])
+def test_suggested_tau_is_the_best_on_average(averaged, seed):
+    generator = np.random.default_rng(seed)
+    m, runs = generator.standard_normal(400), 4
+    rows = m + 1.5 * generator.standard_normal((runs, 400))
+    tau = split_of(rows @ rows.T).tau(averaged)
+    used = rows[0] if averaged == 1 else rows.mean(axis=0)
+    taus = np.linspace(0, 1, 401)
+    best = taus[np.argmin([np.sum((t * used - m) ** 2) for t in taus])]
+    assert abs(tau - best) < 0.08
+    assert 0.2 < tau < 0.95
+
+
+def test_split_of_pytrees():
+    deltas = [{"a": np.array([2.0]), "b": np.array([[1.0, 0.0]])}, {"a": np.array([0.0]), "b": np.array([[0.0, 1.0]])}]
+    split = split_deltas(deltas)
+    assert split["a"].mean_square == 1
+    assert split["b"].variance == 1
+
+
+# Inspection ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspection_of_known_deltas(tmp_path, generator):
+    w = generator.standard_normal((60, 40)).astype(np.float32)
+    u, _, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
+    inside = (u[:, :4] * [4, 3, 2, 1]) @ vt[:4]
+    base = write_single(tmp_path / "base", {"h.0.w": w, "h.1.w": w, "norm": np.ones(5, np.float32)})
+    moved = {"h.0.w": (w + inside).astype(np.float32), "h.1.w": w, "norm": np.float32([1, 1, 1, 1, 2])}
+    tuned = write_single(tmp_path / "tuned", moved)
+    inspection = inspect(base, tuned, subspace=4)
+    reports = {report.name: report for report in inspection.tensors}
+    first = reports["h.0.w"]
+    assert first.kind == "h.*.w"
+    np.testing.assert_allclose(first.delta_norm, 30**0.5, rtol=1e-5)
+    np.testing.assert_allclose(first.relative_norm, 30**0.5 / np.linalg.norm(w), rtol=1e-5)
+    np.testing.assert_allclose(first.effective_rank, 30**2 / (256 + 81 + 16 + 1), rtol=1e-4)
+    np.testing.assert_allclose(first.top_singular_values, [4, 3, 2, 1], rtol=1e-4)
+    assert first.overlap > 0.999
+    assert first.overlap_by_chance == 0.1
+    assert reports["h.1.w"].delta_norm == 0
+    assert reports["h.1.w"].effective_rank is None
+    assert reports["norm"].changed == 0.2
+    assert {entry["kind"] for entry in inspection.by_kind()} == {"h.*.w", "norm"}
+    np.testing.assert_allclose(delta_singular_values(base, tuned, "h.0.w")[:4], [4, 3, 2, 1], rtol=1e-4)
+
+
+def test_inspection_of_several_real_runs(families):  # noqa: F811
+    base, tuned = families["llama"]
+    inspection = inspect(base, tuned)
+    assert len(inspection.tensors) == 21
+    for report in inspection.tensors:
+        assert report.relative_norm > 0
+        assert 0 <= report.suggested_tau <= report.suggested_tau_of_average <= 1
+        if len(report.shape) == 2:
+            assert 1 <= report.effective_rank <= min(report.shape)
+            assert 0 <= report.signal_share <= 1
+
+
+def test_bad_inspections(tmp_path):
+    folder = write_single(tmp_path / "a", {"w": np.ones((3, 3), np.float32)})
+    with pytest.raises(ValueError, match="fits no floating tensor"):
+        inspect(folder, folder, only="x*")
+    with pytest.raises(ValueError, match="subspace must be at least 1"):
+        inspect(folder, folder, subspace=0)
+    with pytest.raises(ValueError, match="at least one fine-tuned"):
+        inspect(folder, [])
+    assert "base and tuned are identical" in inspect(folder, folder).notes
+
+
+@pytest.mark.parametrize("aspect", [0.0, -1.0, 1.5])
+def test_bad_aspect(aspect):
+    with pytest.raises(ValueError, match="aspect must be in"):
+        marchenko_pastur_median(aspect)
+
+
+def test_bad_noise_and_runs():
+    with pytest.raises(ValueError, match="entry_std must be non-negative"):
+        optimal_shrinkage(np.ones(3), (3, 3), -1.0)
+    with pytest.raises(ValueError, match="at least 2 fine-tuned runs"):
+        split_of(np.ones((1, 1)))

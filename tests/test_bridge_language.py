@@ -1,0 +1,329 @@
+"""Losses by transformers, weights and targets as datasets, noise on real models, and the command line end to end."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import numpy as np
+import pytest
+
+from linfit.bridge import load, perturb
+from linfit.bridge.records import (
+    choose_targets,
+    command_judge,
+    judge_named,
+    last_number,
+    normalise,
+    read_records,
+    weigh,
+    write_records,
+)
+from tests.bridge_checkpoints import families, write_single  # noqa: F401
+
+LINFIT = [sys.executable, "-m", "linfit.command_line"]
+
+
+def command(*arguments, code: int = 0) -> str:
+    done = subprocess.run([*LINFIT, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture
+def sums(tmp_path):
+    from linfit.bridge.example import counting_text, encode
+
+    generator = np.random.default_rng(5)
+    records = [{"input_ids": encode(counting_text(generator, k % 3 + 1)).tolist()} for k in range(11)]
+    records[3]["labels"] = [-100] * 4 + records[3]["input_ids"][4:]
+    records[7]["labels"] = [-100] * len(records[7]["input_ids"])
+    write_records(tmp_path / "data.jsonl", records)
+    return tmp_path / "data.jsonl", records
+
+
+# Losses -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_losses_are_those_of_the_model_itself(families, sums, tmp_path, batch_size):  # noqa: F811
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from linfit.bridge.language import write_losses
+
+    path, records = sums
+    base = families["llama"][0]
+    write_losses(base, path, tmp_path / "out.jsonl", batch_size=batch_size, tokens=True, dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    found = read_records(tmp_path / "out.jsonl")
+    for number, (line, record) in enumerate(zip(found, records, strict=True)):
+        ids, labels = (torch.tensor([record.get(key, record["input_ids"])]) for key in ("input_ids", "labels"))
+        targets = int((labels[:, 1:] != -100).sum())
+        assert (line["index"], line["tokens"]) == (number, targets)
+        assert len(line["token_losses"]) == ids.shape[1]
+        if targets == 0:
+            assert line["loss"] is None
+            continue
+        with torch.no_grad():
+            expected = float(model(input_ids=ids, labels=labels).loss)
+        np.testing.assert_allclose(line["loss"], expected, rtol=1e-5)
+        counted = [value for value in line["token_losses"] if value is not None]
+        np.testing.assert_allclose(np.mean(counted), line["loss"], rtol=1e-6)
+
+
+def test_losses_resume_after_an_interruption(families, sums, tmp_path):  # noqa: F811
+    from linfit.bridge.language import write_losses
+
+    path, _ = sums
+    base, out = families["llama"][0], tmp_path / "out.jsonl"
+
+    def stop(done, total):
+        if done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_losses(base, path, out, batch_size=2, progress=stop)
+    assert not out.exists()
+    partial = tmp_path / ".out.jsonl.partial"
+    partial.write_bytes(partial.read_bytes()[:-5])  # torn in the middle of a line
+    assert write_losses(base, path, out, batch_size=2) == 5
+    write_losses(base, path, tmp_path / "whole.jsonl", batch_size=2)
+    resumed, whole = read_records(out), read_records(tmp_path / "whole.jsonl")
+    assert [line["index"] for line in resumed] == list(range(11))
+    for one, two in zip(resumed, whole):
+        assert one["tokens"] == two["tokens"]
+        np.testing.assert_allclose(one["loss"] or 0, two["loss"] or 0, rtol=2e-2)
+
+
+class Words:
+    """A tokenizer of one token per word."""
+
+    bos = 1
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [2 + len(word) for word in text.split()]
+        return type("Encoded", (), {"input_ids": [self.bos, *ids] if add_special_tokens else ids})
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        text = " ".join(f"<{m['role']}> {m['content']}" for m in messages)
+        return text + (" <assistant>" if add_generation_prompt else "")
+
+
+@pytest.mark.parametrize(
+    ("record", "ids", "labels"),
+    [
+        ({"text": "a bb"}, [1, 3, 4], [1, 3, 4]),
+        ({"prompt": "a bb", "completion": "ccc"}, [1, 3, 4, 5], [-100, -100, -100, 5]),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bb ccc"}]},
+            [8, 3, 13, 4, 5],
+            [-100, -100, -100, 4, 5],
+        ),
+        ({"input_ids": [5, 6], "labels": [-100, 6]}, [5, 6], [-100, 6]),
+    ],
+)
+def test_forms_of_records(record, ids, labels):
+    from linfit.bridge.language import encode_record
+
+    assert encode_record(record, Words(), 100, 0) == (ids, labels)
+    assert encode_record(record, Words(), 2, 0) == (ids[:2], labels[:2])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"question": "a"}, r"record 4: needs text, prompt and completion.* found question"),
+        ({"input_ids": [1, 2], "labels": [1]}, "labels must be as long"),
+    ],
+)
+def test_bad_records(record, message):
+    from linfit.bridge.language import encode_record
+
+    with pytest.raises(ValueError, match=message):
+        encode_record(record, Words(), 100, 4)
+
+
+# Weights and targets ------------------------------------------------------------------------------------------------
+
+
+def test_weights_keep_records_and_mask_tokens():
+    weighed, temperature = weigh([{"loss": 1.0, "id": "a"}, {"loss": 3.0, "id": "b"}, {"loss": 2.0}])
+    assert temperature == 2
+    assert weighed[1]["id"] == "b"
+    np.testing.assert_allclose([r["weight"] for r in weighed], np.exp([-0.5, -1.5, -1]))
+    records = [{"token_losses": [None, 1.0]}, {"token_losses": [None, 3.0, 2.0]}]
+    weighed, temperature = weigh(records, tokens=True)
+    assert temperature == 2
+    np.testing.assert_allclose(weighed[1]["token_weights"], [0, np.exp(-1.5), np.exp(-1)])
+    assert len(weighed[0]["token_weights"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "gold", "verdict"),
+    [
+        ("exact", " yes ", "yes", True),
+        ("exact", "Yes", "yes", False),
+        ("normalised", "The answer: YES!", "answer yes", True),
+        ("normalised", "no", "yes", False),
+        ("last-number", "3 + 4 = 7, so $1,007.0", "#### 1007", True),
+        ("last-number", "seven", "7", False),
+        ("last-number", "-3", "3", False),
+        (r"regex:\((\w)\)", "first (A), then (B)", "(B)", True),
+        (r"regex:\((\w)\)", "B", "(B)", False),
+        ('command:grep -q \'"answer": "ok\'', "ok then", "x", True),
+        ('command:grep -q \'"answer": "ok\'', "no", "x", False),
+    ],
+)
+def test_judges(name, answer, gold, verdict):
+    assert judge_named(name)(answer, gold) is verdict
+
+
+def test_judges_that_cannot_judge():
+    for name in ("similar", "regex:", "regex:(", "command:"):
+        with pytest.raises(ValueError, match=r"judge must be|regex is not valid"):
+            judge_named(name)
+    with pytest.raises(ValueError, match="ended with 3"):
+        command_judge("exit 3")("a", "b")
+    assert last_number("none") is None
+    assert normalise("An   apple, the PEAR") == "apple pear"
+
+
+def test_targets_from_records():
+    records = [
+        {"prompt": "p", "own": "so 4", "gold": "4"},
+        {"prompt": "q", "own": "5", "gold": "6", "paraphrase": "I get 6"},
+        {"prompt": "r", "own": "1", "gold": "2", "paraphrase": "3"},
+    ]
+    chosen, shares = choose_targets(records, judge_named("last-number"))
+    assert chosen == [
+        {"prompt": "p", "completion": "so 4", "source": "own"},
+        {"prompt": "q", "completion": "I get 6", "source": "paraphrase"},
+        {"prompt": "r", "completion": "2", "source": "gold"},
+    ]
+    assert shares == {"own": 1 / 3, "paraphrase": 1 / 3, "gold": 1 / 3}
+    with pytest.raises(ValueError, match="record 1: needs texts"):
+        choose_targets([{"own": "a"}], judge_named("exact"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no records"), ('{"a": 1}\n{', "line 2: not JSON"), ("[1]", "line 1: must be")]
+)
+def test_bad_jsonl(tmp_path, content, message):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_records(tmp_path / "x.jsonl")
+
+
+# Noise --------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_has_the_size_asked_for(families, tmp_path):  # noqa: F811
+    base = families["gpt2"][0]
+    outcome = perturb(base, tmp_path / "out", gamma=[0.0, 0.01, 0.1], seed=[0, 1])
+    start = load(base)
+    moved = {folder.name: load(folder) for folder in outcome.folders}
+    name = "transformer.h.0.mlp.c_fc.weight"
+    size = start[name].size
+    for gamma in (0.01, 0.1):
+        noise = [moved[f"gamma_{gamma:g}_seed_{seed}"][name] - start[name] for seed in (0, 1)]
+        for each in noise:
+            assert abs(np.linalg.norm(each) / np.linalg.norm(start[name]) / gamma - 1) < 5 / (2 * size) ** 0.5
+        correlation = np.vdot(*noise) / np.linalg.norm(noise[0]) / np.linalg.norm(noise[1])
+        assert abs(correlation) < 5 / size**0.5
+    small, large = (moved[f"gamma_{gamma}_seed_0"][name] - start[name] for gamma in ("0.01", "0.1"))
+    np.testing.assert_allclose(large, 10 * small, atol=1e-6)
+    for name, value in moved["gamma_0_seed_1"].items():
+        np.testing.assert_array_equal(value, start[name])
+    again = perturb(base, tmp_path / "again", gamma=0.1, seed=1, workers=1).folders[0]
+    for path in again.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / "gamma_0.1_seed_1" / path.name).read_bytes()
+
+
+def test_noise_by_initial_scale_leaves_vectors_alone(tmp_path, generator):
+    tensors = {"w": np.zeros((200, 100), np.float32), "norm": np.ones(50, np.float32), "ids": np.arange(4)}
+    base = write_single(tmp_path / "base", tensors)
+    out = load(perturb(base, tmp_path / "out", gamma=2.0, init_scale=0.02).folders[0])
+    assert abs(out["w"].std() / 0.04 - 1) < 5 / 40_000**0.5
+    np.testing.assert_array_equal(out["norm"], 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": -0.1}, "gamma must be finite and non-negative"),
+        ({"gamma": float("nan")}, "gamma must be finite"),
+        ({"gamma": []}, "at least one gamma"),
+        ({"gamma": 0.1, "seed": -1}, "seeds non-negative"),
+        ({"gamma": 0.1, "seed": [0, 0]}, "must not repeat"),
+        ({"gamma": 0.1, "init_scale": 0.0}, "init_scale must be finite and positive"),
+        ({"gamma": 0.1, "only": "x.*"}, "fits no floating tensor"),
+    ],
+)
+def test_bad_noise(tmp_path, options, message):
+    base = write_single(tmp_path / "base", {"w": np.ones((2, 2), np.float32)})
+    with pytest.raises(ValueError, match=message):
+        perturb(base, tmp_path / "out", **options)
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def test_every_command_is_registered_and_light():
+    names = {entry.name for entry in entry_points(group="linfit.commands")}
+    assert {"merge", "inspect", "curve", "perturb", "weights", "losses", "targets"} <= names
+    heavy = ("jax", "numpy", "torch", "rich", "scipy")
+    code = f"import sys, linfit.bridge.commands; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_from_checkpoints_to_the_best_tau(families, sums, tmp_path):  # noqa: F811
+    """merge → losses at each τ → curve; losses → weights; all through the command line."""
+    base, (tuned, other, _) = families["llama"]
+    data, _ = sums
+    merged = json.loads(command("merge", base, tuned, "--tau", "0,0.5", "--tau", "1", "-o", tmp_path / "m", "--json"))
+    assert [folder.rsplit("/", 1)[1] for folder in merged["folders"]] == ["tau_0", "tau_0.5", "tau_1"]
+    for folder in merged["folders"]:
+        command("losses", folder, data, "--out", f"{folder}.jsonl", "--dtype", "float32")
+    pairs = [f"{tau}={folder}.jsonl" for tau, folder in zip((0, 0.5, 1), merged["folders"])]
+    picture = tmp_path / "curve.png"
+    fit = json.loads(command("curve", *pairs, "--json", "--plot", picture))["metrics"][0]
+    assert fit["metric"] == "loss"
+    assert len(fit["values"]) == 3
+    assert picture.stat().st_size > 5000
+    assert "temperature" in command("weights", f"{merged['folders'][0]}.jsonl", "-o", tmp_path / "weights.jsonl")
+    weights = [record["weight"] for record in read_records(tmp_path / "weights.jsonl")]
+    assert weights[7] == 0
+    assert 0.2 < np.median(weights) < 0.5
+    picture = tmp_path / "inspection.svg"
+    inspection = json.loads(command("inspect", base, tuned, other, "--json", "--plot", picture))
+    assert len(inspection["tensors"]) == 21
+    assert picture.read_text().startswith("<?xml")
+    (tmp_path / "inspection.json").write_text(json.dumps(inspection))
+    arguments = ["--layer-tau", "*norm*=0", "--layer-tau-file", tmp_path / "inspection.json"]
+    command("merge", base, tuned, "-o", tmp_path / "by_layer", *arguments)
+    np.testing.assert_array_equal(load(tmp_path / "by_layer")["model.norm.weight"], load(base)["model.norm.weight"])
+    assert "τ of average" in command("inspect", base, tuned, other)
+
+
+def test_targets_command(tmp_path):
+    write_records(tmp_path / "a.jsonl", [{"own": "It is 4", "gold": "4"}, {"own": "5", "gold": "6"}])
+    assert "own 50.0%" in command("targets", tmp_path / "a.jsonl", "-o", tmp_path / "t.jsonl", "--judge", "last-number")
+    assert [record["completion"] for record in read_records(tmp_path / "t.jsonl")] == ["It is 4", "6"]
+
+
+def test_bad_calls_end_with_one_line(tmp_path):
+    folder = write_single(tmp_path / "a", {"w": np.ones((2, 2), np.float32)})
+    calls = [
+        (["merge", folder, tmp_path / "none", "-o", tmp_path / "o"], "no such checkpoint folder"),
+        (["merge", folder, folder, "-o", tmp_path / "o", "--tau", "half"], "--tau must be numbers"),
+        (["merge", folder, folder, "-o", tmp_path / "o", "--layer-tau", "w"], "--layer-tau must be PATTERN=NUMBER"),
+        (["inspect", folder, folder, "--plot", "x.txt"], "--plot must end in"),
+        (["perturb", folder, "--gamma", "0.1", "--seed", "0.5", "-o", tmp_path / "o"], "--seed must be whole"),
+        (["weights", tmp_path / "none.jsonl", "-o", tmp_path / "w"], "No such file"),
+    ]
+    for arguments, message in calls:
+        error = command(*arguments, code=2)
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "o").exists()

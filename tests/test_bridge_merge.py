@@ -1,0 +1,410 @@
+"""Merging: real checkpoints against in-memory merges by torch and PEFT; care about everything around the weights."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from linfit import interpolate
+from linfit.bridge import Checkpoint, load, merge
+from linfit.bridge.merging import read_layer_taus
+from tests.bridge_checkpoints import families, read_all, write_sharded, write_single  # noqa: F401
+
+TAUS = [0.0, 0.25, 0.6, 1.0, 1.2]
+
+
+@pytest.fixture
+def pair(tmp_path, generator):
+    """A base and two tuned toys, with an integer and a boolean tensor beside the weights."""
+
+    def toy(name, shift):
+        weight = generator.standard_normal((8, 6)).astype(np.float32)
+        return write_single(
+            tmp_path / name,
+            {
+                "layers.0.weight": weight,
+                "layers.1.weight": (weight.T + shift).astype(np.float16),
+                "norm.weight": np.float64([1.0 + shift, 2.0]),
+                "position_ids": np.arange(5),
+                "mask": np.array([True, False]),
+            },
+        )
+
+    return toy("base", 0.0), toy("tuned", 0.5), toy("other", -0.25)
+
+
+# Real models --------------------------------------------------------------------------------------------------------
+
+
+def in_memory(base, tuned, tau):
+    if tau in (0, 1):
+        return (base, tuned)[int(tau)]
+    return ((1 - tau) * base.float() + tau * tuned.float()).to(base.dtype)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_transformers_loads_the_merge_with_the_logits_of_an_in_memory_merge(families, architecture, tmp_path):  # noqa: F811
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    base, (tuned, *_) = families[architecture]
+    outcome = merge(base, tuned, tmp_path / "out", tau=TAUS)
+    assert [folder.name for folder in outcome.folders] == [f"tau_{tau:g}" for tau in TAUS]
+
+    def model(folder):
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+    ids = torch.arange(1, 25).reshape(2, 12)
+    start, end, reference = model(base), model(tuned), model(base)
+    for tau, folder in zip(TAUS, outcome.folders):
+        merged = model(folder)
+        state = {name: in_memory(a, end.state_dict()[name], tau) for name, a in start.state_dict().items()}
+        reference.load_state_dict(state)
+        with torch.no_grad():
+            assert torch.equal(merged(input_ids=ids).logits, reference(input_ids=ids).logits)
+    assert not torch.equal(model(outcome.folders[1])(input_ids=ids).logits, start(input_ids=ids).logits)
+
+
+def test_ends_are_bit_identical_and_layout_is_kept(families, tmp_path):  # noqa: F811
+    base, (tuned, *_) = families["qwen2"]
+    zero, one = merge(base, tuned, tmp_path / "out", tau=[0, 1]).folders
+    assert len(Checkpoint(base).shards) > 2
+    for source, folder in ((base, zero), (tuned, one)):
+        for path in source.glob("*.safetensors"):
+            assert (folder / path.name).read_bytes() == path.read_bytes()
+    before, after = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (tuned, one))
+    assert before["weight_map"] == after["weight_map"]
+    assert before["metadata"] == after["metadata"]
+    for name in ("config.json", "generation_config.json", "vocab.json"):
+        assert (one / name).read_bytes() == (tuned / name).read_bytes()
+    card = (zero / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n---\n# A small model\n")
+    assert "Merged with linfit" in card
+    assert "τ: 0" in card
+
+
+def test_folder_merge_is_interpolate_on_the_pytree(pair, tmp_path):
+    base, tuned, _ = pair
+    merged = load(merge(base, tuned, tmp_path / "out", tau=0.3).folders[0])
+    expected = interpolate(load(base), load(tuned), 0.3)
+    for name, value in expected.items():
+        tolerance = 1e-3 if "layers.1" in name else 1e-6
+        np.testing.assert_allclose(merged[name], value, rtol=tolerance, atol=tolerance)
+
+
+def test_soup_is_the_average_and_weights_count(pair, tmp_path):
+    base, tuned, other = pair
+    a, b, c = (load(folder)["layers.0.weight"] for folder in pair)
+    soup = load(merge(base, [tuned, other], tmp_path / "soup", tau=0.8).folders[0])["layers.0.weight"]
+    np.testing.assert_allclose(soup, 0.2 * a + 0.4 * b + 0.4 * c, rtol=1e-5, atol=1e-6)
+    weighted = merge(base, [tuned, other], tmp_path / "weighted", tau=1.0, run_weights=[0.9, 0.1]).folders[0]
+    np.testing.assert_allclose(load(weighted)["layers.0.weight"], 0.9 * b + 0.1 * c, rtol=1e-5, atol=1e-6)
+
+
+def test_shrinkage_takes_its_tau_from_how_runs_differ(pair, tmp_path):
+    base, tuned, other = pair
+    a, b, c = (load(folder)["layers.0.weight"].astype(np.float64) for folder in pair)
+    mean, variance = (b + c) / 2 - a, ((b - c) ** 2).sum() / 2
+    signal = max((mean**2).sum() - variance / 2, 0)
+    tau = signal / (signal + variance / 2)
+    assert 0 < tau < 1
+    shrunk = load(merge(base, [tuned, other], tmp_path / "out", method="shrink").folders[0])["layers.0.weight"]
+    np.testing.assert_allclose(shrunk, a + tau * mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (6, 4, 5)])
+def test_rank_truncation_equals_svd(tmp_path, generator, shape):
+    a, b = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
+    base, tuned = write_single(tmp_path / "a", {"w": a}), write_single(tmp_path / "b", {"w": b})
+    merged = load(merge(base, tuned, tmp_path / "out", method="rank", rank=3, tau=0.7).folders[0])["w"]
+    u, s, vt = np.linalg.svd((b - a).astype(np.float64).reshape(shape[0], -1), full_matrices=False)
+    expected = a + 0.7 * ((u[:, :3] * s[:3]) @ vt[:3]).reshape(shape)
+    np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_singular_shrinkage_recovers_a_spike_from_noise(tmp_path, generator):
+    """Closer to the signal than the raw delta and than any uniform τ."""
+    a = generator.standard_normal((120, 80)).astype(np.float32)
+    signal = np.outer(generator.standard_normal(120), generator.standard_normal(80)) * 0.6
+    noise = generator.standard_normal((120, 80))
+    b = (a + signal + noise).astype(np.float32)
+    base, tuned = write_single(tmp_path / "a", {"w": a}), write_single(tmp_path / "b", {"w": b})
+    delta = load(merge(base, tuned, tmp_path / "out", method="singular").folders[0])["w"] - a
+    raw = signal + noise
+    best = np.vdot(raw, signal) / np.vdot(raw, raw)
+    assert np.sum((delta - signal) ** 2) < 0.4 * np.sum((best * raw - signal) ** 2)
+
+
+# LoRA ---------------------------------------------------------------------------------------------------------------
+
+
+def adapter(base: Path, folder: Path, seed: int, **options) -> Path:
+    peft, transformers, torch = (pytest.importorskip(name) for name in ("peft", "transformers", "torch"))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **options}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                value.copy_(torch.randn_like(value) * 0.1)
+    adapted.save_pretrained(folder)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(folder.with_name(folder.name + "_merged"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 9}}),
+        ("llama", {"modules_to_save": ["lm_head"], "target_modules": ["v_proj"]}),
+        ("llama", {"target_modules": ["embed_tokens", "k_proj"]}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    ],
+)
+def test_adapters_merge_as_peft_does(families, tmp_path, architecture, options):  # noqa: F811
+    base = families[architecture][0]
+    folder = adapter(base, tmp_path / "adapter", seed=1, **options)
+    expected, start = load(tmp_path / "adapter_merged"), load(base)
+    out = merge(base, folder, tmp_path / "out", tau=[0.0, 0.5, 1.0], dtype="float32").folders
+    moved = 0
+    for tau, target in zip([0.0, 0.5, 1.0], out):
+        for name, value in load(target).items():
+            wanted = start[name] + tau * (expected[name] - start[name])
+            np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
+            moved += not np.array_equal(value, start[name])
+    assert moved >= 4
+
+
+def test_soup_of_adapters_averages_products_not_factors(families, tmp_path):  # noqa: F811
+    base = families["llama"][0]
+    folders = [adapter(base, tmp_path / f"adapter{seed}", seed=seed) for seed in (1, 2)]
+    merged = load(merge(base, folders, tmp_path / "out", dtype="float32").folders[0])
+    first, second = (load(tmp_path / f"adapter{seed}_merged") for seed in (1, 2))
+    for name, value in merged.items():
+        np.testing.assert_allclose(value, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_is_refused_with_the_reason(families, tmp_path):  # noqa: F811
+    base = families["llama"][0]
+    folder = adapter(base, tmp_path / "dora", seed=1, use_dora=True)
+    with pytest.raises(ValueError, match=r"DoRA rescales .*merge_and_unload"):
+        merge(base, folder, tmp_path / "out")
+
+
+# Care ---------------------------------------------------------------------------------------------------------------
+
+
+def test_layer_tau_by_pattern_and_by_file(pair, tmp_path):
+    base, tuned, _ = pair
+    (tmp_path / "taus.json").write_text(json.dumps({"layers.0*": 0.25, "norm": 0}))
+    patterns = read_layer_taus(tmp_path / "taus.json")
+    merged = load(merge(base, tuned, tmp_path / "out", tau=1.0, layer_tau=patterns).folders[0])
+    a, b = load(base), load(tuned)
+    expected = 0.75 * a["layers.0.weight"] + 0.25 * b["layers.0.weight"]
+    np.testing.assert_allclose(merged["layers.0.weight"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(merged["norm.weight"], a["norm.weight"])
+    np.testing.assert_array_equal(merged["layers.1.weight"], b["layers.1.weight"])
+
+
+def test_dtype_changes_values_index_and_config(tmp_path, generator):
+    shards = [
+        {"a.weight": generator.standard_normal((3, 3)).astype(np.float32)},
+        {"b": np.float32([1]), "ids": np.arange(3)},
+    ]
+    config = {"dtype": "float32", "text_config": {"torch_dtype": "float32"}}
+    base, tuned = (write_sharded(tmp_path / name, shards, config) for name in ("base", "tuned"))
+    out = merge(base, tuned, tmp_path / "out", tau=0.5, dtype="bfloat16").folders[0]
+    checkpoint = Checkpoint(out)
+    assert [checkpoint.tensors[name].dtype for name in ("a.weight", "b", "ids")] == ["BF16", "BF16", "I64"]
+    assert checkpoint.index["metadata"]["total_size"] == 2 * 10 + 24
+    assert checkpoint.config["dtype"] == checkpoint.config["text_config"]["torch_dtype"] == "bfloat16"
+
+
+def test_integers_must_agree_or_are_taken_from_the_tuned_model_with_a_note(pair, tmp_path):
+    base, tuned, _ = pair
+    assert merge(base, tuned, tmp_path / "same", tau=0.5).notes == []
+    write_single(tuned, {**read_all(tuned), "position_ids": np.arange(5) + 7})
+    outcome = merge(base, tuned, tmp_path / "out", tau=0.5)
+    assert any("position_ids" in note and "tuned one is taken" in note for note in outcome.notes)
+    np.testing.assert_array_equal(read_all(outcome.folders[0])["position_ids"], np.arange(5) + 7)
+
+
+def change(**changes):
+    def apply(folder: Path) -> None:
+        tensors = {**read_all(folder), **changes}
+        write_single(folder, {name: value for name, value in tensors.items() if value is not None})
+
+    return apply
+
+
+def set_config(**values):
+    return lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "toy", **values}))
+
+
+MISMATCHES = {
+    "missing": (change(mask=None), "only in .*base: 1 tensor: mask"),
+    "extra": (change(more=np.float32([1])), "only in .*tuned: 1 tensor: more"),
+    "shape": (change(**{"layers.0.weight": np.zeros((8, 7), np.float32)}), r"F32 \[8, 6\] in the base, F32 \[8, 7\]"),
+    "rows": (change(**{"layers.0.weight": np.zeros((9, 6), np.float32)}), "--shared"),
+    "dtype": (change(**{"norm.weight": np.float32([1, 2])}), "F64 .* in the base, F32"),
+    "architecture": (set_config(model_type="another"), "'toy', .* is 'another'"),
+    "quantised": (set_config(quantization_config={"quant_method": "fp8"}), "quantised weights"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_models_that_do_not_fit_are_refused(pair, tmp_path, case):
+    base, tuned, _ = pair
+    apply, message = MISMATCHES[case]
+    apply(tuned)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        merge(base, tuned, tmp_path / "out", tau=0.5)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_shared_averages_what_is_shared(pair, tmp_path):
+    base, tuned, _ = pair
+    longer = np.arange(60, dtype=np.float32).reshape(10, 6)
+    change(**{"layers.0.weight": longer, "more": np.float32([5]), "mask": None})(tuned)
+    outcome = merge(base, tuned, tmp_path / "out", tau=0.5, shared=True)
+    merged = read_all(outcome.folders[0])
+    a = read_all(base)["layers.0.weight"]
+    np.testing.assert_allclose(merged["layers.0.weight"][:8], (a + longer[:8]) / 2, rtol=1e-6)
+    np.testing.assert_array_equal(merged["layers.0.weight"][8:], longer[8:])
+    assert merged["more"] == 5
+    assert "mask" not in merged
+    assert len(outcome.notes) == 2
+
+
+def test_duplicated_tied_head_is_written_once(tmp_path, generator):
+    embedding = generator.standard_normal((5, 4)).astype(np.float32)
+
+    def toy(name, value, duplicate):
+        head = {"lm_head.weight": value} if duplicate else {}
+        return write_single(
+            tmp_path / name, {"model.embed_tokens.weight": value, **head}, {"tie_word_embeddings": True}
+        )
+
+    base, tuned = toy("base", embedding, True), toy("tuned", embedding + 1, False)
+    both = toy("both", embedding + 1, True)
+    for target in (tuned, both):
+        merged = read_all(merge(base, target, tmp_path / f"out_{target.name}", tau=0.5).folders[0])
+        assert set(merged) == {"model.embed_tokens.weight"}
+        np.testing.assert_allclose(merged["model.embed_tokens.weight"], embedding + 0.5, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": float("nan")}, "tau must be finite"),
+        ({"tau": []}, "at least one value"),
+        ({"tau": [0.5, 0.5]}, "must not repeat"),
+        ({"method": "ties"}, "method must be one of linear"),
+        ({"method": "rank"}, "needs rank"),
+        ({"rank": 3}, "rank belongs to method rank"),
+        ({"method": "shrink"}, "at least 2 fine-tuned runs"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"layer_tau": {"nothing.*": 0.3}}, "fits no tensor"),
+        ({"layer_tau": {"norm*": float("inf")}}, "tau must be finite"),
+        ({"run_weights": [0.5]}, "sum to 1"),
+        ({"dtype": "float16", "tau": 1e6}, "beyond the range of F16"),
+    ],
+)
+def test_bad_arguments(pair, tmp_path, options, message):
+    base, tuned, _ = pair
+    with pytest.raises(ValueError, match=message):
+        merge(base, tuned, tmp_path / "out", **{"tau": 0.5, **options})
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_output_never_replaces_and_never_lies_inside_an_input(pair, tmp_path):
+    base, tuned, _ = pair
+    with pytest.raises(ValueError, match="outside the input"):
+        merge(base, tuned, tuned / "merged")
+    merge(base, tuned, tmp_path / "out")
+    with pytest.raises(ValueError, match="exists already"):
+        merge(base, tuned, tmp_path / "out")
+
+
+def test_extrapolation_is_noted(pair, tmp_path):
+    assert merge(pair[0], pair[1], tmp_path / "out", tau=1.5).notes == ["τ = 1.5 is outside [0, 1]: extrapolation"]
+
+
+def test_disk_space_is_checked_first(pair, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="the disk has 1e-07 GB free"):
+        merge(pair[0], pair[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("change_input", [False, True])
+def test_an_interrupted_merge_resumes_or_starts_clean(tmp_path, generator, change_input):
+    def toy(name):
+        shards = [{f"w{i}": generator.standard_normal(50).astype(np.float32)} for i in range(4)]
+        return write_sharded(tmp_path / name, shards)
+
+    base, tuned = toy("base"), toy("tuned")
+
+    def stop_late(done, total):
+        if done > 0.6 * total:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        merge(base, tuned, tmp_path / "out", tau=[0.2, 0.7], progress=stop_late)
+    assert not (tmp_path / "out").exists()
+    if change_input:
+        tuned = toy("tuned")
+    outcome = merge(base, tuned, tmp_path / "out", tau=[0.2, 0.7])
+    assert outcome.resumed_shards == (0 if change_input else 2)
+    merge(base, tuned, tmp_path / "fresh", tau=[0.2, 0.7])
+    for path in (tmp_path / "fresh").rglob("*.safetensors"):
+        assert (tmp_path / "out" / path.relative_to(tmp_path / "fresh")).read_bytes() == path.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_side_files_are_copied_but_never_weights_or_training_state(pair, tmp_path):
+    base, tuned, _ = pair
+    wanted = ("tokenizer.json", "chat_template.jinja", "modeling_toy.py", "additional_chat_templates/tool.jinja")
+    unwanted = ("optimizer.pt", "pytorch_model.bin", "trainer_state.json", ".cache/x.json", "checkpoint-5/config.json")
+    for name in wanted + unwanted:
+        (tuned / name).parent.mkdir(exist_ok=True)
+        (tuned / name).write_text(name)
+    out = merge(base, tuned, tmp_path / "out").folders[0]
+    for name in wanted:
+        assert (out / name).read_text() == name
+    for name in unwanted:
+        assert not (out / name).exists()
+
+
+MEASURE = """
+import re, sys
+from linfit.bridge import merge
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+before = peak()
+merge(sys.argv[1], sys.argv[2], sys.argv[3], tau=[0.3, 0.8])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_tensor(tmp_path, generator):
+    """One tensor of 400 MB; well under the 300 MB allowed."""
+    values = np.zeros((100_000, 2000), np.float16)
+    values[:100] = generator.standard_normal((100, 2000))
+    base, tuned = write_single(tmp_path / "base", {"w": values}), write_single(tmp_path / "tuned", {"w": values * 2})
+    command = [sys.executable, "-c", MEASURE, str(base), str(tuned), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 1 < float(done.stdout) < 100

@@ -1,0 +1,122 @@
+"""Stored formats: bits against ml_dtypes, torch and exact integer arithmetic."""
+
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from linfit.bridge.numbers import FLOATS, ITEM_SIZE, decode, encode, stored_dtype, weighted_sum
+
+ORACLE = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+
+
+def every_pattern(dtype: str) -> np.ndarray:
+    kind = np.uint8 if ITEM_SIZE[dtype] == 1 else np.uint16
+    return np.arange(1 << (8 * ITEM_SIZE[dtype]), dtype=np.uint32).astype(kind).view(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2"])
+def test_every_bit_pattern_decodes_exactly_and_comes_back(dtype):
+    raw = every_pattern(dtype)
+    values = decode(raw, dtype)
+    np.testing.assert_array_equal(values, raw.view(ORACLE[dtype]).astype(np.float32))
+    again = encode(values, dtype)
+    numbers = ~np.isnan(values)
+    width = ITEM_SIZE[dtype]
+    np.testing.assert_array_equal(again.reshape(-1, width)[numbers], raw.reshape(-1, width)[numbers])
+    assert np.isnan(decode(again, dtype)[~numbers]).all()
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2"])
+def test_rounding_agrees_with_ml_dtypes(dtype, generator):
+    values = (generator.standard_normal(100_000) * 10.0 ** generator.uniform(-6, 2, 100_000)).astype(np.float32)
+    np.testing.assert_array_equal(encode(values, dtype), values.astype(ORACLE[dtype]).view(np.uint8))
+
+
+def test_bfloat16_rounds_ties_to_even_and_keeps_what_is_not_finite():
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F800000, 0xFF800000, 0x7F800001, 0x80000000], np.uint32)
+    stored = encode(bits.view(np.float32), "BF16").view(np.uint16)
+    assert [hex(value) for value in stored[:5]] == ["0x3f80", "0x3f82", "0x3f81", "0x7f80", "0xff80"]
+    assert np.isnan(decode(stored[5:6].view(np.uint8), "BF16")).all()
+    assert stored[6] == 0x8000
+
+
+def test_float64_is_rounded_once(generator):
+    """Just beside a tie of bfloat16, where rounding through float32 would go wrong."""
+    for _ in range(300):
+        lower = np.float64(decode(generator.integers(0x3C00, 0x4000, 1).astype(np.uint16).view(np.uint8), "BF16")[0])
+        spacing = 2.0 ** (np.floor(np.log2(lower)) - 7)
+        value = lower + spacing / 2 + generator.choice([-1, 0, 1]) * spacing * 2.0**-30
+        got = Fraction(float(decode(encode(np.array([value]), "BF16"), "BF16")[0]))
+        neighbours = [Fraction(lower), Fraction(lower + spacing)]
+        assert abs(got - Fraction(value)) == min(abs(each - Fraction(value)) for each in neighbours)
+
+
+def test_out_of_range_is_an_error():
+    with pytest.raises(ValueError, match=r"1 values, such as 70000, are beyond the range of F16"):
+        encode(np.array([1.0, 70000.0], np.float32), "F16")
+
+
+def random_raw(generator, dtype: str, size: int) -> np.ndarray:
+    return encode((generator.standard_normal(size) * 0.1).astype(np.float32), dtype)
+
+
+@pytest.mark.parametrize("size", [4, 6, 1000, 65_537])
+def test_bfloat16_path_equals_the_general_one(size, generator):
+    """Bit for bit, on any patterns, NaN and infinity included; three terms and signs."""
+    raws = [generator.integers(0, 1 << 16, size).astype(np.uint16).view(np.uint8) for _ in range(3)]
+    weights = [0.3, -0.75, 1.45]
+    with np.errstate(all="ignore"):
+        total = sum(
+            (np.float32(w) * decode(raw, "BF16") for w, raw in zip(weights[1:], raws[1:])),
+            start=np.float32(weights[0]) * decode(raws[0], "BF16"),
+        )
+    expected = total.astype(ml_dtypes.bfloat16)
+    got = weighted_sum(weights, raws, ["BF16"] * 3, "BF16").view(ml_dtypes.bfloat16)
+    numbers = ~np.isnan(expected.astype(np.float32))
+    assert numbers.mean() > 0.5
+    np.testing.assert_array_equal(got.view(np.uint16)[numbers], expected.view(np.uint16)[numbers])
+    assert np.isnan(got.astype(np.float32)[~numbers]).all()
+
+
+@pytest.mark.parametrize("dtype", [name for name in FLOATS if name in ORACLE])
+@pytest.mark.parametrize("tau", [0.2, 0.5, 0.9, 1.3])
+def test_weighted_sum_equals_torch(dtype, tau, generator):
+    torch = pytest.importorskip("torch")
+    kinds = {
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
+    raws = [random_raw(generator, dtype, 4000) for _ in range(2)]
+    base, tuned = (torch.from_numpy(raw.copy()).view(kinds[dtype]) for raw in raws)
+    expected = ((1 - tau) * base.float() + tau * tuned.float()).to(kinds[dtype])
+    got = weighted_sum([1 - tau, tau], raws, [dtype, dtype], dtype)
+    np.testing.assert_array_equal(got, expected.view(torch.uint8).numpy())
+
+
+def test_zero_weights_do_not_spread_infinities():
+    one, infinite = encode(np.float32([1, 2, 3, 4]), "BF16"), encode(np.float32([np.inf] * 4), "BF16")
+    np.testing.assert_array_equal(weighted_sum([1.0, 0.0], [one, infinite], ["BF16", "BF16"], "BF16"), one)
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"), [("bfloat16", "BF16"), ("fp16", "F16"), ("F32", "F32"), ("f8_e4m3", "F8_E4M3")]
+)
+def test_dtype_names(name, stored):
+    assert stored_dtype(name) == stored
+
+
+@pytest.mark.parametrize("name", ["int8", "I32", "BOOL", "", "float128"])
+def test_other_dtypes_are_refused(name):
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        stored_dtype(name)

@@ -1,0 +1,514 @@
+"""Overtraining: closed forms against integrators, search and Monte Carlo; simulations against closed forms."""
+
+import itertools
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import xarray as xr
+
+from linfit import network
+from sims import overtraining as sims
+from theory import overtraining as theory
+
+A3 = np.array([2.0, 1.0, 0.4])
+
+
+def growth(s0, a, t):
+    """N1 as it is written down."""
+    return a * np.exp(2 * a * t) / (np.exp(2 * a * t) - 1 + a / s0)
+
+
+def integrated(velocity, start, time):
+    return scipy.integrate.solve_ivp(velocity, (0, time), [start], rtol=1e-11, atol=1e-13).y[0, -1]
+
+
+# ------------------------------------------------------------------------------------------------------------- N1
+
+
+@pytest.mark.numerical
+def test_singular_values(rtol):
+    times = np.array([0.0, 0.3, 2.0])
+    expected = np.stack([growth(0.02, A3, t) for t in times])
+    np.testing.assert_allclose(theory.singular_values(0.02, A3, times), expected, rtol=rtol)
+    for a in (1.3, 0.0, -0.7):
+        exact = integrated(lambda _, s, a=a: 2 * s * (a - s), 0.05, 1.7)
+        np.testing.assert_allclose(theory.singular_values(0.05, [a], 1.7)[0], exact, rtol=max(rtol, 1e-9))
+
+
+def test_singular_values_at_the_limits():
+    np.testing.assert_allclose(theory.singular_values(0.1, [2.0, -1.0, 0.0], 1e8), [2.0, 0.0, 0.1 / (1 + 2e7)])
+    np.testing.assert_allclose(theory.singular_values([0.0, 3.0], [2.0, 2.0], [0.0, 50.0]), [[0, 3], [0, 2]])
+
+
+def test_features_are_learned_one_after_another():
+    half = theory.learning_time(1e-4, A3, A3 / 2)
+    ninety = theory.learning_time(1e-4, A3, 0.9 * A3)
+    assert (np.diff(half) > 0).all()
+    assert (ninety[:-1] < half[1:]).all()
+
+
+@pytest.mark.parametrize("imbalance", [0.0, 0.3, -1.0])
+def test_learning_time_inverts_the_flow(imbalance):
+    levels = 0.01 + np.array([0.1, 0.5, 0.99])[:, None] * (A3 - 0.01)
+    times = theory.learning_time(0.01, A3, levels, imbalance)
+    start = network.layer_modes(jnp.asarray(0.01), jnp.asarray(imbalance))
+    for mode in range(3):
+        w1, w2 = network.aligned_modes(*start, A3[mode : mode + 1], times[:, mode])
+        np.testing.assert_allclose((w1 * w2)[:, 0], levels[:, mode], rtol=1e-10)
+    np.testing.assert_array_equal(theory.learning_time(0.1, 1.0, [0.05, 0.1, 1.0, 1.5]), [0, 0, np.inf, np.inf])
+
+
+# ------------------------------------------------------------------------------------------------------------- N2
+
+
+def test_sensitivity_by_unit_perturbations():
+    """E‖W − A‖² over independent entries is a sum over entries: move each alone, then each pair."""
+    generator = np.random.default_rng(0)
+    (m, h, k), (g1, g2) = (2, 3, 4), (0.3, 0.7)
+    w1, w2 = generator.standard_normal((m, h)), generator.standard_normal((h, k))
+    units_1 = np.eye(m * h).reshape(-1, m, h)
+    units_2 = np.eye(h * k).reshape(-1, h, k)
+    total = g1**2 * sum(np.sum((e @ w2) ** 2) for e in units_1) + g2**2 * sum(np.sum((w1 @ e) ** 2) for e in units_2)
+    total += g1**2 * g2**2 * sum(np.sum((e @ f) ** 2) for e in units_1 for f in units_2)
+    np.testing.assert_allclose(theory.gaussian_sensitivity(w1, w2, g1, g2), total / 2, rtol=1e-12)
+
+
+def test_sensitivity_by_monte_carlo_for_twenty_shapes(seed):
+    generator = np.random.default_rng(seed)
+    scores = []
+    for _ in range(20):
+        m, h, k = generator.integers(1, 9, 3)
+        w1, w2 = generator.standard_normal((m, h)), generator.standard_normal((h, k))
+        target, gamma = generator.standard_normal((m, k)), 10 ** generator.uniform(-2, 0.5)
+        moved = (w1 + gamma * generator.standard_normal((4000, m, h))) @ (
+            w2 + gamma * generator.standard_normal((4000, h, k))
+        )
+        rises = np.sum((moved - target) ** 2, axis=(1, 2)) / 2 - np.sum((w1 @ w2 - target) ** 2) / 2
+        scores.append((rises.mean() - theory.gaussian_sensitivity(w1, w2, gamma)) / (rises.std() / 4000**0.5))
+    assert np.abs(scores).max() < 4
+    assert np.abs(scores).max() > 0.1  # not an echo
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imbalance", [0.0, 0.5, -0.5])
+def test_perturbed_loss_is_that_of_the_matrices(imbalance):
+    target = jax.random.normal(jax.random.key(0), (4, 3))
+    a = jnp.linalg.svd(target, compute_uv=False)
+    start = network.aligned_network(target, 0.02, imbalance, hidden_size=5)
+    weights = network.gradient_flow(start, target, [0.0, 0.8, 3.0])
+    ours = theory.perturbed_loss(0.02, a, [0.0, 0.8, 3.0], 0.2, (4, 5, 3), imbalance)
+    np.testing.assert_allclose(ours.loss, network.loss(weights, target), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(ours.sensitivity, theory.gaussian_sensitivity(*weights, 0.2), rtol=1e-6)
+    assert (np.diff(ours.sensitivity) > 0).all()
+    np.testing.assert_allclose(ours.total, ours.loss + ours.sensitivity)
+
+
+# ------------------------------------------------------------------------------------------------------------- N3
+
+
+@pytest.mark.parametrize("imbalance", [0.0, 0.4, -1.0])
+def test_inflection_is_the_minimum_found_by_search(imbalance, seed):
+    generator = np.random.default_rng(seed + 10)
+    shape = (7, 4, 5)
+    for _ in range(2):
+        a, s0 = generator.uniform(0.1, 3, 3), generator.uniform(1e-4, 0.05, 3)
+        gamma = 10 ** generator.uniform(-1.8, -0.3)
+        end = float(np.max(theory.learning_time(s0, a, 0.9999 * a, imbalance)))
+        times = np.linspace(0, end, 4_001)
+        heights = np.asarray(theory.perturbed_loss(s0, a, times, gamma, shape, imbalance).total)
+        ours = float(theory.inflection_time(s0, a, gamma, shape, imbalance))
+        assert float(theory.perturbed_loss(s0, a, ours, gamma, shape, imbalance).total) <= heights.min() + 1e-12
+        assert abs(ours - times[heights.argmin()]) <= 1.01 * times[1]
+        alone = theory.mode_inflection_times(s0, a, gamma, shape, imbalance)
+        for mode in range(3):
+            one = np.asarray(theory.perturbed_loss(s0[mode], a[mode : mode + 1], times, gamma, shape, imbalance).total)
+            assert abs(float(alone[mode]) - times[one.argmin()]) <= 1.01 * times[1]
+
+
+def test_inflection_on_both_sides_of_its_conditions():
+    a, s0, shape = np.array([1.0, 0.3, 0.2]), 0.01, (5, 3, 3)
+    for mode, gap in enumerate(a - s0):
+        edge = (2 * gap / 8) ** 0.5  # γ²(m+k)/2 = a − s₀
+        below, above = (theory.mode_inflection_times(s0, a, edge * (1 + side), shape)[mode] for side in (-1e-3, 1e-3))
+        assert below > 0
+        assert above == 0
+    assert theory.inflection_time(s0, a, 1.01 * (2 * 0.99 / 8) ** 0.5, shape) == 0
+    assert theory.inflection_time(s0, a, 0.0, shape) == np.inf
+    assert np.isfinite(theory.inflection_time(s0, a, 1e-6, shape))
+    # Unbalanced, sensitivity hardly grows at first: a mode that only ever hurts when balanced now pays off for a while.
+    assert theory.mode_inflection_times(s0, a, 0.4, shape)[1] == 0
+    assert theory.mode_inflection_times(s0, a, 0.4, shape, imbalance=2.0)[1] > 0
+
+
+def test_inflection_comes_earlier_for_larger_perturbations():
+    gammas = np.geomspace(0.01, 0.6, 25)
+    times = theory.inflection_time(1e-3, A3, gammas, (6, 6, 6))
+    assert (np.diff(times) < 0)[np.asarray(times)[1:] > 0].all()
+    assert times[0] > 1.3 * times[12] > 0
+    assert times[-1] < times[0] / 3
+
+
+@pytest.mark.parametrize("imbalance", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
+def test_inflection_is_differentiable(imbalance):
+    def time(gamma, a):
+        return theory.inflection_time(0.01, a, gamma, (10, 10, 10), imbalance)
+
+    a, step = jnp.array([2.0, 1.0, 0.9]), 1e-5
+    slopes = jax.grad(time, argnums=(0, 1))(0.1, a)
+    np.testing.assert_allclose(slopes[0], (time(0.1 + step, a) - time(0.1 - step, a)) / (2 * step), rtol=1e-5)
+    for mode in range(3):
+        moved = [time(0.1, a.at[mode].add(side * step)) for side in (1, -1)]
+        np.testing.assert_allclose(slopes[1][mode], (moved[0] - moved[1]) / (2 * step), rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- N4
+
+
+def test_fine_tuned_singular_values_against_integration():
+    before, b = np.array([1.2, 0.3]), np.array([0.5, 2.0])
+    for penalty in (0.0, 0.7, 20.0):
+        ours = theory.fine_tuned_singular_values(before, b, 0.9, penalty)
+        for s, target, value in zip(before, b, ours):
+            w0 = s**0.5
+            exact = integrated(lambda _, w, t=target, w0=w0, p=penalty: w * (t - w**2) - p * (w - w0), w0, 0.9) ** 2
+            np.testing.assert_allclose(value, exact, rtol=1e-7)
+            if penalty < 1:  # and by quadrature: the time to get there is ∫ dw / w'
+                time = scipy.integrate.quad(
+                    lambda w, t=target, w0=w0, p=penalty: 1 / (w * (t - w**2) - p * (w - w0)), w0, value**0.5
+                )
+                np.testing.assert_allclose(time[0], 0.9, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_steps_is_that_of_the_matrices():
+    target = jax.random.normal(jax.random.key(2), (4, 4))
+    U, a, Vt = jnp.linalg.svd(target)
+    b = a * jnp.array([1.5, 0.5, 1.0, 2.0])
+    task, time = U * b @ Vt, jnp.array([0.5, 1.5, 4.0])
+    start = network.gradient_flow(network.aligned_network(target, 0.01), target, time)
+    after = network.descend(start, task, network.constant(0.6 / 7, 7), penalty=0.4)
+    ours = theory.fine_tuning(0.01, a, b, time, 0.6, penalty=0.4, steps=7)
+    np.testing.assert_allclose(ours.pretrain_before, network.loss(start, target), atol=1e-6)
+    np.testing.assert_allclose(ours.pretrain_after, network.loss(after, target), atol=1e-5)
+    np.testing.assert_allclose(ours.finetune_before, network.loss(start, task), atol=1e-5)
+    np.testing.assert_allclose(ours.finetune_after, network.loss(after, task), atol=1e-5)
+    np.testing.assert_allclose(ours.degradation, ours.pretrain_after - ours.pretrain_before)
+    flow = theory.fine_tuning(0.01, a, b, time, 0.6, penalty=0.4)
+    steps = theory.fine_tuning(0.01, a, b, time, 0.6, penalty=0.4, steps=20_000)
+    np.testing.assert_allclose(flow.finetune_after, steps.finetune_after, rtol=1e-3)
+    assert float(jnp.abs(flow.finetune_after - ours.finetune_after).max()) > 1e-3
+
+
+def test_fine_tuning_inflection_on_both_sides():
+    a, b = np.array([1.0, 1.0, 1.0]), np.array([1.5, 1.0, 0.5])
+    times = np.linspace(0, 15, 15_001)
+    ours = np.asarray(theory.fine_tuning_inflection_times(0.01, a, b, 0.7))
+    assert np.isfinite(ours).tolist() == [True, False, False]
+    loss = np.asarray(theory.fine_tuning(0.01, a[:1], b[:1], times, 0.7).pretrain_after)
+    assert abs(times[loss.argmin()] - ours[0]) < 2e-3
+    assert loss[-1] > loss.min() + 0.01
+    for mode in (1, 2):
+        loss = np.asarray(theory.fine_tuning(0.01, a[mode : mode + 1], b[mode : mode + 1], times, 0.7).pretrain_after)
+        assert (np.diff(loss) <= 1e-15).all()
+    # Larger learning rate, that is longer fine-tuning time: earlier; long enough to overshoot from the start: at once.
+    stretched = np.asarray(theory.fine_tuning_inflection_times(0.01, [1.0], [1.5], [0.0, 0.2, 0.7, 1.5, 3.0]))[:, 0]
+    assert stretched[0] == np.inf
+    assert (np.diff(stretched[1:4]) < 0).all()
+    assert stretched[4] == 0
+
+
+def test_degradation_grows_with_pretraining_and_with_the_rate_but_not_without_exception():
+    times, rates = np.linspace(0, 12, 241), np.array([0.1, 0.4, 1.0])[:, None]
+    degradation = np.asarray(theory.fine_tuning(1e-3, [1.0], [0.5], times, rates).degradation)
+    assert (degradation[:, -1] > degradation[:, 0] + 1e-3).all()
+    assert (np.diff(degradation[:, -1]) > 0).all()
+    # A feature that is shrunk is a little less degraded once it is learned to the end: with b < a the slope in s at
+    # s = a is −(a − φ(a))φ'(a) < 0. One that is stretched has no such peak.
+    assert (degradation.max(axis=1) > degradation[:, -1] + 1e-4).all()
+    stretched = np.asarray(theory.fine_tuning(1e-3, [1.0], [1.5], times, 1.0).degradation)
+    assert stretched.argmax() > 200
+
+
+def test_penalty_delays_and_costs():
+    times = np.linspace(0, 8, 801)
+    runs = [theory.fine_tuning(1e-3, [1.0], [1.5], times, 0.7, penalty) for penalty in (0.0, 0.5, 2.0)]
+    turns = [times[np.argmin(run.pretrain_after)] for run in runs]
+    assert turns[0] + 0.02 < turns[1] < turns[2] - 0.02
+    for lighter, heavier in itertools.pairwise(runs):
+        assert (heavier.finetune_after - lighter.finetune_after >= -1e-9).all()
+        assert heavier.pretrain_after[-1] < lighter.pretrain_after[-1]
+
+
+# ----------------------------------------------------------------------------------------------------- simulations
+
+
+def test_trained_singular_values_follow_the_closed_form():
+    target = sims.power_law_target(jax.random.key(0), 3)
+    data = sims.learning_curves(target, np.linspace(0, 6, 13), initial=0.02, step_sizes=[4e-3, 2e-3, 1e-3])
+    errors = abs(data.measured - data.exact).max(("time", "mode")).values
+    assert errors[2] < 1e-3
+    np.testing.assert_allclose(errors[:2] / errors[1:], 2, rtol=0.02)
+    assert float(data.measured.sel(mode=1).isel(time=-1, step_size=0)) > 0.99
+
+
+@pytest.mark.slow
+def test_unbalanced_training_leaves_the_balanced_formula_but_not_the_general_one():
+    target = sims.power_law_target(jax.random.key(0), 3)
+    times = np.linspace(0, 4, 9)
+    data = sims.learning_curves(target, times, initial=0.02, step_sizes=[1e-3], imbalance=0.5)
+    assert float(abs(data.measured - data.exact).max()) < 2e-3
+    balanced = theory.singular_values(0.02, jnp.linalg.svd(target, compute_uv=False), times)
+    assert float(abs(data.measured[0] - np.asarray(balanced)).max()) > 0.05
+
+
+@pytest.mark.slow
+def test_simulated_perturbed_loss_and_its_inflection(seed):
+    target = sims.power_law_target(jax.random.key(1), 6)
+    times = np.linspace(0, 20, 101)
+    data = sims.perturbed_losses(
+        jax.random.key(seed), target, times, np.array([0.1, 0.2, 0.3]), initial=1e-3, step_size=0.01, replicas=200
+    )
+    assert float(abs(data.perturbed_z).max()) < 4.5
+    assert float(abs(data.perturbed_z).max()) > 0.05
+    # N3 within the resolution of the checkpoints, as far as 200 perturbations let one see the bottom of a flat valley
+    for gamma in (0.2, 0.3):
+        at = data.sel(gamma=gamma)
+        bottom = at.perturbed.min()
+        near = at.perturbed.interp(time=float(at.inflection_flow))
+        assert float(near - bottom) < 4 * float(at.perturbed_error.sel(time=float(at.inflection)))
+        exact = at.time[int(at.perturbed_expected.argmin("time"))]
+        assert abs(float(exact) - float(at.inflection_flow)) <= 0.2
+
+
+def small_sweep():
+    target = sims.power_law_target(jax.random.key(3), 6)
+    times = np.rint(np.concatenate([[0.0], np.geomspace(0.5, 40, 14)]) / 0.05) * 0.05
+    checkpoints = sims.pretrain(target, times, initial=1e-3, step_size=0.05)
+    keys = jax.random.split(jax.random.key(4), 4)
+
+    def stack(draw):
+        return jnp.stack([draw(key) for key in keys])
+
+    tasks = {
+        "unrelated": stack(lambda key: sims.unrelated_task(key, target, 0.3)),
+        "rotated": stack(lambda key: sims.rotated_task(key, target, 0.4)),
+        "stretched": stack(lambda key: sims.stretched_task(target, 1.5)),
+    }
+    settings = {"step_sizes": np.array([0.004, 0.008, 0.016, 3.0]), "penalties": np.array([0.0, 1.0]), "steps": 100}
+    return target, times, sims.fine_tuned_losses(checkpoints, times, target, tasks, **settings).isel(schedule=0)
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    return small_sweep()
+
+
+def test_fine_tuned_modes_follow_the_closed_recursion(sweep):
+    target, times, data = sweep
+    a = jnp.linalg.svd(target, compute_uv=False)
+    exact = theory.fine_tuning(1e-3, a, 1.5 * a, times, 1.6, steps=100)
+    measured = data.sel(task="stretched", penalty=0.0, step_size=0.016)
+    # what is left is the finite step of pretraining
+    np.testing.assert_allclose(measured.pretrain, exact.pretrain_after, atol=0.02)
+    np.testing.assert_allclose(measured.finetune, exact.finetune_after, atol=0.05)
+    assert float(measured.pretrain_error.max()) < 1e-12
+
+
+def test_fine_tuning_under_every_schedule_equals_a_numpy_loop():
+    target = sims.power_law_target(jax.random.key(3), 4)
+    times = np.array([2.0, 10.0])
+    checkpoints = sims.pretrain(target, times, initial=1e-2, step_size=0.05)
+    tasks = {"unrelated": jnp.stack([sims.unrelated_task(jax.random.key(i), target, 0.3) for i in range(2)])}
+    settings = {"step_sizes": np.array([0.03]), "penalties": np.array([0.5]), "steps": 20}
+    schedules = tuple(sims.SCHEDULES)
+    data = sims.fine_tuned_losses(checkpoints, times, target, tasks, schedules=schedules, **settings)
+    for schedule in schedules:
+        rates = np.asarray(sims.SCHEDULES[schedule](0.03, 20))
+        for index, time in enumerate(times):
+            losses = []
+            for task in np.asarray(tasks["unrelated"]):
+                w1, w2 = start = [np.asarray(layer[index]) for layer in checkpoints]
+                for rate in rates:
+                    slope = w1 @ w2 - task
+                    step_1, step_2 = slope @ w2.T + 0.5 * (w1 - start[0]), w1.T @ slope + 0.5 * (w2 - start[1])
+                    w1, w2 = w1 - rate * step_1, w2 - rate * step_2
+                losses.append([np.sum((w1 @ w2 - goal) ** 2) / 2 for goal in (target, task)])
+            at = data.sel(task="unrelated", schedule=schedule, penalty=0.5, step_size=0.03, time=time)
+            np.testing.assert_allclose([at.pretrain, at.finetune], np.mean(losses, axis=0), rtol=1e-10)
+    assert len(np.unique(data.finetune.values.round(6))) == len(schedules) * len(times)
+
+
+def test_catastrophic_overtraining_where_it_is_and_where_it_is_not(sweep):
+    _, _, data = sweep
+    plain, held = data.sel(penalty=0.0), data.sel(penalty=1.0)
+    turns = sims.inflection(plain.pretrain)
+    unrelated = turns.sel(task="unrelated", step_size=[0.004, 0.008, 0.016]).values
+    assert np.isfinite(unrelated[1:]).all()
+    assert unrelated[0] > unrelated[1] > unrelated[2]
+    assert np.isinf(turns.sel(task="rotated", step_size=[0.004, 0.008, 0.016])).all()
+    # the penalty delays it, and costs fine-tuning loss
+    delayed = sims.inflection(held.pretrain).sel(task="unrelated", step_size=0.016)
+    assert float(delayed) > unrelated[2]
+    stable = {"step_size": [0.004, 0.008, 0.016]}
+    assert bool((held.finetune.sel(stable) >= plain.finetune.sel(stable) - 1e-12).all())
+
+
+def test_the_final_loss_climbs_beyond_its_standard_error():
+    target = sims.power_law_target(jax.random.key(3), 6)
+    checkpoints = sims.pretrain(target, np.array([4.0, 40.0]), initial=1e-3, step_size=0.05)
+    tasks = jnp.stack([sims.unrelated_task(jax.random.key(seed), target, 0.3) for seed in range(40)])[:, None]
+    after = network.loss(network.descend(checkpoints, tasks, network.constant(0.016, 100)), target)  # (draws, 2)
+    climb = np.asarray(after[:, 1] - after[:, 0])
+    assert climb.mean() > 4 * climb.std(ddof=1) / 40**0.5
+    assert network.loss(checkpoints, target)[1] < 0.01 * network.loss(checkpoints, target)[0]
+
+
+def test_rates_that_overflow_are_infinite_and_never_chosen(sweep):
+    _, _, data = sweep
+    assert np.isinf(data.pretrain.sel(step_size=3.0, task="unrelated", penalty=0.0)).any()
+    assert not np.isnan(data.pretrain).any()
+    chosen = sims.tuned(data)
+    assert float(chosen.step_size.max()) <= 0.016
+    np.testing.assert_allclose(chosen.finetune, data.finetune.min("step_size"))
+
+
+def test_inflection_needs_a_real_rise():
+    curve = xr.DataArray([3.0, 1.0, 1.005], dims="time", coords={"time": [0.0, 1.0, 2.0]})
+    assert float(sims.inflection(curve)) == np.inf
+    assert float(sims.inflection(curve, rise=0.001)) == 1.0
+
+
+def test_tasks():
+    target = sims.power_law_target(jax.random.key(0), 5, exponent=2.0)
+    np.testing.assert_allclose(jnp.linalg.svd(target)[1], np.arange(1.0, 6) ** -2, rtol=1e-10)
+    turned = sims.rotated_task(jax.random.key(1), target, 0.6)
+    np.testing.assert_allclose(jnp.linalg.svd(turned)[1], np.arange(1.0, 6) ** -2, rtol=1e-10)
+    np.testing.assert_allclose(sims.rotated_task(jax.random.key(1), target, 0.0), target, atol=1e-14)
+    angles = sims.principal_angles(target, turned, 2)
+    assert 0.05 < float(angles[0]) <= 0.6 + 1e-9
+
+
+@pytest.mark.slow
+def test_token_stream_is_fresh_and_does_not_depend_on_the_batch_of_seeds():
+    target = sims.power_law_target(jax.random.key(0), 3)
+    start = network.gaussian_network(jax.random.key(1), (3, 3, 3), 0.1, replicas=(3,))
+    settings = {"batch": 4, "noise_std": 0.2}
+    rates, save = network.constant(0.05, 30), np.array([10, 30])
+    three = sims.pretrain_on_tokens(jax.random.key(2), target, rates, save, replicas=3, start=start, **settings)
+    two = sims.pretrain_on_tokens(
+        jax.random.key(2), target, rates, save, replicas=2, start=jax.tree.map(lambda w: w[:2], start), **settings
+    )
+    np.testing.assert_allclose(three.w1[:, :2], two.w1, rtol=1e-12)
+    stream = sims.TokenStream(jax.random.split(jax.random.key(0), 1), target, jnp.asarray(0.0), 4)
+    first, second = stream(jnp.asarray(0)), stream(jnp.asarray(1))
+    assert float(jnp.abs(first.covariance - second.covariance).max()) > 0.1
+    np.testing.assert_allclose(first.cross, target @ first.covariance, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_sensitivity_grows_with_the_token_budget():
+    target = sims.power_law_target(jax.random.key(0), 6)
+    budgets = np.array([200, 1600, 4000, 16000])
+    data = sims.token_budgets(
+        jax.random.key(1),
+        target,
+        budgets,
+        np.array([0.0, 0.2]),
+        batch=8,
+        step_size=0.05,
+        noise_std=0.3,
+        scale=0.01,
+        replicas=6,
+        schedules=("constant", "cosine"),
+    )
+    np.testing.assert_allclose(data.perturbed.sel(gamma=0.0), data.loss)
+    rise = data.perturbed.sel(gamma=0.2) - data.loss
+    assert bool((rise.diff("budget") > 0).all())
+    last = data.loss.isel(budget=-1)
+    assert float(last.sel(schedule="cosine")) < float(last.sel(schedule="constant"))
+    assert float(data.loss_error.max()) > 0
+
+
+@pytest.mark.slow
+def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian():
+    weights = network.gaussian_network(jax.random.key(0), (3, 4, 2), 0.7, replicas=(2,))
+    target = jax.random.normal(jax.random.key(1), (3, 2))
+    ours = sims.sharpness(weights, target)
+    for index in range(2):
+        one = jax.tree.map(lambda w, index=index: w[index], weights)
+        flat, unravel = jax.flatten_util.ravel_pytree(one)
+        hessian = jax.hessian(lambda x, unravel=unravel: network.loss(unravel(x), target))(flat)
+        np.testing.assert_allclose(ours[index], np.linalg.eigvalsh(hessian)[-1], rtol=1e-8)
+    for imbalance in (0.0, 1.5):  # at a minimum w₁² + w₂² of the first mode
+        minimum = network.aligned_network(target, jnp.linalg.svd(target)[1], imbalance)
+        first = np.hypot(imbalance, 2 * jnp.linalg.svd(target)[1][0])
+        np.testing.assert_allclose(sims.sharpness(minimum, target), first, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_matched_forgetting_reads_the_path():
+    target = jnp.diag(jnp.array([1.0, 0.5]))
+    task = 1.5 * target
+    ready = jax.tree.map(lambda w: w[None], network.aligned_network(target, jnp.array([1.0, 0.5])))
+    forgetting, angle = sims.matched_forgetting(ready, target, task, level=0.01, step_size=0.01, steps=400, saves=401)
+    times = np.linspace(0, 4, 40_001)
+    curve = theory.fine_tuned_singular_values([1.0, 0.5], [1.5, 0.75], times)
+    at = int(np.argmax(np.sum((curve - np.array([1.5, 0.75])) ** 2, axis=1) / 2 <= 0.01))
+    np.testing.assert_allclose(forgetting, np.sum((curve[at] - np.array([1.0, 0.5])) ** 2) / 2, rtol=0.02)
+    np.testing.assert_allclose(angle, 0, atol=1e-6)
+    missed, _ = sims.matched_forgetting(ready, target, task, level=1e-9, step_size=0.01, steps=20)
+    assert np.isnan(missed).all()
+
+
+@pytest.mark.slow
+def test_decaying_rates_leave_sharper_checkpoints_that_forget_more():
+    target = sims.power_law_target(jax.random.key(0), 8)
+    task = target + sims.unrelated_task(jax.random.key(1), target, 0.06)
+    data = sims.sharpness_and_forgetting(
+        jax.random.key(2), target, task, step_sizes=np.array([0.05, 0.2]), steps=3000, batch=8, noise_std=0.3,
+        scales=(0.4, 0.01), replicas=8, level=0.05, finetune_step_size=0.02, finetune_steps=2000,
+        schedules=("constant", "cosine"),
+    )  # fmt: skip
+    gap = data.sel(schedule="cosine") - data.sel(schedule="constant")
+    for name in ("sharpness", "forgetting"):
+        paired = gap[name].sel(step_size=0.05)
+        assert float(paired.mean()) > 3 * float(paired.std(ddof=1)) / 8**0.5
+    # at a large rate gradient noise has balanced the layers in time, decay or not
+    assert float(data.sharpness.sel(step_size=0.2, schedule="cosine").mean()) < 2.1
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+SHAPE, NAN = (3, 3, 3), float("nan")
+BAD = {
+    "initial negative": (theory.singular_values, (-0.1, [1.0], 1.0), "initial"),
+    "target nan": (theory.singular_values, (0.1, [NAN], 1.0), "target"),
+    "time negative": (theory.singular_values, (0.1, [1.0], -1.0), "time"),
+    "target zero": (theory.learning_time, (0.1, 0.0, 0.5), "target"),
+    "level nan": (theory.learning_time, (0.1, 1.0, NAN), "level"),
+    "w1 vector": (theory.gaussian_sensitivity, (np.ones(2), np.ones((2, 2)), 0.1), "w1 and w2"),
+    "chain": (theory.gaussian_sensitivity, (np.ones((2, 3)), np.ones((2, 3)), 0.1), "w2"),
+    "gamma": (theory.gaussian_sensitivity, (np.ones((2, 2)), np.ones((2, 2)), -0.1), "gamma"),
+    "gamma_2": (theory.gaussian_sensitivity, (np.ones((2, 2)), np.ones((2, 2)), 0.1, -1.0), "gamma_2"),
+    "shape": (theory.perturbed_loss, (0.1, [1.0], 1.0, 0.1, 3), "shape"),
+    "shape zero": (theory.perturbed_loss, (0.1, [1.0], 1.0, 0.1, (3, 0, 3)), "shape"),
+    "imbalance": (theory.perturbed_loss, (0.1, [1.0], 1.0, 0.1, SHAPE, [1.0, 2.0]), "imbalance"),
+    "start above": (theory.inflection_time, (2.0, [1.0], 0.1, SHAPE), "initial"),
+    "start zero": (theory.inflection_time, (0.0, [1.0], 0.1, SHAPE), "initial"),
+    "modes": (theory.mode_inflection_times, ([0.1, 0.2, 0.3], [1.0, 2.0], 0.1, SHAPE), "initial"),
+    "steps": (theory.fine_tuned_singular_values, ([1.0], [2.0], 1.0, 0.0, 0), "steps"),
+    "penalty": (theory.fine_tuned_singular_values, ([1.0], [2.0], 1.0, -1.0), "penalty"),
+    "pretrain target": (theory.fine_tuning, (0.1, [NAN], [1.0], 1.0, 1.0), "pretrain_target"),
+    "finetune target": (theory.fine_tuning_inflection_times, (0.1, [1.0, 2.0], [1.0], 1.0), "finetune_target"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    function, arguments, expected = BAD[name]
+    with pytest.raises(ValueError, match=expected):
+        function(*arguments)

@@ -1,0 +1,179 @@
+"""What the claims share: problems from parameters and normals, and the p × p algebra they are measured by."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.linalg
+from jax import Array
+
+from linfit import (
+    FixedShift,
+    GradientDescent,
+    GradientFlow,
+    MinNorm,
+    RandomShift,
+    Ridge,
+    RiskForms,
+    TwoTaskProblem,
+    power_law_problem,
+    risk_forms,
+)
+from linfit.covariance import Covariance, Diagonal
+from theory.claims import Normal, Parameter
+
+SIZES = ((10, 25), (16, 20))
+"""(n, p) of the exact claims: few, because every new shape is compiled."""
+
+FILTER_PARAMETERS = {
+    "penalty": Parameter(1e-3, 10.0, "log"),
+    "time": Parameter(0.1, 100.0, "log"),
+    "speed": Parameter(0.1, 1.9),  # η·s_max
+    "steps": Parameter(1, 30, "whole"),
+}
+EXACT_PARAMETERS = {
+    "size": Parameter(0, len(SIZES) - 1, "whole"),
+    "decay": Parameter(0.0, 1.5),
+    "fixed": Parameter(0, 1, "whole"),
+    "noise_variance": Parameter(1e-3, 10.0, "log"),
+    "pretrain_size": Parameter(0.1, 1.0, "log"),
+    "tau": Parameter(-0.5, 1.5),
+    **FILTER_PARAMETERS,
+}
+
+
+class Exact(NamedTuple):
+    """A design, a problem with nothing special about it, four filters, and the same fine-tuners as plain matrices."""
+
+    X: np.ndarray
+    problem: TwoTaskProblem
+    forms: RiskForms
+    filters: list[Any]
+    maps: np.ndarray
+    """R (4, p, n) with θ̂ = θ₁ + R(y − Xθ₁), without an eigendecomposition of the kernel."""
+    tau: float
+    extra: dict[str, Any]
+
+
+def exact_instance(
+    normal: Normal,
+    *,
+    size: int,
+    decay: float,
+    fixed: int,
+    noise_variance: float,
+    pretrain_size: float,
+    tau: float,
+    penalty: float,
+    time: float,
+    speed: float,
+    steps: int,
+    **extra: Any,
+) -> Exact:
+    """Σ₁, Σ₂, Ω dense with power-law spectra and unrelated eigenvectors; δ random, or fixed if `fixed`; u ≠ 0."""
+    n, p = SIZES[size]
+    pretrain, finetune, spread = (_dense(normal(p, p), decay) for _ in range(3))
+    shift = FixedShift(normal(p)) if fixed else RandomShift(spread)
+    problem = TwoTaskProblem(pretrain, finetune, shift, noise_variance**0.5, pretrain_size * normal(p))
+    X = normal(n, p) @ scipy.linalg.cholesky(finetune)
+    step_size = float(speed * n / np.linalg.norm(X, 2) ** 2)
+    filters = [MinNorm(), Ridge(penalty), GradientFlow(time), GradientDescent(step_size, steps)]
+    maps = np.stack([_min_norm(X), _ridge(X, penalty), _flow(X, time), _descent(X, step_size, steps)])
+    return Exact(X, problem, risk_forms(X, problem), filters, maps, tau, extra)
+
+
+def _dense(latent: np.ndarray, decay: float) -> np.ndarray:
+    basis, _ = np.linalg.qr(latent)
+    matrix = basis * (1.0 + np.arange(len(latent))) ** -decay @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+def _min_norm(X: np.ndarray) -> np.ndarray:
+    return np.linalg.pinv(X)
+
+
+def _ridge(X: np.ndarray, penalty: float) -> np.ndarray:
+    n, p = X.shape
+    return np.linalg.solve(X.T @ X / n + penalty * np.eye(p), X.T / n)
+
+
+def _flow(X: np.ndarray, time: float) -> np.ndarray:
+    """∫₀ᵗ e^{−sΣ̂} ds Xᵀ/n, the integral as a block of one matrix exponential."""
+    n, p = X.shape
+    generator = np.zeros((2 * p, 2 * p))
+    generator[:p, :p], generator[:p, p:] = -time * X.T @ X / n, time * np.eye(p)
+    return scipy.linalg.expm(generator)[:p, p:] @ X.T / n
+
+
+def _descent(X: np.ndarray, step_size: float, steps: int) -> np.ndarray:
+    """The iteration itself, on all unit residuals at once."""
+    n, p = X.shape
+    R = np.zeros((p, n))
+    for _ in range(steps):
+        R = R + step_size / n * X.T @ (np.eye(n) - X @ R)
+    return R
+
+
+def matrix_of(covariance: Covariance) -> np.ndarray:
+    """Σ (p, p)."""
+    if isinstance(covariance, Diagonal):
+        return np.diag(covariance.eigenvalues)
+    return np.asarray(covariance.apply(np.eye(covariance.size)))  # type: ignore[arg-type]
+
+
+class Moments(NamedTuple):
+    """The problem as p × p matrices."""
+
+    pretrain: np.ndarray
+    finetune: np.ndarray
+    second: np.ndarray
+    """S = E ΔΔᵀ."""
+    mean: np.ndarray
+    """E Δ."""
+    u: np.ndarray
+    noise_variance: float
+
+
+def moments(problem: TwoTaskProblem) -> Moments:
+    """Σ₁, Σ₂, S, E Δ, u, σ²."""
+    mean, u = (np.zeros(problem.p) if v is None else np.asarray(v) for v in (problem.gap_mean, problem.pretrain_error))
+    second = np.outer(mean, mean)
+    if problem.gap_covariance is not None:
+        second = second + matrix_of(problem.gap_covariance)
+    pretrain, finetune = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
+    return Moments(pretrain, finetune, second, mean, u, float(problem.noise_std) ** 2)
+
+
+def risk_by_algebra(
+    problem: TwoTaskProblem, X: np.ndarray, R: np.ndarray, noise: np.ndarray | None = None
+) -> np.ndarray:
+    """[[bias², variance] fine-tuning, [bias², variance] pretraining] of θ̂ = θ₁ + R(y − Xθ₁), by traces.
+
+    `noise` (n, n) is the correlation of the label noise, I if None.
+    """
+    m = moments(problem)
+    noise = np.eye(len(X)) if noise is None else noise
+    learned = R @ X
+    missed = learned - np.eye(problem.p)
+    spread = R @ noise @ R.T * m.noise_variance
+    finetune = np.trace(m.finetune @ missed @ m.second @ missed.T)
+    moved = m.u @ m.pretrain @ m.u + 2 * m.u @ m.pretrain @ learned @ m.mean
+    pretrain = moved + np.trace(m.pretrain @ learned @ m.second @ learned.T)
+    return np.array([[finetune, np.trace(m.finetune @ spread)], [pretrain, np.trace(m.pretrain @ spread)]])
+
+
+def totals(problem: TwoTaskProblem, X: np.ndarray, R: np.ndarray) -> np.ndarray:
+    """[R_ft, R_pre] by algebra."""
+    return risk_by_algebra(problem, X, R).sum(axis=1)
+
+
+def aligned_problem(
+    p: int, decay: float, alignment: float, noise_variance: float, pretrain_risk: float = 0.0
+) -> TwoTaskProblem:
+    """The test bed of the overadaptation figures: Σ₁ = Σ₂ = diag(j^−decay), Ω ∝ Σ₂^alignment, tr ΩΣ₂ = 1."""
+    return power_law_problem(p, decay, alignment=alignment, noise_variance=noise_variance, pretrain_risk=pretrain_risk)
+
+
+def coloured(normal: Normal, n: int, problem: TwoTaskProblem) -> Array:
+    """A Gaussian design (n, p) with E xxᵀ = Σ₂."""
+    covariance = problem.finetune_covariance
+    return covariance.colour(normal(n, covariance.latent_size))  # type: ignore[arg-type]
