@@ -456,3 +456,9 @@ def test_bad_input(arguments, message):
 def test_the_command_is_light_until_it_runs():
     code = "import sys, sims.commands; print([m for m in ('jax', 'numpy', 'scipy', 'rich') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_inflection_between_two_valleys_of_nearly_equal_depth():
+    """Once false: the deeper of two nearly equal minima of the perturbed loss was missed by the coarse search."""
+    (verdict,) = verify(select(["N3.total"]), instances=4, seed=87)
+    assert verdict.holds

@@ -247,15 +247,27 @@ def _knots(initial: Array, target: Array, imbalance: Array, number: int = 48) ->
     return learning_time(initial, target, initial + fractions * (target - initial), imbalance).ravel()
 
 
+VALLEYS = 8
+"""Local minima that are followed to their bottom before the lowest is chosen."""
+
+
 def _lowest(height: Callable[[Array, Array], Array], args: Array, knots: Array) -> Array:
-    """The time of least height: the best of the knots, ascending, then the root of the slope between its neighbours."""
+    """The time of least height: from the lowest valleys among the knots, ascending, each to the root of its slope."""
     heights = jax.vmap(lambda time: height(time, args))(knots)
-    best = knots[jnp.argmin(heights)]
-    lower = jnp.max(jnp.where(knots < best, knots, knots[0]))
-    upper = jnp.min(jnp.where(knots > best, knots, knots[-1]))
+    beyond = jnp.full(1, jnp.inf, heights.dtype)
+    valley = (heights <= jnp.append(heights[1:], beyond)) & (heights <= jnp.append(beyond, heights[:-1]))
+    _, chosen = jax.lax.top_k(jnp.where(valley, -heights, -jnp.inf), min(VALLEYS, knots.size))
     slope = jax.grad(height)
-    inside = (slope(lower, args) < 0) & (slope(upper, args) > 0)
-    return jnp.where(inside, _root(slope, args, lower, upper), best)
+
+    def bottom(best: Array) -> Array:
+        lower = jnp.max(jnp.where(knots < best, knots, knots[0]))
+        upper = jnp.min(jnp.where(knots > best, knots, knots[-1]))
+        inside = (slope(lower, args) < 0) & (slope(upper, args) > 0)
+        return jnp.where(inside, _root(slope, args, lower, upper), best)
+
+    bottoms = jax.vmap(bottom)(knots[chosen])
+    depths = jax.vmap(lambda time: height(time, args))(bottoms)
+    return bottoms[jnp.argmin(depths)]
 
 
 def _root(function: Callable[..., Array], args: object, lower: Array, upper: Array, *, rising: bool = True) -> Array:
