@@ -5,8 +5,6 @@ steps, so 20 of the 10,000 are timed (10,000 are 3·10¹³ operations: five minu
 """
 
 import os
-import statistics
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -14,22 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.timing import median_seconds
 from linfit import network
 from linfit.network import TwoLayer
 
 REPLICAS, SIZE, STEPS, RATE = 64, 200, 20, 0.01
 WORKERS = min(2, os.cpu_count() or 1)
-
-
-def median_seconds(function, rounds=5):
-    """Median wall time after one warm-up."""
-    function()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def shared(function, parts):

@@ -3,8 +3,6 @@
 `make bench` sets one BLAS thread and NPROC, as the command line does, so that designs run side by side.
 """
 
-import statistics
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.timing import median_seconds
 from linfit import (
     GradientFlow,
     RandomShift,
@@ -37,17 +36,6 @@ def stack():
     """32 designs as one JAX array."""
     keys = jax.random.split(jax.random.key(0), DESIGNS)
     return jnp.stack([sample_design(key, PROBLEMS["isotropic shift"].finetune_covariance, N) for key in keys])
-
-
-def median_seconds(function, rounds=5):
-    """Median wall time after one warm-up."""
-    function()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 @pytest.fixture(scope="module")
