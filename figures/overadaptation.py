@@ -73,13 +73,14 @@ def measure_along_tau(key: Array, problem: TwoTaskProblem, setting: Setting, bes
     return monte_carlo(key, problem, setting.n, filters, jnp.linspace(0, 1.2, 61), setting.replicates)
 
 
-def agreement(data: xr.Dataset) -> str:
-    """The largest theory–simulation gap of a Monte Carlo dataset, as a sentence."""
+def agreement(data: xr.Dataset, lines: str = "exact risk of the same designs") -> str:
+    """The largest gap between simulated and exact risk of the same designs, as a sentence; what the lines are."""
     gaps = {name: float(abs(data[name]).max()) for name in data if str(name).endswith("_z")}
     points = sum(data[name].size for name in gaps)
     return (
-        f"Points: mean of {data.replicates} simulated fine-tunings, bars ± one standard error; lines: exact risk of the same "
-        f"designs. Largest gap between them {max(gaps.values()):.1f} standard errors of their difference, over {points} values."
+        f"Points: mean of {data.replicates} simulated fine-tunings, bars ± one standard error; lines: {lines}. "
+        f"Largest gap between simulated and exact risk of the same designs {max(gaps.values()):.1f} standard errors of their "
+        f"difference, over {points} values."
     )
 
 
@@ -272,8 +273,8 @@ def training_time(key: Array, forms: RiskForms, problem: TwoTaskProblem, setting
     panel_letters(axes)
     caption = (
         "Fine-tuning for too long: past its best time the fine-tuned model gets worse on its own task (a) and forgets more (b); "
-        f"averaging, at the τ that is best for R_ft at that time, undoes most of both (early on that τ exceeds 1, and so does the forgetting). {agreement(measured)} "
-        f"Lines: exact risk averaged over {setting.designs} other designs. {context}"
+        f"averaging, at the τ that is best for R_ft at that time, undoes most of both (early on that τ exceeds 1, and so does the forgetting). "
+        f"{agreement(measured, f'exact risk averaged over {setting.designs} other designs')} {context}"
     )
     data = xr.Dataset(
         {name: ("time", values) for name, values in curves.items()} | {"best_tau": ("time", tau)}, {"time": times}
