@@ -1,7 +1,7 @@
 """The figures of the overtraining paper (2503.19206) in its two-layer linear setting, theory beside simulation."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from figures.style import SETTINGS, Picture, canvas, panel_letters
+from figures.style import Picture, canvas, panel_letters
 from sims import overtraining as sims
 from theory import overtraining as theory
 
@@ -58,23 +58,16 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     keys = jax.random.split(key, 6)
     target = sims.power_law_target(keys[0], setting.size)
     context = f"Gradient descent on ½‖W₁W₂ − A‖²_F from balanced aligned weights, {setting}; seed {seed}."
-    yield styled(features, target, setting, context)
-    yield styled(perturbed, keys[1], target, setting, context)
+    yield features(target, setting, context)
+    yield perturbed(keys[1], target, setting, context)
     times = checkpoint_times(setting)
     data = fine_tuned(keys[2], target, times, setting)
     context = f"{context} Fine-tuning: {FINETUNE_STEPS} steps at a constant rate, mean of {setting.draws} tasks."
-    yield styled(after_fine_tuning, data, target, context)
-    yield styled(penalised, data, context)
-    yield styled(inflections, data, target, context)
-    yield styled(tokens, keys[3], setting, seed)
-    yield styled(sharpness, keys[4], setting, seed)
-
-
-def styled(draw: Callable[..., Picture], *args: Any) -> Picture:
-    """draw(*args) in the house style; legends and titles take their sizes when they are drawn."""
-    settings: Any = SETTINGS
-    with mpl.rc_context(settings):
-        return draw(*args)
+    yield after_fine_tuning(data, target, context)
+    yield penalised(data, context)
+    yield inflections(data, target, context)
+    yield tokens(keys[3], setting, seed)
+    yield sharpness(keys[4], setting, seed)
 
 
 def checkpoint_times(setting: Setting) -> np.ndarray:

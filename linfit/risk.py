@@ -227,24 +227,21 @@ def risk_forms(X: ArrayLike | Iterator[ArrayLike], problem: TwoTaskProblem) -> R
     >>> bool(forms.finetune.optimal_tau(MinNorm()) < 1)   # overadaptation
     True
     """
+    plan = _plan(problem)
     if isinstance(X, Iterator):
-        plan = _plan(problem)
         return _reduce(_streamed_products(X, problem, plan), problem, plan)
     rows = real_array("X", X, finite=False)
     if rows.ndim < 2:
         raise ValueError(f"X must be a design (n, p) or a stack of designs (…, n, p), got shape {rows.shape}")
     same_size("X", rows.shape[-1], "the problem's p", problem.p)
     if rows.ndim == 2:
-        plan = _plan(problem)
         return _reduce(_products(rows, problem, plan), problem, plan)
     stack = rows.reshape(-1, *rows.shape[-2:])
-    forms = _forms_of_stack(stack, problem)
+    forms = _forms_of_stack(stack, problem, plan)
     return jax.tree.map(lambda leaf: leaf.reshape(*rows.shape[:-2], *leaf.shape[1:]), forms)
 
 
-def _forms_of_stack(stack: Array, problem: TwoTaskProblem) -> RiskForms:
-    plan = _plan(problem)
-
+def _forms_of_stack(stack: Array, problem: TwoTaskProblem, plan: "_Plan") -> RiskForms:
     def one(rows: Array) -> RiskForms:
         return _reduce(_products(rows, problem, plan), problem, plan)
 
