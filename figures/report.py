@@ -8,9 +8,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import jax
 import matplotlib as mpl
 
 from figures.style import SETTINGS, Picture
+from linfit._files import whole_file
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -26,20 +26,6 @@ figure { margin: 2.5rem 0 } img { max-width: 100%; height: auto }
 figcaption { font-size: .9rem; color: #333 } h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-bottom: .3rem }
 nav a { margin-right: 1rem } code { background: #f3f3f3; padding: 0 .2em }
 """
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place once the block has succeeded, and vanishes otherwise."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def prepare_folder(out: Path) -> Path:

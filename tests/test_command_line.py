@@ -157,7 +157,7 @@ def test_quick_overadaptation_figures(tmp_path):
 
 
 def test_a_failing_write_leaves_nothing_behind(tmp_path):
-    from figures.report import whole_file
+    from linfit._files import whole_file
 
     path = tmp_path / "numbers.nc"
     path.write_text("old")
