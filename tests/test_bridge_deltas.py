@@ -5,15 +5,9 @@ import pytest
 import scipy.optimize
 
 from linfit.bridge import inspect, noise_level, optimal_shrinkage, split_deltas
-from linfit.bridge.deltas import (
-    gram_of,
-    marchenko_pastur_median,
-    rank_gain,
-    shrinkage_gain,
-    singular_filter,
-    split_of,
-)
+from linfit.bridge.deltas import marchenko_pastur_median, shrinkage, split_of, truncation
 from linfit.bridge.inspection import delta_singular_values
+from linfit.bridge.spectrum import most_directions, spectrum_of
 from tests.bridge_checkpoints import families, write_single  # noqa: F401
 
 
@@ -66,13 +60,75 @@ def test_optimal_shrinkage_is_the_best_of_all_gains(shape, generator):
     assert np.mean(changes) > 5
 
 
-def test_singular_filter_equals_svd(generator):
-    delta = generator.standard_normal((90, 40)).astype(np.float32) * np.linspace(0.1, 3, 40, dtype=np.float32)
+@pytest.fixture(params=["exact", "krylov"])
+def tiny_budget(request, monkeypatch):
+    """The same matrices through their Gram matrix, and as if they were too large for one."""
+    if request.param == "krylov":
+        monkeypatch.setattr("linfit.bridge.spectrum.EXACT_SIDE", 16)
+    return request.param
+
+
+def spiked(generator, shape, spikes, size):
+    a, b = (np.linalg.qr(generator.standard_normal((side, spikes)))[0] for side in shape)
+    strengths = size * np.linspace(1, 3, spikes)
+    return (generator.standard_normal(shape) + (a * strengths) @ b.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("spikes", [6, 30])
+def test_filters_equal_those_of_a_full_decomposition(tiny_budget, spikes, generator):
+    shape = (900, 700)
+    delta = spiked(generator, shape, spikes, 120.0)
     u, s, vt = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
-    for gain in (rank_gain(5), shrinkage_gain(delta.shape), lambda s: s / (s + 1)):
-        gram = gram_of(lambda: iter(np.array_split(delta, 7)))
-        got = delta @ singular_filter(gram, delta.shape, gain)
-        np.testing.assert_allclose(got, (u * s * gain(s)) @ vt, atol=2e-4)
+
+    def blocks():
+        return iter(np.array_split(delta, 7))
+
+    kept = truncation(blocks, 700, spikes - 2)
+    expected = (u[:, : spikes - 2] * s[: spikes - 2]) @ vt[: spikes - 2]
+    error = np.linalg.norm(kept(delta) - expected) / np.linalg.norm(expected)
+    assert error < (1e-5 if tiny_budget == "exact" else 1e-4)
+    filtered = shrinkage(blocks, shape)
+    expected = (u * optimal_shrinkage(s, shape, noise_level(s, shape).entry_std)) @ vt
+    error = np.linalg.norm(filtered(delta) - expected) / np.linalg.norm(expected)
+    assert filtered.gains.size == spikes
+    assert filtered.missed == 0
+    assert error < (1e-5 if tiny_budget == "exact" else 1e-2)
+    assert error < 0.1 * np.linalg.norm(delta - expected) / np.linalg.norm(expected)  # doing nothing is far away
+
+
+def test_large_spectra_agree_with_a_full_decomposition(tiny_budget, generator):
+    """Top values to 1e-4; median (so the noise level) and moments to the error stated, 1% (in the mean of 1/√(n b))."""
+    shape = (1100, 800)
+    for delta in (spiked(generator, shape, 5, 100.0), generator.standard_normal(shape) * np.arange(1, 801) ** -0.5):
+        s = np.linalg.svd(delta, compute_uv=False)
+        found = spectrum_of(lambda delta=delta: iter(np.array_split(delta, 5)), 800, lambda values: 8)
+        assert (found.resolved == 800) == (tiny_budget == "exact")
+        np.testing.assert_allclose(found.singular_values[:8], s[:8], rtol=1e-4)
+        np.testing.assert_allclose(np.median(found.singular_values), np.median(s), rtol=0.03)
+        np.testing.assert_allclose(np.sum(found.singular_values**4), np.sum(s**4), rtol=0.02)
+        assert (np.diff(found.singular_values) <= 0).all()
+        np.testing.assert_allclose(found.directions.T @ found.directions, np.eye(8), atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 3, 40])
+def test_spectra_of_low_rank_end_early(tiny_budget, rank, generator):
+    delta = (generator.standard_normal((400, rank)) @ generator.standard_normal((rank, 300))).astype(np.float32)
+    found = spectrum_of(lambda: iter(np.array_split(delta, 3)), 300, lambda values: min(rank, 8))
+    s = np.linalg.svd(delta, compute_uv=False)
+    assert (found.singular_values[rank:] < 1e-3 * s[0] + 1e-12).all()
+    np.testing.assert_allclose(found.singular_values[: min(rank, 8)], s[: min(rank, 8)], rtol=1e-4)
+    assert shrinkage(lambda: iter([delta]), delta.shape) is None
+
+
+def test_what_does_not_fit_into_memory_is_counted(monkeypatch, generator):
+    """A basis of 64 directions for 50 that would be kept: the largest are, the others are counted."""
+    monkeypatch.setattr("linfit.bridge.spectrum.EXACT_SIDE", 16)
+    monkeypatch.setattr("linfit.bridge.spectrum.BASIS_BYTES", 4 * 600 * 64)
+    delta = spiked(generator, (800, 600), 50, 120.0)
+    filtered = shrinkage(lambda: iter([delta]), delta.shape)
+    assert filtered.gains.size >= 32
+    assert filtered.missed >= 0
+    assert most_directions(600) == 32
 
 
 def test_a_low_rank_delta_has_no_noise_to_shrink(generator):

@@ -1,6 +1,7 @@
 """Merging: real checkpoints against in-memory merges by torch and PEFT; care about everything around the weights."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -408,3 +409,35 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path, generator):
     command = [sys.executable, "-c", MEASURE, str(base), str(tuned), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 1 < float(done.stdout) < 100
+
+
+MEASURE_SPECTRA = """
+import re, sys
+import ml_dtypes
+import linfit.bridge.deltas, linfit.bridge.inspection
+from linfit.bridge import inspect, merge
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+before = peak()
+if sys.argv[3] == "inspect":
+    assert inspect(sys.argv[1], sys.argv[2]).tensors[0].above_edge == 3
+else:
+    merge(sys.argv[1], sys.argv[2], sys.argv[3], method="singular")
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_spectra_does_not_grow_with_the_tensor(tmp_path):
+    """A shorter side beyond the exact one; its Gram matrix alone would take 105 MB, the delta 126 MB."""
+    generator = np.random.default_rng(0)
+    shape = (6144, 5120)
+    spikes = generator.standard_normal((shape[0], 3)) @ generator.standard_normal((3, shape[1])) * 0.5
+    values = generator.standard_normal(shape, dtype=np.float32)
+    base = write_single(tmp_path / "base", {"w": np.zeros(shape, np.float16)})
+    tuned = write_single(tmp_path / "tuned", {"w": (values + spikes).astype(np.float16)})
+    for what in ("inspect", str(tmp_path / "out")):
+        command = [sys.executable, "-c", MEASURE_SPECTRA, str(base), str(tuned), what]
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert 1 < float(done.stdout) < 200

@@ -59,6 +59,22 @@ def test_float64_is_rounded_once(generator):
         assert abs(got - Fraction(value)) == min(abs(each - Fraction(value)) for each in neighbours)
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F8_E5M2"])
+def test_float64_is_rounded_once_to_every_format(dtype):
+    """Beside every tie of the format, by less than float32 can see, against exact rational distances."""
+    values = decode(every_pattern(dtype), dtype)
+    numbers = np.unique(values[np.isfinite(values)]).astype(np.float64)
+    step = 1 if ITEM_SIZE[dtype] == 1 else 97
+    for lower, upper in zip(numbers[:-1:step], numbers[1::step]):
+        middle = (lower + upper) / 2
+        for value in (np.nextafter(middle, lower), middle, np.nextafter(middle, upper)):
+            got = Fraction(float(decode(encode(np.array([value]), dtype), dtype)[0]))
+            exact = Fraction(float(value))
+            assert abs(got - exact) == min(abs(Fraction(float(each)) - exact) for each in (lower, upper))
+            if value == middle:  # a tie goes to the even pattern
+                assert encode(np.array([float(got)]), dtype)[0] % 2 == 0
+
+
 def test_out_of_range_is_an_error():
     with pytest.raises(ValueError, match=r"1 values, such as 70000, are beyond the range of F16"):
         encode(np.array([1.0, 70000.0], np.float32), "F16")

@@ -7,8 +7,8 @@ import pytest
 import scipy.optimize
 import scipy.stats
 
-from linfit import flow_weights
-from linfit.weighting import median_temperature
+from linfit import flow_weights, gradient_descent
+from linfit.weighting import effective_sample_size, effective_step, median_temperature, robust_weights
 
 
 @pytest.mark.numerical
@@ -26,6 +26,25 @@ def test_normalised_weights_minimise_entropic_loss(generator, rtol):
     weights = np.asarray(flow_weights(losses, temperature))
     np.testing.assert_allclose(weights / weights.sum(), expected, atol=1e-5)
     np.testing.assert_allclose(weights, np.exp(-losses / temperature), rtol=max(rtol, 1e-12))
+
+
+@pytest.mark.numerical
+def test_robust_weights_maximise_entropic_loss(generator, rtol):
+    """Σπℓ − TΣπ log π over the simplex, by a numerical optimiser: the worst case of robust optimisation."""
+    losses, temperature = generator.uniform(0, 3, 6), 0.7
+
+    def objective(z):
+        pi = np.exp(z - z.max())
+        pi /= pi.sum()
+        return temperature * pi @ np.log(pi) - pi @ losses
+
+    z = scipy.optimize.minimize(objective, np.zeros(6), tol=1e-14).x
+    expected = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    weights = np.asarray(robust_weights(losses, temperature))
+    np.testing.assert_allclose(weights / weights.sum(), expected, atol=1e-5)
+    plain = np.asarray(robust_weights(losses, temperature, normalisation="count"))
+    np.testing.assert_allclose(plain, np.exp(losses / temperature), rtol=max(rtol, 1e-6))
+    np.testing.assert_allclose(weights, plain / plain.mean(), rtol=max(rtol, 1e-6))
 
 
 def test_mean_weight_of_a_gaussian_residual_at_the_median_temperature(seed):
@@ -61,7 +80,6 @@ def test_nan_is_counted_in_a_warning():
         ([0.0, 1.0], 0.0, [1, 0]),
         ([1.0, np.inf, 2.0], None, [np.exp(-0.5), 0, np.exp(-1)]),
         ([1e308, 1e-308, 0.0], 1.0, [0, 1, 1]),
-        ([1.0, 2.0], np.float64(1e-300), [0, 0]),
     ],
 )
 def test_limits(losses, temperature, expected):
@@ -110,3 +128,117 @@ def test_dtype_follows_the_losses():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         flow_weights(*arguments)
+
+
+# ------------------------------------------------------------------------------------------------ normalisations
+
+MASKS = {
+    "samples": ([3.0, 0.5, 1.0, 2.0], None),
+    "tokens": ([[3.0, 0.5], [1.0, 2.0]], [[True, True], [False, True]]),
+}
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("opposite", [False, True])
+@pytest.mark.parametrize("case", MASKS)
+def test_each_normalisation_has_its_effective_step(case, opposite, rtol):
+    """The same direction, and the step that the table of the module says."""
+    losses, mask = MASKS[case]
+    counted = np.ones(np.shape(losses), bool) if mask is None else np.array(mask)
+    n, sign = counted.sum(), 1 if opposite else -1
+    weigh = robust_weights if opposite else flow_weights
+    plain = np.where(counted, np.exp(sign * np.asarray(losses) / 1.5), 0)
+    expected = {"count": plain, "mean": plain * n / plain.sum(), "none": n * plain}
+    steps = {"count": plain.sum() / n, "mean": 1.0, "none": plain.sum()}
+    for name, values in expected.items():
+        weights = weigh(losses, 1.5, mask, normalisation=name)
+        np.testing.assert_allclose(weights, values, rtol=max(rtol, 1e-12))
+        np.testing.assert_allclose(effective_step(weights, mask), steps[name], rtol=max(rtol, 1e-12))
+        size = plain.sum() ** 2 / (plain**2).sum()
+        np.testing.assert_allclose(effective_sample_size(weights, mask), size, rtol=max(rtol, 1e-12))
+
+
+def test_the_effective_step_is_that_of_gradient_descent(generator):
+    """n times the weights and a step n times smaller, mean one and a step shrunk by the mean: the same fine-tuning."""
+    X, y, theta_1 = generator.standard_normal((8, 5)), generator.standard_normal(8), generator.standard_normal(5)
+    losses = (y - X @ theta_1) ** 2
+    count = flow_weights(losses)
+    reached = [
+        gradient_descent(
+            X, y, theta_1, step_size=0.2 * effective_step(count) / effective_step(w), steps=7, sample_weights=w
+        )
+        for w in (flow_weights(losses, normalisation=name) for name in ("count", "mean", "none"))
+    ]
+    np.testing.assert_allclose(reached[1], reached[0], rtol=1e-12)
+    np.testing.assert_allclose(reached[2], reached[0], rtol=1e-12)
+
+
+def test_huge_losses_keep_their_relative_weights():
+    """Far beyond the range of exp, to all digits; e^{−1} and e^{−2} against the first."""
+    huge = 1e6 + np.arange(3)
+    expected = 3 * np.exp(-np.arange(3.0)) / np.exp(-np.arange(3.0)).sum()
+    np.testing.assert_allclose(flow_weights(huge, 1.0, normalisation="mean"), expected, rtol=1e-12)
+    np.testing.assert_allclose(robust_weights(huge, 1.0), expected[::-1], rtol=1e-12)
+    largest = flow_weights([1e305, 1.7e305], 1e305, normalisation="mean")
+    np.testing.assert_allclose(largest[1] / largest[0], np.exp(-0.7), rtol=1e-12)
+
+
+def test_weights_that_all_underflow_are_explained():
+    with pytest.warns(UserWarning, match='all weights are 0: .* smallest loss, 1, .* 1e-300; .* normalisation="mean"'):
+        weights = flow_weights([1.0, 2.0], np.float64(1e-300))
+    np.testing.assert_array_equal(weights, 0)
+
+
+@pytest.mark.parametrize(
+    ("weigh", "losses", "temperature", "expected"),
+    [
+        (flow_weights, [2.0, 2.0, 5.0], 0.0, [1.5, 1.5, 0]),
+        (robust_weights, [2.0, 5.0, 5.0], 0.0, [0, 1.5, 1.5]),
+        (flow_weights, [2.0, 2.0], None, [1, 1]),
+        (robust_weights, [2.0, 2.0], None, [1, 1]),
+        (flow_weights, [np.inf, 1.0, 1.0], None, [0, 1.5, 1.5]),
+    ],
+)
+def test_limits_of_mean_one(weigh, losses, temperature, expected):
+    np.testing.assert_allclose(weigh(losses, temperature, normalisation="mean"), expected, rtol=1e-12)
+
+
+def test_a_nan_loss_counts_in_the_mean():
+    """It stays in the authors' denominator, so the others make up for it."""
+    with pytest.warns(UserWarning, match="1 of 3 losses are NaN"):
+        weights = flow_weights([1.0, 1.0, np.nan], normalisation="mean")
+    np.testing.assert_allclose(weights, [1.5, 1.5, 0])
+
+
+@pytest.mark.parametrize("normalisation", ["count", "mean", "none"])
+@pytest.mark.parametrize("weigh", [flow_weights, robust_weights])
+def test_normalised_weights_trace_and_follow_the_dtype(weigh, normalisation, generator):
+    losses = jnp.asarray(generator.exponential(size=9), jnp.float32)
+    traced = jax.jit(lambda losses: weigh(losses, normalisation=normalisation))(losses)
+    assert traced.dtype == np.float32
+    np.testing.assert_allclose(traced, weigh(losses, normalisation=normalisation), rtol=1e-6)
+
+
+def test_effective_sample_size_between_one_and_n():
+    assert effective_sample_size([0.3] * 7) == pytest.approx(7)
+    assert effective_sample_size([1e-300, 0.0]) == 1
+    assert effective_sample_size([0.0, 0.0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: flow_weights([1.0], normalisation="sum"), 'must be .count., .mean. or .none., got .sum.'),
+        (lambda: flow_weights([np.inf, np.inf], 1.0, normalisation="mean"), "losses must hold a finite value"),
+        (lambda: robust_weights([1.0, np.inf, 1.0]), "losses must be finite for robust weights"),
+        (lambda: robust_weights([1.0, 1000.0], 1.0, normalisation="count"), "losses overflow .* largest is 1000 at T"),
+        (lambda: robust_weights([1.0, -1.0]), "losses must be non-negative"),
+        (lambda: effective_step([1.0, -1.0]), "weights must be non-negative"),
+        (lambda: effective_step([1.0], [False]), "mask must be true somewhere"),
+        (lambda: effective_step([1.0], [True, True]), "mask must have the shape of weights"),
+        (lambda: effective_sample_size([[np.nan]]), "weights must be finite"),
+    ],
+)  # fmt: skip
+def test_bad_normalisations(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

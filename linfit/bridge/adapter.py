@@ -19,17 +19,26 @@ _FACTOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side
 
 
 class LowRank(NamedTuple):
-    """ΔW = left · right (m, n), in float32; the scaling is in `left`."""
+    """ΔW = scaling · B A (m, n), or its transpose; the factors are read when they are needed."""
 
-    left: np.ndarray
-    """(m, r)."""
-    right: np.ndarray
+    a: Tensor
     """(r, n)."""
+    b: Tensor
+    """(m, r)."""
+    scaling: float
+    transposed: bool
+    """Whether the base stores Wᵀ, as an embedding and GPT-2's Conv1D do."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n)."""
-        return self.left.shape[0], self.right.shape[1]
+        """Of ΔW as the base stores it."""
+        shape = self.b.shape[0], self.a.shape[1]
+        return shape[::-1] if self.transposed else shape
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """(left, right) in float32 with ΔW = left · right, the scaling in one of them."""
+        a, b = _load(self.a), np.float32(self.scaling) * _load(self.b)
+        return (a.T, b.T) if self.transposed else (b, a)
 
 
 class Adapter:
@@ -63,7 +72,7 @@ class Adapter:
             else:
                 self.replaced[_replaced_name(name, settings)] = tensor
         self.deltas = {
-            f"{module}.weight": _low_rank(module, pair, embedding, settings, base)
+            f"{module}.weight": _low_rank(module, pair, embedding, settings)
             for (module, embedding), pair in factors.items()
         }
         unknown = sorted((self.deltas.keys() | self.replaced.keys()) - base.tensors.keys())
@@ -142,32 +151,28 @@ def scaling(settings: dict[str, Any], module: str, rank: int) -> float:
 
 
 def _load(tensor: Tensor) -> np.ndarray:
-    if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
-        raise ValueError(f"{tensor.path}: factor {tensor.name} must be a floating matrix, got {tensor.describe()}")
     raw = np.empty(tensor.stop - tensor.start, np.uint8)
     with open_files([tensor]) as files:
         files.read_into(tensor.path, tensor.start, raw)
-    return decode(raw, tensor.dtype).astype(np.float32).reshape(tensor.shape)
+    return decode(raw, tensor.dtype).astype(np.float32, copy=False).reshape(tensor.shape)
 
 
-def _low_rank(
-    module: str, pair: dict[str, Tensor], embedding: bool, settings: dict[str, Any], base: Checkpoint
-) -> LowRank:
+def _low_rank(module: str, pair: dict[str, Tensor], embedding: bool, settings: dict[str, Any]) -> LowRank:
     if set(pair) != {"A", "B"}:
         raise ValueError(f"adapter of {module} has only factor {next(iter(pair))}")
-    a, b = _load(pair["A"]), _load(pair["B"])
-    if a.shape[0] != b.shape[1]:
-        raise ValueError(f"adapter of {module}: factors {list(b.shape)} and {list(a.shape)} do not multiply")
+    a, b = pair["A"], pair["B"]
+    for tensor in (a, b):
+        if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
+            raise ValueError(f"{tensor.path}: factor {tensor.name} must be a floating matrix, got {tensor.describe()}")
     rank = a.shape[0]
+    if rank != b.shape[1]:
+        raise ValueError(f"adapter of {module}: factors {list(b.shape)} and {list(a.shape)} do not multiply")
     usual_rank: Any = settings.get("r", rank)
     declared = _pattern_value(settings.get("rank_pattern"), module, usual_rank)
     if declared != rank:
         raise ValueError(f"adapter of {module}: factors have rank {rank}, the configuration says {declared}")
-    left = np.float32(scaling(settings, module, rank)) * b
     transposed = embedding or bool(settings.get("fan_in_fan_out"))
-    if transposed:  # an embedding, or GPT-2's Conv1D, stores Wᵀ
-        return LowRank(np.ascontiguousarray(a.T), np.ascontiguousarray(left.T))
-    return LowRank(left, a)
+    return LowRank(a, b, scaling(settings, module, rank), transposed)
 
 
 def matches(pattern: str, name: str) -> bool:

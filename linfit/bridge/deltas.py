@@ -5,24 +5,19 @@ delta ΔW = Σ s_i u_i v_iᵀ without looking elsewhere is a filter on its singu
 
     ΔW ↦ Σ g(s_i) s_i u_i v_iᵀ:   interpolation g = τ · truncation g = 1[i ≤ r] · optimal shrinkage g = η(s)/s.
 
-A filter needs only the Gram matrix of the shorter side: with ΔWᵀΔW = V diag(s²) Vᵀ the result is ΔW · V diag(g) Vᵀ,
+Truncation and shrinkage keep only the k largest: with their right singular vectors V the result is ΔW · V diag(g) Vᵀ,
 so ΔW itself is read in blocks and never held.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import scipy.integrate
-import scipy.linalg
 import scipy.optimize
 
-Blocks = Callable[[], Iterator[np.ndarray]]
-"""Row blocks (b, n) of a matrix (m, n) with m ≥ n, from the start at each call."""
-
-DOUBLE_GRAM = 2048
-"""Gram matrices up to this size are kept in float64, larger ones in float32."""
+from linfit.bridge.spectrum import Blocks, spectrum_of
 
 
 @lru_cache(maxsize=256)
@@ -96,40 +91,45 @@ def optimal_shrinkage(singular_values: np.ndarray, shape: tuple[int, int], entry
     return np.where(above, scale * np.sqrt(np.maximum((safe**2 - aspect - 1) ** 2 - 4 * aspect, 0)) / safe, 0.0)
 
 
-def gram_of(blocks: Blocks) -> np.ndarray:
-    """ΔWᵀΔW (n, n), block by block; float64 up to n = 2048, float32 beyond."""
-    total: np.ndarray | None = None
-    for block in blocks():
-        wide = block.astype(np.float64) if block.shape[1] <= DOUBLE_GRAM else block
-        update = wide.T @ wide
-        total = update if total is None else np.add(total, update, out=total)
-    if total is None:
-        raise ValueError("a delta needs at least one row")
-    return total
+class Filter(NamedTuple):
+    """ΔW ↦ ΔW · V diag(g) Vᵀ, applied to any block of rows."""
+
+    directions: np.ndarray
+    """V (n, k), orthonormal."""
+    gains: np.ndarray
+    """g (k,)."""
+    missed: int = 0
+    """Directions with a gain that did not fit into memory and are left out."""
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        """Rows (b, n) filtered."""
+        directions = self.directions.astype(block.dtype, copy=False)
+        return ((block @ directions) * self.gains.astype(block.dtype)) @ directions.T
 
 
-def singular_filter(gram: np.ndarray, shape: tuple[int, int], gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """V diag(g) Vᵀ (n, n) in float32, for g = gain(s) and singular values s in descending order."""
-    eigenvalues, vectors = scipy.linalg.eigh(gram, driver="evr", overwrite_a=True, check_finite=False)
-    s = np.sqrt(np.maximum(eigenvalues, 0))[::-1]
-    g = gain(s)[::-1].astype(vectors.dtype)
-    kept = g != 0
-    return ((vectors[:, kept] * g[kept]) @ vectors[:, kept].T).astype(np.float32, copy=False)
+def truncation(blocks: Blocks, side: int, rank: int) -> Filter | None:
+    """g = 1[i ≤ r]; None, the identity, if r is not below the shorter side."""
+    if rank >= side:
+        return None
+    directions = spectrum_of(blocks, side, lambda values: rank).directions
+    return Filter(directions, np.ones(directions.shape[1]), rank - directions.shape[1])
 
 
-def rank_gain(rank: int) -> Callable[[np.ndarray], np.ndarray]:
-    """g = 1[i ≤ r]."""
-    return lambda s: (np.arange(s.size) < rank).astype(float)
+def shrinkage(blocks: Blocks, shape: tuple[int, int]) -> Filter | None:
+    """g = η(s)/s with the noise level of the spectrum itself; None, the identity, if it shows no noise."""
 
+    def above_edge(values: np.ndarray) -> int:
+        noise = noise_level(values, shape)
+        return int(np.sum(values > noise.edge)) if noise.entry_std > 0 else 0
 
-def shrinkage_gain(shape: tuple[int, int]) -> Callable[[np.ndarray], np.ndarray]:
-    """g = η(s)/s with the noise level of the spectrum itself."""
-
-    def gain(s: np.ndarray) -> np.ndarray:
-        shrunk = optimal_shrinkage(s, shape, noise_level(s, shape).entry_std)
-        return np.divide(shrunk, s, out=np.zeros_like(shrunk), where=s > 0)
-
-    return gain
+    spectrum = spectrum_of(blocks, min(shape), above_edge)
+    values, noise = spectrum.singular_values, noise_level(spectrum.singular_values, shape)
+    if noise.entry_std == 0:
+        return None
+    kept = values[: spectrum.directions.shape[1]]
+    return Filter(
+        spectrum.directions, optimal_shrinkage(kept, shape, noise.entry_std) / kept, spectrum.wanted - kept.size
+    )
 
 
 class Split(NamedTuple):

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
 
 from linfit.bridge.adapter import matches
-from linfit.bridge.checkpoint import Files, Tensor, open_files
-from linfit.bridge.deltas import DOUBLE_GRAM, noise_level, optimal_shrinkage, split_of
-from linfit.bridge.merging import Delta, Family, _run_tensor, open_family
+from linfit.bridge.checkpoint import Files, open_files
+from linfit.bridge.deltas import noise_level, optimal_shrinkage, split_of
+from linfit.bridge.merging import Delta, Family, _run_tensor, inner_products, open_family
 from linfit.bridge.numbers import FLOATS
+from linfit.bridge.spectrum import spectrum_of, top_directions
 
 
 class TensorReport(NamedTuple):
@@ -44,6 +43,8 @@ class TensorReport(NamedTuple):
     """‖V_kᵀ(ΔW) V_k(W)‖²/k: overlap of the top singular subspaces on the shorter side."""
     overlap_by_chance: float | None = None
     """k/min(m, n)."""
+    resolved: int | None = None
+    """Of a large matrix, how many singular values were computed one by one; None where all were."""
     variance: float | None = None
     """V̂ of one run (K ≥ 2)."""
     signal_to_noise: float | None = None
@@ -103,16 +104,16 @@ def inspect(
     tuned: str | Path | Sequence[str | Path],
     *,
     subspace: int = 8,
-    largest: int = 8192,
     only: str | None = None,
     shared: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Norms, spectra, noise edges and, for K ≥ 2 runs, the mean/variance split of every floating tensor.
 
-    `subspace` k directions are compared with the base's; matrices whose shorter side exceeds `largest` get no spectrum.
-    `only` is a shell pattern of tensor names. The noise edge assumes independent entries of one variance; K runs show
-    their own variance only, in the Euclidean metric. Raises ValueError as `linfit.bridge.merge`. Docs, B2 and B3.
+    `subspace` k directions are compared with the base's. Spectra are exact up to a shorter side of 4096; beyond, the
+    largest singular values are still those of the matrix, and averages over the others agree to about 1%. `only` is a
+    shell pattern of tensor names. The noise edge assumes independent entries of one variance; K runs show their own
+    variance only, in the Euclidean metric. Raises ValueError as `linfit.bridge.merge`. Docs, B2 and B3.
     """
     if subspace < 1:
         raise ValueError(f"subspace must be at least 1, got {subspace}")
@@ -124,9 +125,12 @@ def inspect(
     notes = list(family.notes)
     reports = []
     for done, name in enumerate(names):
-        reports.append(_report(family, name, subspace, largest, notes))
+        reports.append(_report(family, name, subspace))
         if progress is not None:
             progress(done + 1, len(names))
+    estimated = sum(report.resolved is not None for report in reports)
+    if estimated:
+        notes.append(f"{estimated} large spectra: top values one by one, the others' distribution to about 1%")
     if not any(report.delta_norm for report in reports):
         notes.append("base and tuned are identical")
     return Inspection(str(base), [str(path) for path in paths], reports, notes)
@@ -140,32 +144,20 @@ def _comparable(family: Family, name: str) -> bool:
     return everywhere and tensor.dtype in FLOATS and tensor.size > 0 and name not in family.shared_rows
 
 
-def _report(family: Family, name: str, subspace: int, largest: int, notes: list[str]) -> TensorReport:
+def _report(family: Family, name: str, subspace: int) -> TensorReport:
     base = family.base.tensors[name]
     runs = [_run_tensor(member, family.base, name) for member in family.tuned]
     mean = Delta(base, runs, [1 / len(runs)] * len(runs))
     single = [Delta(base, [run], [1.0]) for run in runs]
-    short = min(base.matrix_shape)
-    spectral = len(base.shape) >= 2 and 1 < short <= largest
-    if len(base.shape) >= 2 and short > largest:
-        notes.append(f"{name}: shorter side {short} exceeds {largest}, no spectrum")
     with open_files({source for delta in single for source in delta.sources}) as files:
-        sums = _accumulate(mean, single if len(runs) > 1 else [], files, spectral)
-    report = TensorReport(
-        name,
-        re.sub(r"(?<=\.)\d+(?=\.)", "*", name),
-        base.shape,
-        sums.base_square**0.5,
-        sums.delta_square**0.5,
-        (sums.delta_square / sums.base_square) ** 0.5
-        if sums.base_square > 0
-        else float("inf")
-        if sums.delta_square
-        else 0.0,
-        sums.changed / base.size,
-    )
-    if spectral and sums.delta_square > 0:
-        report = report._replace(**_spectrum(sums, base, subspace))
+        sums = _accumulate(mean, single if len(runs) > 1 else [], files)
+        spectral = len(base.shape) >= 2 and min(base.matrix_shape) > 1 and sums.delta_square > 0
+        fields = _spectrum(mean, files, subspace) if spectral else {}
+    delta_norm, base_norm = sums.delta_square**0.5, sums.base_square**0.5
+    relative = delta_norm / base_norm if base_norm > 0 else float("inf") if delta_norm else 0.0
+    kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    changed = sums.changed / base.size
+    report = TensorReport(name, kind, base.shape, base_norm, delta_norm, relative, changed, **fields)
     if len(runs) > 1:
         split = split_of(sums.products)
         report = report._replace(
@@ -183,75 +175,50 @@ class _Sums(NamedTuple):
     changed: int
     products: np.ndarray
     """⟨δ_j, δ_k⟩ (K, K)."""
-    delta_gram: np.ndarray | None
-    base_gram: np.ndarray | None
 
 
-def _accumulate(mean: Delta, single: Sequence[Delta], files: Files, spectral: bool) -> _Sums:
+def _accumulate(mean: Delta, single: Sequence[Delta], files: Files) -> _Sums:
     """Everything that is a sum over entries, in one pass."""
     base_square = delta_square = 0.0
     changed = 0
     products = np.zeros((len(single), len(single)))
-    grams: list[np.ndarray] | None = None
-    for start, stop in mean.spans():
+    for start, stop in mean.spans(share=1 + 2 * len(single)):
         base, delta = mean.base_block(files, start, stop), mean.block(files, start, stop)
         changed += int(np.count_nonzero(delta))
-        base_square += float(np.vdot(base, base.astype(np.float64)))
-        delta_square += float(np.vdot(delta, delta.astype(np.float64)))
+        base_square += float(np.sum(np.square(base, dtype=np.float64)))
+        delta_square += float(np.sum(np.square(delta, dtype=np.float64)))
         if single:
-            rows = np.stack([one.block(files, start, stop).ravel() for one in single]).astype(np.float64)
-            products += rows @ rows.T
-        if spectral:
-            pair = [block.astype(np.float64) if block.shape[1] <= DOUBLE_GRAM else block for block in (delta, base)]
-            update = [block.T @ block for block in pair]
-            grams = update if grams is None else [np.add(total, part, out=total) for total, part in zip(grams, update)]
-    delta_gram, base_gram = grams if grams is not None else (None, None)
-    return _Sums(base_square, delta_square, changed, products, delta_gram, base_gram)
+            products += inner_products(one.block(files, start, stop) for one in single)
+    return _Sums(base_square, delta_square, changed, products)
 
 
-def singular_values(gram: np.ndarray) -> np.ndarray:
-    """Singular values, descending, from the Gram matrix of the shorter side."""
-    eigenvalues = scipy.linalg.eigh(gram, eigvals_only=True, check_finite=False)
-    return np.sqrt(np.maximum(eigenvalues, 0))[::-1].astype(float)
-
-
-def _top_directions(gram: np.ndarray, count: int) -> np.ndarray:
-    size = len(gram)
-    if size <= 512:
-        return scipy.linalg.eigh(gram, subset_by_index=[size - count, size - 1])[1]
-    start = np.random.default_rng(0).standard_normal(size)
-    return scipy.sparse.linalg.eigsh(gram, count, which="LA", v0=start, tol=1e-3)[1]
-
-
-def _spectrum(sums: _Sums, base: Tensor, subspace: int) -> dict[str, Any]:
-    assert sums.delta_gram is not None
-    assert sums.base_gram is not None
-    shape = base.matrix_shape
-    s = singular_values(sums.delta_gram)
-    noise = noise_level(s, shape)
-    count = min(subspace, s.size)
-    overlap = _top_directions(sums.delta_gram, count).T @ _top_directions(sums.base_gram, count)
+def _spectrum(delta: Delta, files: Files, subspace: int) -> dict[str, Any]:
+    side = min(delta.shape)
+    count = min(subspace, side)
+    spectrum = spectrum_of(lambda: delta.blocks(files), side, lambda values: count)
+    of_base = top_directions(lambda: delta.base_blocks(files), side, count)
+    s, noise = spectrum.singular_values, noise_level(spectrum.singular_values, delta.shape)
+    overlap = spectrum.directions.astype(float).T @ of_base
     energy = float(np.sum(s**2))
     return {
         "effective_rank": energy**2 / float(np.sum(s**4)),
         "top_singular_values": tuple(s[:count].tolist()),
         "noise_edge": noise.edge,
         "above_edge": int(np.sum(s > noise.edge)),
-        "signal_share": float(np.sum(optimal_shrinkage(s, shape, noise.entry_std) ** 2)) / energy,
-        "overlap": float(np.sum(overlap.astype(float) ** 2)) / count,
-        "overlap_by_chance": count / s.size,
+        "signal_share": float(np.sum(optimal_shrinkage(s, delta.shape, noise.entry_std) ** 2)) / energy,
+        "overlap": float(np.sum(overlap**2)) / count,
+        "overlap_by_chance": count / side,
+        "resolved": spectrum.resolved if spectrum.resolved < side else None,
     }
 
 
 def delta_singular_values(base: str | Path, tuned: str | Path | Sequence[str | Path], name: str) -> np.ndarray:
-    """All singular values, descending, of the (mean) delta of one matrix."""
+    """All singular values, descending, of the (mean) delta of one matrix, as exact as in `inspect`."""
     paths = [tuned] if isinstance(tuned, str | Path) else list(tuned)
     family = open_family(base, paths, mixed_dtypes=True)
     if name not in family.names or len(family.base.tensors[name].shape) < 2:
         raise ValueError(f"name must be a matrix that base and tuned share, got {name!r}")
     runs = [_run_tensor(member, family.base, name) for member in family.tuned]
     delta = Delta(family.base.tensors[name], runs, [1 / len(runs)] * len(runs))
-    from linfit.bridge.deltas import gram_of
-
     with open_files(delta.sources) as files:
-        return singular_values(gram_of(lambda: delta.blocks(files)))
+        return spectrum_of(lambda: delta.blocks(files), min(delta.shape), lambda values: 0).singular_values

@@ -5,11 +5,11 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from linfit.bridge.output import (
     write_card,
     write_checkpoints,
 )
+
+if TYPE_CHECKING:
+    from linfit.bridge.deltas import Filter, Split
 
 Method = Literal["linear", "shrink", "singular", "rank"]
 METHODS: dict[str, str] = {
@@ -330,7 +333,7 @@ def _plan_tensor(name: str, settings: _Settings) -> Planned:
     plain = settings.method in ("linear", "shrink") or len(own.shape) < 2 or 0 in own.shape
     if len(full) == len(runs) and plain:
         if settings.method == "shrink" and 0 not in own.shape:
-            factor = _split(base, full).tau(averaged=len(full))
+            factor = split_runs(base, full).tau(averaged=len(full))
             taus = [tau * factor for tau in taus]
         moved = [(run, weight) for run, weight in zip(full, settings.run_weights) if run is not base]
         total = sum(weight for _, weight in moved) if len(moved) < len(full) else 1
@@ -338,11 +341,23 @@ def _plan_tensor(name: str, settings: _Settings) -> Planned:
         return _mixed(own, [base, *(run for run, _ in moved)], weights, dtype, family.shared_rows.get(name))
     if name in family.shared_rows:
         raise ValueError(f"{name}: method {settings.method} needs equal shapes in all inputs")
-    delta = Delta(base, runs, settings.run_weights)
     if settings.method == "shrink":
-        factor = _split(base, runs).tau(averaged=len(runs))
+        factor = split_runs(base, runs).tau(averaged=len(runs))
         taus = [tau * factor for tau in taus]
-    return _filtered(own, base, delta, taus, dtype, settings.method, settings.rank)
+    if settings.method == "rank":
+        _check_rank(own, settings.rank or 1)
+    return _filtered(own, base, runs, taus, dtype, settings)
+
+
+def _check_rank(own: Tensor, rank: int) -> None:
+    from linfit.bridge.spectrum import most_directions
+
+    side = min(own.matrix_shape)
+    if most_directions(side) < rank < side:
+        raise ValueError(
+            f"rank must be at most {most_directions(side)} for {own.name} {own.describe()}, so that memory stays "
+            f"bounded, got {rank}"
+        )
 
 
 def _run_tensor(member: Checkpoint | Adapter, base: Checkpoint, name: str) -> Tensor | LowRank | None:
@@ -429,35 +444,39 @@ def _sum_or_copy(row: Sequence[float], raws: list[np.ndarray], sources: Sequence
 
 
 class Delta:
-    """Δ = Σ w_k (tuned_k − base) of one matrix, in rectangles of float32."""
+    """Δ = Σ w_k (tuned_k − base) of one matrix, in rectangles of float32 (float64 for float64 tensors)."""
 
     def __init__(self, base: Tensor, runs: Sequence[Tensor | LowRank | None], weights: Sequence[float]):
         self.base, self.shape = base, base.matrix_shape
         self.runs = [run for run in runs if run is not None]
         self.weights = list(weights)
         self.tall = self.shape[0] >= self.shape[1]
+        self._factors: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
-        """Stored tensors it reads."""
+        """Stored tensors it reads by range."""
         return (self.base, *(run for run in self.runs if isinstance(run, Tensor)))
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Ranges of the longer axis, a few megabytes each."""
+    def spans(self, share: int = 1) -> Iterator[tuple[int, int]]:
+        """Ranges of the longer axis, a few megabytes each; smaller ones where `share` blocks are held at once."""
         long, short = max(self.shape), min(self.shape)
-        return _spans(long, max(1, BLOCK_BYTES // (4 * short)))
+        return _spans(long, max(1, BLOCK_BYTES // (4 * short * share)))
 
     def block(self, files: Files, start: int, stop: int) -> np.ndarray:
         """Δ for a range of the longer axis, oriented (b, shorter axis)."""
         base = self.base_block(files, start, stop)
         total = np.zeros_like(base)
-        for run, weight in zip(self.runs, self.weights):
+        for k, (run, weight) in enumerate(zip(self.runs, self.weights)):
             if isinstance(run, Tensor):
-                total += np.float32(weight) * (self._rectangle(files, run, start, stop) - base)
-            elif self.tall:
-                total += np.float32(weight) * (run.left[start:stop] @ run.right)
+                step = self._rectangle(files, run, start, stop) - base
             else:
-                total += np.float32(weight) * (run.left @ run.right[:, start:stop]).T
+                if k not in self._factors:
+                    self._factors[k] = run.factors()
+                left, right = self._factors[k]
+                step = left[start:stop] @ right if self.tall else (left @ right[:, start:stop]).T
+            step *= np.float32(weight)
+            total += step
         return total
 
     def base_block(self, files: Files, start: int, stop: int) -> np.ndarray:
@@ -481,29 +500,35 @@ class Delta:
         for start, stop in self.spans():
             yield self.block(files, start, stop)
 
+    def base_blocks(self, files: Files) -> Iterator[np.ndarray]:
+        """The base in the same blocks."""
+        for start, stop in self.spans():
+            yield self.base_block(files, start, stop)
+
 
 _one_decomposition = threading.Lock()
 
 
 def _filtered(
-    own: Tensor, base: Tensor, delta: Delta, taus: Sequence[float], dtype: str, method: str, rank: int | None
+    own: Tensor,
+    base: Tensor,
+    runs: Sequence[Tensor | LowRank | None],
+    taus: Sequence[float],
+    dtype: str,
+    settings: "_Settings",
 ) -> Planned:
-    """base + τ·Δ·F, F the filter matrix of the shorter side (none for the linear method)."""
+    """base + τ·F(Δ), F the filter of the method (none for the linear one)."""
 
     def run(files: Files, write: Write) -> int:
-        from linfit.bridge.deltas import gram_of, rank_gain, shrinkage_gain, singular_filter
-
+        delta = Delta(base, runs, settings.run_weights)
         columns, item = delta.shape[1], ITEM_SIZE[dtype]
         with _one_decomposition:
-            filter_matrix = None
-            if method in ("singular", "rank") and len(own.shape) >= 2:
-                gain = rank_gain(rank or 1) if method == "rank" else shrinkage_gain(delta.shape)
-                filter_matrix = singular_filter(gram_of(lambda: delta.blocks(files)), delta.shape, gain)
+            apply = _filter(own, delta, files, settings)
             for start, stop in delta.spans():
                 unchanged = delta.base_block(files, start, stop)
                 step = delta.block(files, start, stop)
-                if filter_matrix is not None:
-                    step = step @ filter_matrix
+                if apply is not None:
+                    step = apply(step)
                 for output, tau in enumerate(taus):
                     values = unchanged + np.float32(tau) * step if tau != 0 else unchanged
                     try:
@@ -517,23 +542,44 @@ def _filtered(
                         write(output, (row * columns + start) * item, data)
         return 2 * sum(source.stop - source.start for source in delta.sources)
 
-    return Planned(own.name, dtype, own.shape, (own, *delta.sources), lambda: iter([run]))
+    return Planned(own.name, dtype, own.shape, (own, *Delta(base, runs, []).sources), lambda: iter([run]))
 
 
-def _split(base: Tensor, runs: Sequence[Tensor | LowRank | None]):  # type: ignore[no-untyped-def]
+def _filter(own: Tensor, delta: Delta, files: Files, settings: "_Settings") -> "Filter | None":
+    if settings.method not in ("singular", "rank") or len(own.shape) < 2:
+        return None
+    from linfit.bridge.deltas import shrinkage, truncation
+
+    def blocks() -> Iterator[np.ndarray]:
+        return delta.blocks(files)
+
+    if settings.method == "rank":
+        found = truncation(blocks, min(delta.shape), settings.rank or 1)
+    else:
+        found = shrinkage(blocks, delta.shape)
+    if found is not None and found.missed > 0:
+        kept = found.gains.size
+        settings.notes.append(f"{own.name}: kept the {kept} largest of {kept + found.missed} singular values")
+    return found
+
+
+def split_runs(base: Tensor, runs: Sequence[Tensor | LowRank | None]) -> "Split":
     """Mean/variance split of K runs of one tensor, streamed."""
     from linfit.bridge.deltas import split_of
 
     deltas = [Delta(base, [run], [1.0]) for run in runs]
     gram = np.zeros((len(runs), len(runs)))
     with open_files({source for delta in deltas for source in delta.sources}) as files:
-        for start, stop in deltas[0].spans():
-            rows = np.stack([delta.block(files, start, stop).ravel() for delta in deltas]).astype(np.float64)
-            gram += rows @ rows.T
+        for start, stop in deltas[0].spans(share=2 * len(runs)):
+            gram += inner_products(delta.block(files, start, stop) for delta in deltas)
     return split_of(gram)
 
 
-split_runs = _split
+def inner_products(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """⟨a_j, a_k⟩ (K, K) in float64."""
+    rows = np.stack([array.ravel() for array in arrays]).astype(np.float64, copy=False)
+    return rows @ rows.T
+
 
 # What goes around ---------------------------------------------------------------------------------------------------
 

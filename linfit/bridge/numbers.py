@@ -86,12 +86,11 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     """
     values = np.ascontiguousarray(values).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        if dtype == "BF16":
-            stored = _encode_bfloat16(values)
-        elif dtype in _NATIVE:
+        if dtype in _NATIVE:
             stored = values.astype(_NATIVE[dtype], copy=False)
         else:
-            stored = values.astype(_ml_dtype(dtype))
+            single = _round_to_odd(values) if values.dtype == np.float64 else values
+            stored = _encode_bfloat16(single) if dtype == "BF16" else single.astype(_ml_dtype(dtype))
         if dtype != "F64" and not (dtype == "F32" and values.dtype == np.float32):
             back = decode(stored.view(np.uint8), dtype)
             lost = np.isfinite(values) & ~np.isfinite(back)
@@ -102,13 +101,20 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     return stored.view(np.uint8)
 
 
+def _round_to_odd(values: np.ndarray) -> np.ndarray:
+    """Float64 as float32 rounded to odd, so that rounding it again to a narrower format acts as one rounding.
+
+    Float32 has at least two bits more than any format narrower than itself: its last bit, set where the value is not
+    exact, keeps ties of the narrower format apart from their neighbours.
+    """
+    narrow = values.astype(np.float32)
+    bits = narrow.view(np.uint32)
+    inexact = (narrow != values) & np.isfinite(narrow)
+    away = np.abs(narrow.astype(np.float64)) > np.abs(values)
+    return np.where(inexact, np.where(away, bits - 1, bits) | 1, bits).astype(np.uint32).view(np.float32)
+
+
 def _encode_bfloat16(values: np.ndarray) -> np.ndarray:
-    if values.dtype == np.float64:  # by way of float32 rounded to odd, so that the two roundings act as one
-        narrow = values.astype(np.float32)
-        bits = narrow.view(np.uint32)
-        inexact = (narrow != values) & np.isfinite(narrow)
-        toward_zero = np.where(inexact & (np.abs(narrow.astype(np.float64)) > np.abs(values)), bits - 1, bits)
-        values = np.where(inexact, toward_zero | 1, bits).astype(np.uint32).view(np.float32)
     bits = values.view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
     quiet = (bits >> 16) | 0x40

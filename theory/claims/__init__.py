@@ -17,6 +17,7 @@ SECTIONS = (
     "theory.claims.spectral",
     "theory.claims.overadaptation",
     "theory.claims.equivalents",
+    "theory.claims.flow",
     "theory.claims.overtraining",
 )
 """Modules that have claims, in the order of the docs."""

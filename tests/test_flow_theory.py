@@ -1,0 +1,674 @@
+"""FLOW in the population: moments, stalling, trajectories and Theorem 7.2 against simulation and plain matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.linalg
+import scipy.optimize
+import scipy.stats
+
+from linfit import (
+    Diagonal,
+    Empirical,
+    FixedShift,
+    GradientDescent,
+    GradientFlow,
+    MinNorm,
+    RandomShift,
+    Ridge,
+    TwoTaskProblem,
+    flow_weights,
+    sample_design,
+)
+from sims.verify import select, verify
+from tests.oracles import matrix_of, random_matrix
+from theory import flow
+from theory.claims import flow as flow_claims
+from theory.frontier import pareto
+
+P = 5
+
+
+def covariances(generator):
+    """Every kind of covariance, as the functions take it."""
+    return {
+        "diagonal": generator.uniform(0.2, 2, P),
+        "dense": random_matrix(generator, P, 1.0),
+        "tall": Empirical(generator.standard_normal((9, P))),
+        "wide": Empirical(generator.standard_normal((3, P))),
+    }
+
+
+KINDS = ["diagonal", "dense", "tall", "wide"]
+
+
+def dense(covariance):
+    if isinstance(covariance, Empirical):
+        return matrix_of(covariance)
+    return np.diag(covariance) if covariance.ndim == 1 else covariance
+
+
+def moments_by_matrices(Sigma, shift, noise_std, temperature):
+    """F2 as written in the docs."""
+    v = shift @ Sigma @ shift + noise_std**2
+    Z = (1 + 2 * v / temperature) ** -0.5
+    a = Sigma @ shift
+    k = 0.0 if np.isinf(temperature) else 2 / (temperature + 2 * v)
+    return Z * (Sigma - k * np.outer(a, a)), Z * a / (1 + 2 * v / temperature)
+
+
+# ------------------------------------------------------------------------------------------------ F2: moments
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("noise_std", [0.0, 0.6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weighted_covariance_is_an_operator_like_any_other(kind, noise_std, generator, rtol):
+    covariance, shift, rows = (
+        covariances(generator)[kind],
+        generator.standard_normal(P),
+        generator.standard_normal((4, P)),
+    )
+    weighted = flow.weighted_covariance(covariance, shift, noise_std, 0.7)
+    expected, first = moments_by_matrices(dense(covariance), shift, noise_std, 0.7)
+    tolerance = {"rtol": rtol, "atol": rtol * np.abs(expected).max() * 10}
+    np.testing.assert_allclose(np.asarray(weighted), expected, **tolerance)
+    np.testing.assert_allclose(weighted.diagonal(), np.diag(expected), **tolerance)
+    np.testing.assert_allclose(weighted.apply(jnp.asarray(rows)), rows @ expected, **tolerance)
+    np.testing.assert_allclose(weighted.gram(jnp.asarray(rows)), rows @ expected @ rows.T, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(flow.weighted_moment(covariance, shift, noise_std, 0.7), first, **tolerance)
+    root = np.asarray(weighted.colour(jnp.eye(weighted.latent_size)))
+    np.testing.assert_allclose(root.T @ root, expected, **tolerance)
+    assert weighted.size == P
+
+
+def test_moments_are_those_of_an_integral_over_the_residual(generator):
+    """E w, E w r² by scipy's quadrature; x given r is linear in r."""
+    Sigma, shift, noise_std, T = random_matrix(generator, P, 0.7), generator.standard_normal(P), 0.4, 0.9
+    a, v = Sigma @ shift, shift @ Sigma @ shift + noise_std**2
+
+    def expectation(power):
+        def integrand(r):
+            return r**power * np.exp(-(r**2) / T - r**2 / (2 * v)) / (2 * np.pi * v) ** 0.5
+
+        return scipy.integrate.quad(integrand, -np.inf, np.inf, epsabs=1e-13)[0]
+
+    mass, square = expectation(0), expectation(2)
+    along = np.outer(a, a) / v
+    expected = mass * (Sigma - along) + square / v * along
+    np.testing.assert_allclose(np.asarray(flow.weighted_covariance(Sigma, shift, noise_std, T)), expected, rtol=1e-9)
+    np.testing.assert_allclose(flow.weighted_moment(Sigma, shift, noise_std, T), square / v * a, rtol=1e-9)
+    np.testing.assert_allclose(flow.mean_weight(v, T), mass, rtol=1e-9)
+
+
+def standard_errors(samples, expected):
+    samples = samples - expected
+    return np.abs(samples.mean(axis=0)) / samples.std(axis=0) * len(samples) ** 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_monte_carlo_moments(kind, temperature, generator, seed):
+    """E w xxᵀ and E w x r with the weights of the library, and its median temperature, in standard errors."""
+    covariance, shift, noise_std = covariances(generator)[kind], generator.standard_normal(P), 0.5
+    as_covariance = covariance if isinstance(covariance, Empirical) else TwoTaskProblem(
+        covariance, covariance, FixedShift(shift), 0.0
+    ).finetune_covariance  # fmt: skip
+    x = np.asarray(sample_design(jax.random.key(seed), as_covariance, 100_000))
+    r = x @ shift + noise_std * generator.standard_normal(len(x))
+    v = flow.residual_variance(covariance, shift, noise_std)
+    T = flow.median_temperature(v) if temperature is None else temperature
+    w = np.asarray(flow_weights(r**2, T))
+    upper = np.triu_indices(P)
+    outer = (w[:, None, None] * x[:, :, None] * x[:, None, :])[:, *upper]
+    matrix = np.asarray(flow.weighted_covariance(covariance, shift, noise_std, temperature))
+    assert standard_errors(outer, matrix[upper]).max() < 4
+    first = flow.weighted_moment(covariance, shift, noise_std, temperature)
+    assert standard_errors((w * r)[:, None] * x, np.asarray(first)).max() < 4
+    assert standard_errors(w, float(flow.mean_weight(v, temperature))) < 4
+
+
+def test_the_median_temperature_is_the_median_of_chi_square():
+    assert pytest.approx(scipy.stats.chi2.median(1), rel=1e-14) == flow.MEDIAN
+    assert 1 / flow.damping(1.0, flow.MEDIAN) == pytest.approx(5.396, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "mean", "rate", "coefficient"),
+    [(np.inf, 1.0, 1.0, 1.0), (1e12, 1.0, 1.0, 1.0), (1e-9, 0.0, 0.2, 0.0), (0.0, 0.0, 0.2, 0.0)],
+)
+def test_limits_of_the_temperature(temperature, mean, rate, coefficient):
+    """Hot is no weighting; cold learns nothing, and slows Δ to the share σ²/v of the rest."""
+    stalled = flow.stall([1.0, 2.0], [2.0, 0.0], noise_std=1.0, temperature=temperature)
+    np.testing.assert_allclose(stalled.mean_weight, mean, atol=1e-4)
+    np.testing.assert_allclose(stalled.rate, rate, atol=1e-8)
+    np.testing.assert_allclose(flow.fixed_point_coefficient(1.0, temperature), coefficient, atol=1e-8)
+    np.testing.assert_allclose(stalled.drive, mean**2, atol=1e-8)
+
+
+def test_a_million_diagonal_features_need_no_matrix():
+    eigenvalues = 1 / jnp.arange(1.0, 1e6 + 1)
+    shift = jnp.ones_like(eigenvalues)
+    weighted = flow.weighted_covariance(eigenvalues, shift, 0.3)
+    q = float(eigenvalues.sum())
+    applied = weighted.apply(shift)
+    expected = weighted.scale * (1 - weighted.deflation * q) * eigenvalues
+    np.testing.assert_allclose(applied, expected, rtol=1e-9)
+    path = flow.trajectory(TwoTaskProblem(eigenvalues, eigenvalues, FixedShift(shift), 0.3), GradientDescent(0.5, 3))
+    assert path.moved.shape == (1_000_000,)
+    assert 0 < path.finetune < q
+
+
+# ------------------------------------------------------------------------------------------------ F3, F4
+
+
+def test_stall_is_the_generalised_eigenproblem(generator):
+    """Eigenvalues of Σ_w against Σ: Z, and Z·rate along Δ; for Σ of any spectrum."""
+    for noise_std in (0.0, 0.8):
+        Sigma, shift = random_matrix(generator, P, 1.2), generator.standard_normal(P)
+        stalled = flow.stall(Sigma, shift, noise_std, 0.6)
+        values, vectors = scipy.linalg.eigh(np.asarray(flow.weighted_covariance(Sigma, shift, noise_std, 0.6)), Sigma)
+        Z = float(stalled.mean_weight)
+        np.testing.assert_allclose(values, [Z * float(stalled.rate)] + [Z] * (P - 1), rtol=1e-9)
+        np.testing.assert_allclose(abs(vectors[:, 0]), abs(np.asarray(stalled.direction)), rtol=1e-7)
+        q = shift @ Sigma @ shift
+        first = flow.weighted_moment(Sigma, shift, noise_std, 0.6) / (Sigma @ shift)
+        np.testing.assert_allclose(first, Z * float(stalled.drive), rtol=1e-10)
+        v = q + noise_std**2
+        np.testing.assert_allclose(stalled.drive, 1 / (1 + 2 * v / 0.6), rtol=1e-12)
+        assert (noise_std == 0) == bool(jnp.isclose(stalled.rate, stalled.drive, rtol=1e-9))
+
+
+def test_heavy_tails_bend_the_stall_as_computed(generator):
+    """Features √S z with S = 0.4 or 2.5: Monte Carlo in standard errors; F3 as for Gaussian ones is far off."""
+    scales, chances, noise_std, T = np.array([0.4, 2.5]), np.array([5 / 7, 2 / 7]), 0.5, 0.4
+    heavy = flow.heavy_tailed_stall(1.0, noise_std, T, scales, chances)
+    x = generator.standard_normal((400_000, 2)) * generator.choice(scales, 400_000, p=chances)[:, None] ** 0.5
+    w = np.exp(-((x[:, 0] + noise_std * generator.standard_normal(len(x))) ** 2) / T)
+    assert standard_errors(w * x[:, 1] ** 2, float(heavy.speed)) < 4
+    assert standard_errors(w * (x[:, 0] ** 2 - float(heavy.rate) * x[:, 1] ** 2), 0.0) < 4
+    assert standard_errors(w * x[:, 0] * x[:, 1], 0.0) < 4
+    gaussian = flow.stall([1.0, 1.0], [1.0, 0.0], noise_std, T)
+    assert standard_errors(w * x[:, 1] ** 2, float(gaussian.mean_weight)) > 8
+    same = flow.heavy_tailed_stall(1.0, noise_std, T, [3.0, 3.0], [0.2, 0.7])
+    np.testing.assert_allclose([same.speed, same.rate], [gaussian.mean_weight, gaussian.rate], rtol=1e-12)
+
+
+LAWS = {
+    "gaussian": lambda generator, shape: generator.standard_normal(shape),
+    "rademacher": lambda generator, shape: generator.choice([-1.0, 1.0], shape),
+    "skewed": lambda generator, shape: generator.exponential(size=shape) - 1,
+}
+
+
+def fixed_point_z(generator, Sigma, shift, noise_std, T, law, samples=1_000_000, chunk=100_000):
+    """z of each coordinate of weighted least squares minus τΔ, by the sandwich formula; streamed in chunks."""
+    root, tau = scipy.linalg.cholesky(Sigma), float(flow.fixed_point_coefficient(noise_std, T))
+    A, b, spread = np.zeros((P, P)), np.zeros(P), np.zeros((P, P))
+    for _ in range(samples // chunk):
+        x = LAWS[law](generator, (chunk, P)) @ root
+        r = x @ shift + noise_std * generator.standard_normal(chunk)
+        wx = np.asarray(flow_weights(r**2, T))[:, None] * x
+        A, b = A + wx.T @ x, b + wx.T @ r
+        pull = wx * (r - tau * x @ shift)[:, None]
+        spread += pull.T @ pull
+    error = np.linalg.solve(A, b) - tau * shift
+    variance = np.linalg.solve(A, np.linalg.solve(A, spread).T)
+    return error / np.sqrt(np.diag(variance)), np.linalg.solve(A, b) @ shift / (shift @ shift)
+
+
+@pytest.mark.slow
+def test_the_fixed_point_from_a_million_weighted_samples(generator):
+    """F4 for five random Σ, each coordinate within 4 standard errors; an unweighted fit would be far away."""
+    for index in range(5):
+        Sigma, shift = random_matrix(generator, P, 0.3 * index), generator.standard_normal(P)
+        shift /= (shift @ Sigma @ shift) ** 0.5
+        T = float(flow.median_temperature(1 + 0.5))
+        z, tau = fixed_point_z(generator, Sigma, shift, 0.5**0.5, T, "gaussian")
+        assert np.abs(z).max() < 4
+        assert tau == pytest.approx(1 / (1 + 1 / T), abs=0.02)
+        assert tau < 0.5
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_fixed_point_does_not_depend_on_the_law_of_the_features(law, generator):
+    Sigma, shift = random_matrix(generator, P, 1.0), generator.standard_normal(P)
+    z, _ = fixed_point_z(generator, Sigma, shift, 0.6, 0.8, law, samples=200_000)
+    assert np.abs(z).max() < 4
+
+
+def test_the_fixed_point_needs_gaussian_noise(generator):
+    """Laplace noise of the same variance: many standard errors away."""
+    x = generator.standard_normal((200_000, 1))
+    r = x[:, 0] + generator.laplace(scale=0.5**0.5, size=len(x))
+    w = np.asarray(flow_weights(r**2, 1.0))
+    assert standard_errors(w * x[:, 0] * (r - float(flow.fixed_point_coefficient(1.0, 1.0)) * x[:, 0]), 0.0) > 8
+
+
+# ------------------------------------------------------------------------------------------------ trajectories
+
+
+def task(kind, generator, noise_std=0.5, u_size=0.3):
+    covariance = covariances(generator)[kind]
+    pretrain = random_matrix(generator, P, 0.4) + 0.1 * np.eye(P)
+    u = u_size * generator.standard_normal(P)
+    return TwoTaskProblem(pretrain, covariance, FixedShift(generator.standard_normal(P)), noise_std, u)
+
+
+def plain_risks(problem, moved):
+    left, away = moved - np.asarray(problem.gap_mean), moved + np.asarray(problem.pretrain_error)
+    finetune, pretrain = matrix_of(problem.finetune_covariance), matrix_of(problem.pretrain_covariance)
+    return left @ finetune @ left, away @ pretrain @ away
+
+
+def by_matrices(problem, temperature):
+    """θ − θ₁ of each fine-tuner, with Σ_w and E w x r as plain arrays."""
+    matrix, first = moments_by_matrices(
+        matrix_of(problem.finetune_covariance), np.asarray(problem.gap_mean), float(problem.noise_std), temperature
+    )
+
+    def descent(step_size, steps):
+        moved = np.zeros(P)
+        for _ in range(steps):
+            moved = moved + step_size * (first - matrix @ moved)
+        return moved
+
+    def gradient_flow(time):
+        generator = np.zeros((P + 1, P + 1))
+        generator[:P, :P], generator[:P, P] = -matrix, first
+        return scipy.linalg.expm(time * generator)[:P, P]
+
+    return {
+        "descent": descent,
+        "flow": gradient_flow,
+        "ridge": lambda penalty: np.linalg.solve(matrix + penalty * np.eye(P), first),
+        "min-norm": lambda: np.linalg.pinv(matrix, rcond=1e-5) @ first,
+    }
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("temperature", [0.3, 4.0, np.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_trajectories_equal_plain_matrices(kind, temperature, generator, rtol):
+    problem = task(kind, generator)
+    reference = by_matrices(problem, temperature)
+    cases = [
+        (GradientDescent(0.3, [0, 1, 40]), [reference["descent"](0.3, k) for k in (0, 1, 40)], rtol),
+        (GradientFlow([0.0, 0.7, 30.0]), [reference["flow"](t) for t in (0.0, 0.7, 30.0)], max(rtol, 1e-8)),
+        (Ridge([0.02, 1.0]), [reference["ridge"](penalty) for penalty in (0.02, 1.0)], rtol),
+        (GradientFlow([jnp.inf, jnp.inf]), [reference["min-norm"]()] * 2, max(rtol, 1e-8)),
+        (0.4 * MinNorm(), 0.4 * reference["min-norm"](), max(rtol, 1e-8)),
+    ]
+    for filter, expected, tolerance in cases:
+        path = flow.trajectory(problem, filter, temperature)
+        expected = np.asarray(expected)
+        np.testing.assert_allclose(path.moved, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+        risks = np.array([plain_risks(problem, moved) for moved in expected.reshape(-1, P)])
+        shape, scale = expected.shape[:-1], np.abs(risks).max()
+        np.testing.assert_allclose(path.finetune, risks[:, 0].reshape(shape), rtol=tolerance, atol=tolerance * scale)
+        np.testing.assert_allclose(path.pretrain, risks[:, 1].reshape(shape), rtol=tolerance, atol=tolerance * scale)
+        np.testing.assert_allclose(path.total, path.finetune + path.pretrain)
+
+
+def test_temperatures_broadcast_against_hyperparameters(generator):
+    problem = task("diagonal", generator)
+    T = jnp.array([0.5, 2.0, jnp.inf])
+    for filter in (GradientDescent(0.4, jnp.arange(5)), GradientFlow(jnp.linspace(0, 3, 5)), Ridge(jnp.ones(5))):
+        together = flow.trajectory(problem, filter, T[:, None])
+        assert together.moved.shape == (3, 5, P)
+        alone = flow.trajectory(problem, filter, 2.0)
+        np.testing.assert_allclose(together.moved[1], alone.moved, rtol=1e-12)
+    averaged = flow.trajectory(problem, jnp.array([0.2, 1.0, 0.5]) * MinNorm(), T)
+    np.testing.assert_allclose(averaged.moved[2], 0.5 * problem.gap_mean, rtol=1e-12)
+    default = flow.trajectory(problem, Ridge(1.0))
+    v = flow.residual_variance(problem.finetune_covariance, problem.gap_mean, problem.noise_std)
+    np.testing.assert_allclose(default.moved, flow.trajectory(problem, Ridge(1.0), flow.MEDIAN * v).moved, rtol=1e-12)
+
+
+def test_flow_with_ridge_is_averaged_ridge(generator):
+    """Of penalty λ/Z; by the formula of the docs, against a linear system."""
+    problem = task("dense", generator)
+    gap, sigma, T, penalty = np.asarray(problem.gap_mean), float(problem.noise_std), 0.8, 0.3
+    Sigma = matrix_of(problem.finetune_covariance)
+    Z = float(flow.mean_weight(gap @ Sigma @ gap + sigma**2, T))
+    ridge = flow.trajectory(problem, Ridge(penalty / Z), np.inf).moved
+    unexplained = sigma**2 + gap @ Sigma @ (gap - np.asarray(ridge))
+    expected = by_matrices(problem, T)["ridge"](penalty)
+    np.testing.assert_allclose(flow.damping(unexplained, T) * ridge, expected, rtol=1e-10)
+
+
+def test_new_values_do_not_recompile(generator):
+    problem, traces = task("diagonal", generator), []
+
+    @jax.jit
+    def end(time, temperature):
+        traces.append(None)
+        return flow.trajectory(problem, GradientFlow(time), temperature).total
+
+    for time, temperature in ((0.5, 0.7), (3.0, 0.2), (0.0, 5.0)):
+        expected = flow.trajectory(problem, GradientFlow(time), temperature).total
+        np.testing.assert_allclose(end(time, temperature), expected, rtol=1e-10)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("excess", [0.999, 1.001])
+@pytest.mark.parametrize("kind", ["diagonal", "dense"])
+def test_the_step_size_is_refused_exactly_where_descent_diverges(kind, excess, generator):
+    """2/s_max of Σ_w, not of ZΣ: the deflated direction allows larger steps; several degenerate spectra."""
+    for eigenvalues in (generator.uniform(0.5, 1, P), np.array([2.0, 1, 1, 0.5, 0.1]), np.ones(P)):
+        covariance = eigenvalues if kind == "diagonal" else random_matrix(generator, P, 0.5)
+        shift = 3 * np.eye(P)[0] + 0.3 * generator.standard_normal(P)
+        problem = TwoTaskProblem(np.ones(P), covariance, FixedShift(shift), 0.2)
+        largest = np.linalg.eigvalsh(np.asarray(flow.weighted_covariance(covariance, shift, 0.2, 0.5)))[-1]
+        filter = GradientDescent(2 * excess / largest, 10)
+        if excess < 1:
+            assert np.isfinite(flow.trajectory(problem, filter, 0.5).finetune)
+        else:
+            with pytest.raises(ValueError, match="step_size must be below 2/s_max of the weighted covariance"):
+                flow.trajectory(problem, filter, 0.5)
+
+
+def test_float32_stays_float32(generator):
+    problem = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), task("dense", generator))
+    for filter in (GradientDescent(0.3, 5), GradientFlow(2.0), Ridge(0.1), MinNorm()):
+        assert flow.trajectory(problem, filter).moved.dtype == jnp.float32
+
+
+# ------------------------------------------------------------------------------------------------ the best of each
+
+
+@pytest.mark.slow
+def test_optima_agree_with_scipy_and_respect_the_floor(generator):
+    problem, weight = task("diagonal", generator, u_size=0.0), 0.7
+    best = flow.best_of_each_method(problem, weight)
+    floor = pareto(problem, weight)
+    np.testing.assert_allclose(best["floor"].total, floor.finetune + weight * floor.pretrain, rtol=1e-12)
+
+    def total(filter, temperature=np.inf):
+        path = flow.trajectory(problem, filter, temperature)
+        return float(path.finetune + weight * path.pretrain)
+
+    searches = {
+        "early stopping": (lambda z: total(GradientFlow(np.exp(z[0]))), 1),
+        "ridge + averaging": (lambda z: total(np.exp(z[1]) * Ridge(np.exp(z[0]))), 2),
+        "flow": (lambda z: total(GradientFlow(np.exp(z[0])), np.exp(z[1])), 2),
+        "flow + ridge": (lambda z: total(Ridge(np.exp(z[0])), np.exp(z[1])), 2),
+        "averaging": (lambda z: total(np.exp(z[0]) * MinNorm()), 1),
+    }
+    for name, (objective, size) in searches.items():
+        starts = [np.full(size, start) for start in (-1.0, 1.0)]
+        least = min(
+            scipy.optimize.minimize(objective, start, method="Nelder-Mead", options={"xatol": 1e-7}).fun
+            for start in starts
+        )
+        assert best[name].total <= least * (1 + 1e-5), name
+    for name, optimum in best.items():
+        assert optimum.total >= best["floor"].total * (1 - 1e-9), name
+        np.testing.assert_allclose(optimum.total, optimum.finetune + weight * optimum.pretrain, rtol=1e-9)
+        if name != "floor":
+            family = GradientFlow if "stopping" in name or name in ("flow", "flow + averaging") else Ridge
+            fitted = MinNorm() if name == "averaging" else family(optimum.regularization)
+            temperature = np.inf if name == "averaging" else optimum.temperature
+            np.testing.assert_allclose(total(optimum.tau * fitted, temperature), optimum.total, rtol=1e-6)
+    # what contains what
+    assert best["flow + averaging"].total <= best["early stopping + averaging"].total * (1 + 1e-9)
+    assert best["flow"].total <= min(best["averaging"].total, best["early stopping"].total) * (1 + 1e-6)
+    assert best["ridge + averaging"].total <= best["flow + ridge"].total * (1 + 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ F6: Theorem 7.2
+
+
+def theorem_matrices(rho, beta, d, distance, frame):
+    """Σ̃ and Σ' = μ(I − Q) as the paper writes them, and μ."""
+    T = 2 * beta * (1 - rho**2) * distance**2 / (1 - beta**2 * rho**2)
+    mu = (T / (T + 2 * distance**2)) ** 0.5
+    e, across = frame[:, 0], frame[:, 1]
+    cross = np.outer(e, across) + np.outer(across, e)
+    Q = (1 - mu**2) * np.outer(e, e) + rho**2 * (1 - mu**2) * np.outer(across, across) - rho * mu**2 * cross
+    return np.eye(d) + rho * cross, mu * (np.eye(d) - Q), mu, T
+
+
+def test_theorem_equals_simulated_population_descent(generator):
+    """50 random (ρ, β, K, d): FLOW at η = 1/(2μ) and vanilla at η = ½, to 1e-12 of ‖e‖."""
+    for _ in range(50):
+        rho, beta, distance = generator.uniform(0, 0.95), generator.uniform(0.01, 1), generator.uniform(0.3, 3)
+        K, d = int(generator.integers(0, 60)), int(generator.integers(2, 9))
+        frame = np.linalg.qr(generator.standard_normal((d, d)))[0]
+        Sigma, weighted, mu, T = theorem_matrices(rho, beta, d, distance, frame)
+        theta_1 = generator.standard_normal(d)
+        theta_2 = theta_1 - distance * frame[:, 0]
+        for step_size, matrix, position in (
+            (1 / (2 * mu), weighted, flow.flow_iterates(rho, beta, K)),
+            (0.5, Sigma, flow.vanilla_iterates(rho, K)),
+            (0.3, Sigma, flow.vanilla_iterates(rho, K, 0.3)),
+        ):
+            theta = theta_1
+            for _ in range(K):
+                theta = theta - 2 * step_size * matrix @ (theta - theta_2)
+            expected = theta_2 + distance * frame[:, :2] @ np.asarray(position)
+            np.testing.assert_allclose(theta, expected, rtol=0, atol=1e-12 * max(distance, 1))
+        np.testing.assert_allclose(
+            np.asarray(flow.weighted_covariance(Sigma, theta_2 - theta_1, 0.0, T)), weighted, atol=1e-12
+        )
+        np.testing.assert_allclose(flow.temperature_from_beta(beta, rho, distance), T, rtol=1e-12)
+        np.testing.assert_allclose(flow.beta_from_temperature(T, rho, distance), beta, rtol=1e-10)
+
+
+def test_theorem_is_a_special_case_of_the_trajectory(generator):
+    """Also the errors; the step of linfit is twice the paper's."""
+    rho, beta, K = 0.6, 0.4, np.arange(12)
+    block = np.array([[2.0, -0.5], [-0.5, 1.6]])
+    problem = flow.two_task_problem(rho, block, p=4, distance=1.7)
+    T = flow.temperature_from_beta(beta, rho, 1.7)
+    mu = flow.mean_weight(1.7**2, T)
+    for position, filter, temperature in (
+        (flow.flow_iterates(rho, beta, K), GradientDescent(1 / mu, K), T),
+        (flow.vanilla_iterates(rho, K), GradientDescent(1.0, K), np.inf),
+    ):
+        path, predicted = flow.trajectory(problem, filter, temperature), flow.errors(position, rho, block)
+        np.testing.assert_allclose(path.moved[:, :2], 1.7 * (np.asarray(position) - [1, 0]), atol=1e-12)
+        np.testing.assert_allclose(path.finetune, 1.7**2 * np.asarray(predicted.finetune), atol=1e-12)
+        np.testing.assert_allclose(path.pretrain, 1.7**2 * np.asarray(predicted.pretrain), atol=1e-12)
+
+
+def test_the_stalled_direction_is_all_that_is_left(generator):
+    rho, beta = np.array([0.2, 0.5, 0.9]), np.array([0.3, 1.0, 0.05])
+    Q, direction = np.asarray(flow.iteration_matrix(rho, beta)), np.asarray(flow.stalled_direction(rho, beta))
+    top = (1 + beta * rho**2) / (1 + beta)
+    np.testing.assert_allclose(np.einsum("kij,kj->ki", Q, direction), top[:, None] * direction, rtol=1e-12)
+    np.testing.assert_allclose(np.linalg.eigvalsh(Q)[:, 1], top, rtol=1e-12)
+    late = np.asarray(flow.flow_iterates(rho, beta, 400.0))
+    np.testing.assert_allclose(late[:, 1] / late[:, 0], direction[:, 1], rtol=1e-9)
+    np.testing.assert_allclose(np.linalg.matrix_power(Q[1], 9)[:, 0], flow.flow_iterates(0.5, 1.0, 9), rtol=1e-12)
+
+
+def test_averaging_is_what_rho_zero_leaves():
+    position = np.asarray(flow.flow_iterates(0.0, 0.3, np.arange(5)))
+    np.testing.assert_allclose(position, np.stack([1.3 ** -np.arange(5.0), np.zeros(5)], axis=1), atol=1e-15)
+    block = np.array([[3.0, 0.4], [0.4, 1.5]])
+    best = flow.best_flow(0.0, block)
+    np.testing.assert_allclose(best.total, flow.best_averaging(block), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("share", "better"), [(-2.0, True), (0.0, True), (0.9, True), (1.1, False), (2.0, False)])
+def test_remark_on_both_sides_of_its_condition(share, better, generator):
+    """ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē: FLOW beats averaging; beyond, it only comes arbitrarily close."""
+    for _ in range(5):
+        rho, s = generator.uniform(0.2, 0.9), generator.uniform(1.5, 6)
+        c = share * rho * s
+        block = np.array([[s, c], [c, 1 + 1.5 * c**2 / (s - 1)]])
+        best, averaging = flow.best_flow(rho, block), float(flow.best_averaging(block))
+        assert np.isfinite(best.steps) == better
+        assert (best.total < averaging * (1 - 1e-5)) == better
+        problem = flow.two_task_problem(rho, block)
+        floor = pareto(problem, 1.0)
+        assert float(floor.finetune + floor.pretrain) <= best.total * (1 + 1e-9)
+        if not better:
+            many = flow.errors(flow.flow_iterates(rho, np.logspace(-6, 0, 400), 1e4), rho, block).total
+            assert averaging <= float(many.min()) < averaging * 1.001
+
+
+def test_best_flow_is_the_least_of_a_grid(generator):
+    block = np.array([[2.7, -0.3], [-0.3, 1.4]])
+    best = flow.best_flow(0.76, block, max_steps=20)
+    grid = flow.errors(flow.flow_iterates(0.76, np.linspace(1e-3, 1, 2001), np.arange(1.0, 21)[:, None]), 0.76, block)
+    np.testing.assert_allclose(best.total, grid.total.min(), rtol=1e-5)
+    assert best.total <= grid.total.min()
+    at = flow.errors(flow.flow_iterates(0.76, best.beta, best.steps), 0.76, block)
+    np.testing.assert_allclose(at.total, best.total, rtol=1e-9)
+    ends = [flow.errors(end, 0.76, block).total for end in ([1.0, 0.0], [0.0, 0.0])]
+    assert best.total < flow.best_averaging(block) < min(ends)
+
+
+def test_entropic_objective_is_least_at_the_weights(generator):
+    losses, T = generator.exponential(size=7), 0.4
+    pi = np.asarray(flow_weights(losses, T))
+    least = flow.entropic_objective(pi / pi.sum(), losses, T)
+    np.testing.assert_allclose(least, -T * np.log(np.exp(-losses / T).sum()), rtol=1e-12)
+    others = generator.dirichlet(np.ones(7), 500)
+    assert (flow.entropic_objective(others, losses, T) > least).all()
+    assert flow.entropic_objective([1.0, 0.0], [2.0, 5.0], T) == 2.0
+
+
+# ------------------------------------------------------------------------------------------------ claims
+
+
+def whole_way(sampled):
+    """w x (r − xᵀΔ): as if noise did not matter."""
+    return (sampled.weights * (sampled.r - sampled.x @ sampled.shift))[:, None] * sampled.x
+
+
+WRONG = {
+    "F1: hard samples first": ("F1", lambda data: flow_claims._normalised_weights(data)[::-1]),
+    "F2: no deflation": ("F2", lambda data: flow_claims._weighted_moments(data._replace(shift=0.9 * data.shift))),
+    "F2: noise forgotten": ("F2", lambda data: flow_claims._weighted_moments(data._replace(noise_std=0.0))),
+    "F2.median: the mean": ("F2.median", lambda _: 0.6827),
+    "F3: rate = drive": (
+        "F3",
+        lambda data: flow_claims._predicted_speeds(data) * [data.noise_std**2 / (1 + data.noise_std**2), 1, 1, 1],
+    ),
+    "F3.tails: Gaussian": ("F3.tails", lambda data: flow_claims._predicted_speeds(data) * 1.1),
+    "F3.path: unweighted": (
+        "F3.path",
+        lambda data: flow_claims._predicted_path(data._replace(temperature=data.temperature * 1.01)),
+    ),
+    "F4: all the way": ("F4", lambda _: 0.0, whole_way),
+    "F4.ridge: penalty λ": (
+        "F4.ridge",
+        lambda data: flow_claims._ridge_as_ensemble(data._replace(penalty=2 * data.penalty)),
+    ),
+    "F5: θ₁ forgotten": ("F5", lambda data: flow_claims._unweighted_limit(data) - data.theta_1),
+    "F6: one step more": ("F6", lambda data: flow_claims._flow_by_theorem(data._replace(beta=0.99 * data.beta))),
+    "F6.vanilla: same sign": ("F6.vanilla", lambda data: np.abs(flow_claims._vanilla_by_theorem(data))),
+    "F6.stalled: along e": ("F6.stalled", lambda data: flow_claims._stalled(data._replace(rho=0.5 * data.rho))),
+    "F6.averaging: half way": ("F6.averaging", lambda _: 0.5),
+    "F6.remark: by 20%": ("F6.remark", lambda _: 0.2),
+    "F6.better: by 20%": ("F6.better", lambda _: 0.2),
+    "F6.equal: to the floor": ("F6.equal", lambda data: 0.9 * flow_claims._best_average(data)),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_stubs_are_rejected(name):
+    id, predict, *measure = WRONG[name]
+    (claim,) = (claim for claim in select([id]) if claim.id == id)
+    wrong = claim._replace(predict=predict, measure=measure[0] if measure else claim.measure)
+    (verdict,) = verify([wrong], instances=4, seed=1)
+    assert verdict.worst.error is None
+    assert not verdict.holds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("id", "values"),
+    [
+        ("F2", {"tail": 1.5}),
+        ("F2.median", {"noise_tail": 1.5}),
+        ("F3", {"tail": 1.5}),
+        ("F4", {"noise_tail": 2.0, "noise_variance": 1.0, "warmth": 1.0}),
+        ("F5", {"surplus": 1}),
+        ("F6", {"noise_variance": 0.01}),
+        ("F6.better", {"coupling": 1.5}),
+        ("F6.better", {"rho": 0.0}),
+        ("F6.equal", {"rho": 0.3, "coupling": 0.0}),
+    ],
+)
+def test_claims_fail_outside_their_assumptions(id, values):
+    (claim,) = (claim for claim in select([id]) if claim.id == id)
+    held = {name: claim.parameters[name]._replace(low=value, high=value) for name, value in values.items()}
+    (verdict,) = verify([claim._replace(parameters=claim.parameters | held)], instances=4, seed=0)
+    assert not verdict.holds
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+PROBLEM = TwoTaskProblem([1.0, 1.0], [1.0, 2.0], FixedShift([1.0, 1.0]), 0.1)
+RANDOM = TwoTaskProblem([1.0, 1.0], [1.0, 2.0], RandomShift([1.0, 1.0]), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: flow.damping(-1.0, 1.0), "variance must be non-negative"),
+        (lambda: flow.damping(1.0, np.nan), "temperature must be non-negative"),
+        (lambda: flow.residual_variance([1.0, 1.0], [1.0], 0.0), "shift must match covariance: expected size 2, got 1"),
+        (lambda: flow.residual_variance([1.0], [1.0], -1.0), "noise_std must be non-negative"),
+        (lambda: flow.median_temperature(-1.0), "residual_variance must be non-negative"),
+        (lambda: flow.mean_weight(np.inf), "residual_variance must be finite"),
+        (lambda: flow.weighted_covariance([-1.0], [1.0], 0.0), "covariance: eigenvalues must be non-negative"),
+        (lambda: flow.weighted_covariance([1.0], [np.nan], 0.0), "shift must be finite"),
+        (lambda: flow.weighted_covariance([1.0], [1.0], [0.0]), "noise_std must have 0 dimension"),
+        (lambda: flow.weighted_covariance([1.0], [1.0], 0.0, [1.0]), "temperature must have 0 dimension"),
+        (lambda: flow.weighted_covariance([1.0], [1.0], 0.0, -1.0), "temperature must be non-negative"),
+        (lambda: flow.weighted_moment(np.ones((2, 3)), [1.0, 1.0], 0.0), "covariance: .* must be square"),
+        (lambda: flow.stall([1.0, 0.0], [0.0, 1.0], 0.1), "shift must have ΔᵀΣΔ > 0"),
+        (lambda: flow.heavy_tailed_stall(1.0, 0.0, 1.0, [1.0], [1.0, 2.0]), "probabilities must match scales"),
+        (lambda: flow.heavy_tailed_stall(1.0, 0.0, 1.0, [-1.0], [1.0]), "scales must be non-negative"),
+        (lambda: flow.fixed_point_coefficient(-1.0, 1.0), "noise_std must be non-negative"),
+        (lambda: flow.fixed_point_coefficient(1.0, -1.0), "temperature must be non-negative"),
+        (lambda: flow.trajectory(RANDOM, MinNorm()), "shift must be a linfit.FixedShift"),
+        (lambda: flow.trajectory(PROBLEM, MinNorm(), 0.0), "temperature must be positive"),
+        (lambda: flow.trajectory(PROBLEM, "ridge"), "filter must be MinNorm, Ridge"),
+        (lambda: flow.trajectory(PROBLEM, Ridge([1.0, 2.0]), [1.0, 2.0, 3.0]), "temperature must broadcast"),
+        (lambda: flow.trajectory(PROBLEM, [1.0, 2.0] * Ridge(1.0), [1.0, 2.0, 3.0]), "tau must broadcast"),
+        (lambda: flow.trajectory(PROBLEM, GradientDescent(9.0, 1)), r"step_size must be below 2/s_max .* got 9"),
+        (lambda: flow.best_of_each_method(RANDOM), "shift must be a linfit.FixedShift"),
+        (lambda: flow.best_of_each_method(PROBLEM, -1.0), "weight must be non-negative"),
+        (lambda: flow.temperature_from_beta(0.0, 0.5), "beta must be positive"),
+        (lambda: flow.temperature_from_beta(1.5, 0.5), r"beta must be in \(0, 1\]"),
+        (lambda: flow.temperature_from_beta(0.5, 0.5, 0.0), "distance must be positive"),
+        (lambda: flow.beta_from_temperature(2.1, 0.5), "temperature must be at most"),
+        (lambda: flow.beta_from_temperature(0.0, 0.5), "temperature must be positive"),
+        (lambda: flow.two_task_problem(1.0), r"rho must be in \[0, 1\)"),
+        (lambda: flow.two_task_problem(0.5, p=1), "p must be at least 2"),
+        (lambda: flow.two_task_problem(0.5, np.eye(3)), r"pretrain must be the block \(2, 2\)"),
+        (lambda: flow.two_task_problem(0.5, 0.9 * np.eye(2)), "pretrain must be Σ₁ ⪰ I, got eigenvalue 0.9"),
+        (lambda: flow.errors([1.0, 0.0], 0.5, [[2.0, 1.0], [0.0, 2.0]]), "pretrain must be symmetric"),
+        (lambda: flow.errors([1.0, 0.0, 0.0], 0.5), "position .* must match the plane"),
+        (lambda: flow.vanilla_iterates(-0.1, 1), "rho must be non-negative"),
+        (lambda: flow.vanilla_iterates(0.5, 1.5), "steps must be whole numbers"),
+        (lambda: flow.vanilla_iterates(0.5, 1, 0.67), "step_size must be below"),
+        (lambda: flow.flow_iterates(0.5, 0.5, -1), "steps must be non-negative"),
+        (lambda: flow.iteration_matrix(0.5, 2.0), r"beta must be in \(0, 1\]"),
+        (lambda: flow.stalled_direction(1.0, 0.5), r"rho must be in \[0, 1\)"),
+        (lambda: flow.best_averaging(np.zeros((2, 2))), "pretrain must be Σ₁ ⪰ I"),
+        (lambda: flow.best_flow(0.5, max_steps=0), "max_steps must be at least 1"),
+        (lambda: flow.entropic_objective([0.5, 0.5], [1.0], 1.0), "losses must match probabilities"),
+        (lambda: flow.entropic_objective([-0.5, 1.5], [1.0, 1.0], 1.0), "probabilities must be non-negative"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_weighted_covariance_may_be_wrapped_like_any_other():
+    """As the covariance of a problem: Σ₁ weighted by FLOW, say."""
+    weighted = flow.weighted_covariance(Diagonal([1.0, 2.0]), [1.0, 1.0], 0.3)
+    problem = TwoTaskProblem(weighted, [1.0, 1.0], FixedShift([1.0, 0.0]), 0.0)
+    moved = flow.trajectory(problem, 0.5 * MinNorm(), np.inf)
+    np.testing.assert_allclose(moved.pretrain, 0.25 * np.asarray(weighted)[0, 0], rtol=1e-12)

@@ -1,0 +1,664 @@
+"""§4 as claims: FLOW's weights, the moments under them, where learning stalls, Theorem 7.2 (docs, F1–F6)."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+
+from linfit import FixedShift, GradientDescent, GradientFlow, MinNorm, Ridge, TwoTaskProblem, fine_tune, flow_weights
+from linfit.weighting import robust_weights
+from theory.claims import Claim, Normal, Parameter
+from theory.claims.instances import _dense, matrix_of
+from theory.flow import (
+    MEDIAN,
+    best_averaging,
+    errors,
+    fixed_point_coefficient,
+    flow_iterates,
+    heavy_tailed_stall,
+    mean_weight,
+    median_temperature,
+    residual_variance,
+    stall,
+    stalled_direction,
+    temperature_from_beta,
+    trajectory,
+    vanilla_iterates,
+    weighted_covariance,
+    weighted_moment,
+)
+
+P, REPLICATES = 4, 4096
+GAUSSIAN = Parameter(0.0, 0.0, highest=2.0)
+"""Spread of log S, where features (or noise) are √S times Gaussian ones: kurtosis 3e^{spread²}."""
+DATA = {
+    "decay": Parameter(0.0, 1.5),
+    "noise_variance": Parameter(1e-2, 10.0, "log", lowest=1e-6, highest=1e3),
+    "warmth": Parameter(0.1, 30.0, "log", lowest=1e-3, highest=1e3),
+}
+"""Eigenvalues j^(−decay); σ² and the temperature in units of the signal ΔᵀΣΔ and of the median of r²."""
+
+# F1 ------------------------------------------------------------------------------------------------------------------
+
+
+class Simplex(NamedTuple):
+    """Losses, the temperature of the weights, that of the objective, and a start for the search."""
+
+    losses: np.ndarray
+    temperature: float
+    objective_temperature: float
+    start: np.ndarray
+
+
+def _simplex(normal: Normal, temperature: float, temperature_ratio: float) -> Simplex:
+    return Simplex(normal(6) ** 2, temperature, temperature * temperature_ratio, normal(6))
+
+
+def _normalised_weights(simplex: Simplex) -> np.ndarray:
+    """π of FLOW and of the opposite weights, (2, n)."""
+    weights = [np.asarray(weigh(simplex.losses, simplex.temperature)) for weigh in (flow_weights, robust_weights)]
+    return np.stack([w / w.sum() for w in weights])
+
+
+def _entropic_optima(simplex: Simplex) -> np.ndarray:
+    """The least Σπℓ + TΣπ log π and the least −Σπℓ + TΣπ log π, by mirror descent from a random start."""
+    found, temperature = [], simplex.objective_temperature
+    for sign in (1.0, -1.0):
+        pi = scipy.special.softmax(simplex.start)
+        for _ in range(60):
+            gradient = sign * simplex.losses + temperature * (np.log(pi) + 1)
+            pi = scipy.special.softmax(np.log(pi) - gradient / (2 * temperature))
+        found.append(pi)
+    return np.stack(found)
+
+
+# F2–F4: sampled -------------------------------------------------------------------------------------------------------
+
+
+class Sampled(NamedTuple):
+    """A problem, and raw samples of features and residuals of the pretrained weights."""
+
+    covariance: np.ndarray
+    shift: np.ndarray
+    noise_std: float
+    temperature: float
+    tail: float
+    x: np.ndarray
+    r: np.ndarray
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As `theory.flow` takes them."""
+        return self.covariance, self.shift, self.noise_std, self.temperature
+
+    @property
+    def weights(self) -> np.ndarray:
+        """e^{−r²/T}."""
+        return np.asarray(flow_weights(self.r**2, self.temperature))
+
+
+def _sampled(
+    normal: Normal,
+    decay: float,
+    noise_variance: float,
+    warmth: float,
+    tail: float,
+    noise_tail: float,
+) -> Sampled:
+    covariance, shift = _dense(normal(P, P), decay), normal(P)
+    shift = shift / np.sqrt(shift @ covariance @ shift)
+    x = _sizes(normal, tail)[:, None] * normal(REPLICATES, P) @ scipy.linalg.cholesky(covariance)
+    noise = _sizes(normal, noise_tail) * normal(REPLICATES) * noise_variance**0.5
+    temperature = warmth * MEDIAN * (1 + noise_variance)
+    return Sampled(covariance, shift, noise_variance**0.5, temperature, tail, x, x @ shift + noise)
+
+
+def _sizes(normal: Normal, spread: float) -> np.ndarray:
+    """√S, log S ~ N(−spread²/2, spread²), so that E S = 1."""
+    return np.exp((spread * normal(REPLICATES) - spread**2 / 2) / 2)
+
+
+def _weighted_moments(sampled: Sampled) -> np.ndarray:
+    """E w, E w xxᵀ and E w x r in one vector."""
+    variance = residual_variance(*sampled.arguments[:3])
+    matrix = np.asarray(weighted_covariance(*sampled.arguments))
+    first = np.asarray(weighted_moment(*sampled.arguments))
+    return np.concatenate([np.ravel(mean_weight(variance, sampled.temperature)), matrix.ravel(), first])
+
+
+def _sampled_moments(sampled: Sampled) -> np.ndarray:
+    w, x, r = sampled.weights, sampled.x, sampled.r
+    outer = np.einsum("n,np,nq->npq", w, x, x).reshape(len(w), -1)
+    return np.concatenate([w[:, None], outer, (w * r)[:, None] * x], axis=1)
+
+
+def _below_the_median(sampled: Sampled) -> np.ndarray:
+    """Whether r² ≤ T."""
+    temperature = float(median_temperature(residual_variance(*sampled.arguments[:3])))
+    return (sampled.r**2 <= temperature).astype(float)
+
+
+def _speeds(sampled: Sampled, speed: float, rate: float, drive: float) -> np.ndarray:
+    """Along b̂, across it, their coupling, and the pull along b̂."""
+    return np.array([speed * rate, speed, 0.0, drive])
+
+
+def _predicted_speeds(sampled: Sampled) -> np.ndarray:
+    stalled = stall(*sampled.arguments)
+    speed = float(stalled.mean_weight)
+    return _speeds(sampled, speed, float(stalled.rate), speed * float(stalled.drive))
+
+
+def _predicted_heavy_speeds(sampled: Sampled) -> np.ndarray:
+    nodes, masses = np.polynomial.hermite_e.hermegauss(80)
+    scales = np.exp(sampled.tail * nodes - sampled.tail**2 / 2)
+    heavy = heavy_tailed_stall(1.0, sampled.noise_std, sampled.temperature, scales, masses)
+    tau = float(fixed_point_coefficient(sampled.noise_std, sampled.temperature))
+    return _speeds(sampled, float(heavy.speed), float(heavy.rate), float(heavy.speed * heavy.rate) * tau)
+
+
+def _measured_speeds(sampled: Sampled) -> np.ndarray:
+    """In whitened coordinates, along b̂ = Σ^{1/2}Δ (of length 1 here) and one direction orthogonal to it."""
+    root = scipy.linalg.cholesky(sampled.covariance)
+    z = scipy.linalg.solve_triangular(root, sampled.x.T, trans="T").T
+    along = root @ sampled.shift
+    across = np.linalg.qr(np.stack([along, np.eye(P)[0]], axis=1))[0][:, 1]
+    a, c, w = z @ along, z @ across, sampled.weights
+    return np.stack([w * a**2, w * c**2, w * a * c, w * a * sampled.r], axis=1)
+
+
+def _normal_equations(sampled: Sampled) -> np.ndarray:
+    """w x (r − τ xᵀΔ)."""
+    tau = float(fixed_point_coefficient(sampled.noise_std, sampled.temperature))
+    left = sampled.r - tau * sampled.x @ sampled.shift
+    return (sampled.weights * left)[:, None] * sampled.x
+
+
+# F3, F4: exact --------------------------------------------------------------------------------------------------------
+
+
+class Population(NamedTuple):
+    """A problem, hyperparameters, and Σ_w and E w x r by another way."""
+
+    problem: TwoTaskProblem
+    temperature: float
+    moments: tuple[np.ndarray, np.ndarray]
+    step_size: float
+    steps: int
+    penalty: float
+
+
+def _moments_by_quadrature(
+    covariance: np.ndarray, shift: np.ndarray, noise_variance: float, temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """E w xxᵀ and E w x r: x given r is Gaussian, which leaves integrals over r, by the trapezoidal rule."""
+    a, variance = covariance @ shift, shift @ covariance @ shift + noise_variance
+    width = 1 / np.sqrt(1 / variance + 2 / temperature)
+    r = np.linspace(-12, 12, 4001) * width
+    density = np.exp(-(r**2) / temperature - r**2 / (2 * variance)) / np.sqrt(2 * np.pi * variance) * (r[1] - r[0])
+    mass, square = density.sum(), density @ r**2
+    along = np.outer(a, a) / variance
+    return mass * (covariance - along) + square / variance * along, square / variance * a
+
+
+def _exact(
+    normal: Normal,
+    decay: float,
+    noise_variance: float,
+    warmth: float,
+    speed: float,
+    steps: int,
+    penalty: float,
+) -> Population:
+    covariance, pretrain, shift, u = _dense(normal(P, P), decay), _dense(normal(P, P), 0.5), normal(P), normal(P) / 4
+    gap = shift - u
+    signal = gap @ covariance @ gap
+    noise_variance = noise_variance * signal
+    temperature = warmth * MEDIAN * (signal + noise_variance)
+    matrix, first = _moments_by_quadrature(covariance, gap, noise_variance, temperature)
+    problem = TwoTaskProblem(pretrain, covariance, FixedShift(shift), noise_variance**0.5, u)
+    step_size = speed / np.linalg.eigvalsh(matrix)[-1]
+    return Population(problem, temperature, (matrix, first), step_size, steps, penalty * np.trace(matrix) / P)
+
+
+def _predicted_path(population: Population) -> np.ndarray:
+    """θ − θ₁, R_ft, R_pre after gradient descent, gradient flow of the same length, ridge, and to the end."""
+    step_size, steps = population.step_size, population.steps
+    filters = (
+        GradientDescent(step_size, steps),
+        GradientFlow(step_size * steps),
+        Ridge(population.penalty),
+        MinNorm(),
+    )
+    ends = [trajectory(population.problem, filter, population.temperature) for filter in filters]
+    return np.stack([np.concatenate([end.moved, end.finetune[None], end.pretrain[None]]) for end in ends])
+
+
+def _measured_path(population: Population) -> np.ndarray:
+    """The iteration, the matrix exponential, and linear systems, with the moments by quadrature."""
+    (matrix, first), problem = population.moments, population.problem
+    eye, time = np.eye(P), population.step_size * population.steps
+    descent = np.zeros(P)
+    for _ in range(population.steps):
+        descent = descent + population.step_size * (first - matrix @ descent)
+    end = np.linalg.solve(matrix, first)
+    flow = end - scipy.linalg.expm(-time * matrix) @ end
+    ridge = np.linalg.solve(matrix + population.penalty * eye, first)
+    u, gap = np.asarray(problem.pretrain_error), np.asarray(problem.gap_mean)
+    sigma_1, sigma_2 = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
+    return np.stack(
+        [[*m, (m - gap) @ sigma_2 @ (m - gap), (m + u) @ sigma_1 @ (m + u)] for m in (descent, flow, ridge, end)]
+    )
+
+
+def _ridge_as_ensemble(population: Population) -> np.ndarray:
+    """τ times unweighted ridge of penalty λ/Z, τ = 1/(1 + 2v_λ/T)."""
+    problem, temperature = population.problem, population.temperature
+    noise_variance, gap = float(problem.noise_std) ** 2, np.asarray(problem.gap_mean)
+    covariance = matrix_of(problem.finetune_covariance)
+    scale = float(mean_weight(gap @ covariance @ gap + noise_variance, temperature))
+    ridge = np.linalg.solve(covariance + population.penalty / scale * np.eye(P), covariance @ gap)
+    unexplained = noise_variance + gap @ covariance @ (gap - ridge)
+    return ridge / (1 + 2 * unexplained / temperature)
+
+
+def _weighted_ridge(population: Population) -> np.ndarray:
+    matrix, first = population.moments
+    return np.linalg.solve(matrix + population.penalty * np.eye(P), first)
+
+
+# F5 ------------------------------------------------------------------------------------------------------------------
+
+
+class Interpolated(NamedTuple):
+    """A design, labels, pretrained weights and FLOW's weights."""
+
+    X: np.ndarray
+    y: np.ndarray
+    theta_1: np.ndarray
+    weights: np.ndarray
+
+
+def _interpolated(normal: Normal, surplus: int, noise_variance: float, warmth: float) -> Interpolated:
+    p = 24
+    n = p + 8 * surplus
+    X, theta_1 = normal(n, p), normal(p)
+    y = X @ normal(p) + noise_variance**0.5 * normal(n)
+    losses = (y - X @ theta_1) ** 2
+    return Interpolated(X, y, theta_1, np.asarray(flow_weights(losses, warmth * np.median(losses))))
+
+
+def _unweighted_limit(data: Interpolated) -> np.ndarray:
+    return data.theta_1 + np.linalg.pinv(data.X) @ (data.y - data.X @ data.theta_1)
+
+
+def _weighted_limit(data: Interpolated) -> np.ndarray:
+    return np.asarray(fine_tune(data.X, data.y, data.theta_1, MinNorm(), data.weights))
+
+
+# F6 ------------------------------------------------------------------------------------------------------------------
+
+STEPS = np.array([0, 1, 2, 3, 7, 20, 60])
+
+
+class Theorem(NamedTuple):
+    """The setting of Theorem 7.2 in R^p, in a random frame whose first two vectors are ē and ē⊥."""
+
+    rho: float
+    beta: float
+    distance: float
+    frame: np.ndarray
+    noise_variance: float
+    step_ratio: float
+
+
+def _theorem(
+    normal: Normal, rho: float, beta: float, p: int, distance: float, noise_variance: float, step_ratio: float
+) -> Theorem:
+    frame = np.linalg.qr(normal(p, p))[0]
+    return Theorem(rho, beta, distance, frame, noise_variance, step_ratio)
+
+
+def _matrices(theorem: Theorem) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Σ̃, Σ_w, E w x r and μ."""
+    e, across = theorem.frame[:, 0], theorem.frame[:, 1]
+    covariance = np.eye(len(e)) + theorem.rho * (np.outer(e, across) + np.outer(across, e))
+    temperature = float(temperature_from_beta(theorem.beta, theorem.rho, theorem.distance))
+    shift = -theorem.distance * e
+    matrix, first = _moments_by_quadrature(covariance, shift, theorem.noise_variance, temperature)
+    mu = (temperature / (temperature + 2 * theorem.distance**2)) ** 0.5
+    return covariance, matrix, first, mu
+
+
+def _in_the_plane(theorem: Theorem, positions: Any) -> np.ndarray:
+    """θ_K − θ₂* in units of ‖e‖."""
+    return np.asarray(positions) @ theorem.frame[:, :2].T
+
+
+def _flow_by_theorem(theorem: Theorem) -> np.ndarray:
+    return _in_the_plane(theorem, flow_iterates(theorem.rho, theorem.beta, STEPS))
+
+
+def _vanilla_by_theorem(theorem: Theorem) -> np.ndarray:
+    return _in_the_plane(theorem, vanilla_iterates(theorem.rho, STEPS))
+
+
+def _iterated(theorem: Theorem, matrix: np.ndarray, first: np.ndarray, step_size: float) -> np.ndarray:
+    """Gradient descent on the loss without ½, from θ₁* to θ₂* + e_K."""
+    moved, path = np.zeros(len(first)), []
+    for step in range(STEPS[-1] + 1):
+        if step in STEPS:
+            path.append(moved / theorem.distance + theorem.frame[:, 0])
+        moved = moved + 2 * step_size * (first - matrix @ moved)
+    return np.array(path)
+
+
+def _flow_iterated(theorem: Theorem) -> np.ndarray:
+    _, matrix, first, mu = _matrices(theorem)
+    return _iterated(theorem, matrix, first, theorem.step_ratio / (2 * mu))
+
+
+def _vanilla_iterated(theorem: Theorem) -> np.ndarray:
+    covariance, *_ = _matrices(theorem)
+    first = covariance @ (-theorem.distance * theorem.frame[:, 0])
+    return _iterated(theorem, covariance, first, theorem.step_ratio / 2)
+
+
+def _stalled(theorem: Theorem) -> np.ndarray:
+    """λ₁ times the stalled direction."""
+    top = (1 + theorem.beta * theorem.rho**2) / (1 + theorem.beta)
+    return top * _in_the_plane(theorem, stalled_direction(theorem.rho, theorem.beta))
+
+
+def _one_step_of_the_stalled(theorem: Theorem) -> np.ndarray:
+    _, matrix, _, mu = _matrices(theorem)
+    direction = _in_the_plane(theorem, stalled_direction(theorem.rho, theorem.beta))
+    return direction - theorem.step_ratio / mu * (matrix @ direction)
+
+
+class TwoTasks(NamedTuple):
+    """ρ and the block of Σ₁ ⪰ I on ē and ē⊥."""
+
+    rho: float
+    block: np.ndarray
+
+
+def _two_tasks(normal: Normal, rho: float, strength: float, coupling: float, spare: float) -> TwoTasks:
+    """s = ēᵀΣ₁ē = 1 + strength, c = ēᵀΣ₁ē⊥ = coupling·ρs, and `spare` times the least ē⊥ᵀΣ₁ē⊥ − 1 that goes with it."""
+    s = 1 + strength
+    c = coupling * rho * s
+    return TwoTasks(rho, np.array([[s, c], [c, 1 + spare * c**2 / strength]]))
+
+
+LONG = np.append(np.arange(1.0, 33), [64, 128, 512, 4096, 65536])
+
+
+def _least_total(tasks: TwoTasks) -> float:
+    """The least err_tot of FLOW over β and many K, by a grid and then smaller ones around its best."""
+
+    def totals(logarithms: np.ndarray) -> np.ndarray:
+        positions = flow_iterates(tasks.rho, np.exp(logarithms), LONG[:, None])
+        return np.asarray(errors(positions, tasks.rho, tasks.block).total)
+
+    low, high = np.full(LONG.size, np.log(1e-6)), np.zeros(LONG.size)
+    for _ in range(6):
+        grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 65)
+        values = totals(grid)
+        at, spacing = values.argmin(axis=1), (high - low) / 64
+        middle = grid[np.arange(LONG.size), at]
+        low, high = np.maximum(middle - spacing, np.log(1e-6)), np.minimum(middle + spacing, 0)
+    return float(values.min())
+
+
+def _flow_gain(tasks: TwoTasks) -> float:
+    """What the best FLOW gains over the best averaging, relative."""
+    averaging = _best_average_by_search(tasks)
+    return 1 - _least_total(tasks) / averaging
+
+
+def _best_average(tasks: TwoTasks) -> float:
+    return float(best_averaging(tasks.block))
+
+
+def _best_average_by_search(tasks: TwoTasks) -> float:
+    omega = np.linspace(0, 1, 1001)
+    s = tasks.block[0, 0]
+    values = s * (1 - omega) ** 2 + omega**2
+    at = np.clip(values.argmin(), 1, 999)
+    before, least, after = values[at - 1 : at + 2]
+    return float(least - (after - before) ** 2 / (8 * (after - 2 * least + before)))
+
+
+def _zero(_: Any) -> float:
+    return 0.0
+
+
+def _half(_: Any) -> float:
+    return 0.5
+
+
+def claims() -> tuple[Claim, ...]:
+    """F1–F6."""
+    heavy = {"tail": GAUSSIAN, "noise_tail": GAUSSIAN}
+    theorem = {
+        "rho": Parameter(0.0, 0.95, highest=0.999),
+        "beta": Parameter(1e-2, 1.0, "log", lowest=1e-4),
+        "p": Parameter(2, 5, "whole"),
+        "distance": Parameter(0.3, 3.0, "log"),
+        "noise_variance": Parameter(0.0, 0.0, highest=1.0),
+        "step_ratio": Parameter(1.0, 1.0, lowest=0.5, highest=1.5),
+    }
+    two_tasks = {
+        "rho": Parameter(0.1, 0.95, lowest=0.0),
+        "strength": Parameter(0.2, 20.0, "log", highest=1e3),
+        "coupling": Parameter(-2.0, 0.9, lowest=-10.0, highest=2.0),
+        "spare": Parameter(1.0, 4.0, highest=100.0),
+    }
+    return (
+        Claim(
+            id="F1",
+            statement="Normalised, FLOW's weights minimise Σπℓ + TΣπ log π; their opposites maximise Σπℓ − TΣπ log π.",
+            formula=R"\pi \propto e^{-\ell/T} = \arg\min_\pi \textstyle\sum_i\pi_i\ell_i + T\sum_i\pi_i\log\pi_i",
+            source="paper 2502.02797, Prop. 4.3",
+            kind="identity",
+            parameters={
+                "temperature": Parameter(0.2, 5.0, "log"),
+                "temperature_ratio": Parameter(1.0, 1.0, "log", lowest=0.2, highest=5.0),
+            },
+            instance=_simplex,
+            predict=_normalised_weights,
+            measure=_entropic_optima,
+            tolerance=1e-9,
+        ),
+        Claim(
+            id="F2",
+            statement="Weighting Gaussian data deflates its covariance along one direction, ΣΔ.",
+            formula=R"\Sigma_w = Z\bigl(\Sigma - \tfrac{2}{T+2v}\Sigma\Delta\Delta^\top\Sigma\bigr),\ "
+            R"\mathbb E\,wxr = \tfrac{Z\,\Sigma\Delta}{1+2v/T}",
+            source="paper 2502.02797 (setting); ours (general)",
+            kind="statistical",
+            parameters=DATA | heavy,
+            instance=_sampled,
+            predict=_weighted_moments,
+            measure=_sampled_moments,
+        ),
+        Claim(
+            id="F2.median",
+            statement="The median of Gaussian squared residuals is 0.4549 of their variance.",
+            formula=R"T/v = \mathrm{median}\,\chi^2_1 = 0.4549",
+            source="paper 2502.02797 (T); ours (constant)",
+            kind="statistical",
+            parameters=DATA | heavy | {"warmth": Parameter(1.0, 1.0)},
+            instance=_sampled,
+            predict=_half,
+            measure=_below_the_median,
+        ),
+        Claim(
+            id="F3",
+            statement="In whitened coordinates FLOW slows learning along Σ^{1/2}Δ, and all else alike.",
+            formula=R"\mathrm{rate} = \frac{1+2\sigma^2/T}{1+2v/T},\quad \mathrm{drive} = \frac{1}{1+2v/T}",
+            source="paper 2502.02797 (stalls); ours (form)",
+            kind="statistical",
+            parameters=DATA | heavy,
+            instance=_sampled,
+            predict=_predicted_speeds,
+            measure=_measured_speeds,
+        ),
+        Claim(
+            id="F3.tails",
+            statement="For heavy-tailed features FLOW still slows Δ alone, at another rate.",
+            formula=R"\mathrm{rate} = (1+2\sigma^2/T)\,\mathbb E[SZ_S^3]/\mathbb E[SZ_S],\ x = \sqrt S z",
+            source="ours",
+            kind="statistical",
+            parameters=DATA | {"tail": Parameter(0.0, 0.7), "noise_tail": GAUSSIAN},
+            instance=_sampled,
+            predict=_predicted_heavy_speeds,
+            measure=_measured_speeds,
+        ),
+        Claim(
+            id="F3.path",
+            statement="Descent, flow and ridge under FLOW's weights follow from the spectrum of Σ alone.",
+            formula=R"\theta_k = \theta_1 + \tau[I-(I-\eta\Sigma_w)^k]\Delta",
+            source="paper 2502.02797 (setting); ours (general)",
+            kind="identity",
+            parameters=DATA
+            | {
+                "speed": Parameter(0.1, 1.9, highest=2.5),
+                "steps": Parameter(1, 60, "whole"),
+                "penalty": Parameter(1e-3, 1e3, "log"),
+            },
+            instance=_exact,
+            predict=_predicted_path,
+            measure=_measured_path,
+            tolerance=1e-7,
+        ),
+        Claim(
+            id="F4",
+            statement="With label noise FLOW ends on the way from θ₁ to θ₂*, whatever the law of the features.",
+            formula=R"\theta_\infty = \theta_1 + \Delta/(1+2\sigma^2/T)",
+            source="ours",
+            kind="statistical",
+            parameters=DATA | {"tail": Parameter(0.0, 0.7), "noise_tail": GAUSSIAN},
+            instance=_sampled,
+            predict=_zero,
+            measure=_normal_equations,
+        ),
+        Claim(
+            id="F4.ridge",
+            statement="FLOW with ridge is averaged ridge: of penalty λ/Z, its τ set by what ridge leaves unexplained.",
+            formula=R"\theta_\lambda - \theta_1 = \frac{(\Sigma+\lambda/Z)^{-1}\Sigma\Delta}{1+2v_\lambda/T},\ "
+            R"v_\lambda = \sigma^2 + \Delta^\top\Sigma\tfrac{\lambda}{Z}(\Sigma+\tfrac{\lambda}{Z})^{-1}\Delta",
+            source="ours",
+            kind="identity",
+            parameters=DATA
+            | {"penalty": Parameter(1e-3, 1e3, "log"), "speed": Parameter(1.0, 1.0), "steps": Parameter(1, 1, "whole")},
+            instance=_exact,
+            predict=_ridge_as_ensemble,
+            measure=_weighted_ridge,
+            tolerance=1e-9,
+        ),
+        Claim(
+            id="F5",
+            statement="Where the model interpolates, weights do not move the limit of training.",
+            formula=R"n \le p \implies \hat\theta_w = \theta_1 + X^+(y-X\theta_1)",
+            source="ours",
+            kind="identity",
+            parameters={
+                "surplus": Parameter(-2, -1, "whole", highest=1),
+                "noise_variance": Parameter(1e-2, 10.0, "log"),
+                "warmth": Parameter(2.0, 30.0, "log", lowest=1e-2),
+            },
+            instance=_interpolated,
+            predict=_unweighted_limit,
+            measure=_weighted_limit,
+            tolerance=1e-6,
+        ),
+        Claim(
+            id="F6",
+            statement="Theorem 7.2: the iterates of FLOW in the paper's two-task setting.",
+            formula=R"\theta_K = \theta_2^* + \tfrac{\lambda_1^K+\lambda_2^K\beta^2\rho^2}{1+\beta^2\rho^2}e "
+            R"- \beta\rho\tfrac{\lambda_1^K-\lambda_2^K}{1+\beta^2\rho^2}\|e\|\bar e_\perp",
+            source="paper 2502.02797, Theorem 7.2",
+            kind="identity",
+            parameters=theorem,
+            instance=_theorem,
+            predict=_flow_by_theorem,
+            measure=_flow_iterated,
+            tolerance=1e-10,
+        ),
+        Claim(
+            id="F6.vanilla",
+            statement="Without weights, at η = ½, the error alternates between e and −‖e‖ē⊥ and shrinks by ρ.",
+            formula=R"\theta_K = \theta_2^* + \rho^K e\ (K\ \text{even}),\ \theta_2^* - \rho^K\|e\|\bar e_\perp\ "
+            R"(K\ \text{odd})",
+            source="paper 2502.02797, §7",
+            kind="identity",
+            parameters=theorem | {"noise_variance": Parameter(0.0, 0.0)},
+            instance=_theorem,
+            predict=_vanilla_by_theorem,
+            measure=_vanilla_iterated,
+            tolerance=1e-10,
+        ),
+        Claim(
+            id="F6.stalled",
+            statement="FLOW is stalled along e − βρ‖e‖ē⊥, the top eigenvector of its iteration.",
+            formula=R"Q(e-\beta\rho\|e\|\bar e_\perp) = \tfrac{1+\beta\rho^2}{1+\beta}(e-\beta\rho\|e\|\bar e_\perp)",
+            source="paper 2502.02797, Theorem 7.2",
+            kind="identity",
+            parameters=theorem,
+            instance=_theorem,
+            predict=_stalled,
+            measure=_one_step_of_the_stalled,
+            tolerance=1e-10,
+        ),
+        Claim(
+            id="F6.averaging",
+            statement="The best average of both models has total error s/(s+1), s = ēᵀΣ₁ē.",
+            formula=R"\min_\omega \mathrm{err}_\mathrm{tot}(\theta_2^*+\omega e) = \tfrac{s}{s+1}\|e\|^2",
+            source="paper 2502.02797, §7",
+            kind="identity",
+            parameters=two_tasks,
+            instance=_two_tasks,
+            predict=_best_average,
+            measure=_best_average_by_search,
+            tolerance=1e-9,
+        ),
+        Claim(
+            id="F6.remark",
+            statement="Remark 7.6: the best FLOW, over T and K, is at least as good as the best averaging.",
+            formula=R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} \le \min_\omega\mathrm{err}_\mathrm{tot}",
+            source="paper 2502.02797, Remark 7.6",
+            kind="inequality",
+            parameters=two_tasks
+            | {"rho": Parameter(0.0, 0.95), "coupling": Parameter(-2.0, 2.0, lowest=-10.0, highest=10.0)},
+            instance=_two_tasks,
+            predict=_zero,
+            measure=_flow_gain,
+            tolerance=1e-3,
+        ),
+        Claim(
+            id="F6.better",
+            statement="The best FLOW is better than the best averaging if ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē, and only then.",
+            formula=R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} < \min_\omega\mathrm{err}_\mathrm{tot} \iff "
+            R"\bar e^\top\Sigma_1\bar e_\perp < \rho\,\bar e^\top\Sigma_1\bar e",
+            source="paper 2502.02797 (ρ > 0); ours (condition)",
+            kind="inequality",
+            parameters=two_tasks,
+            instance=_two_tasks,
+            predict=_zero,
+            measure=_flow_gain,
+        ),
+        Claim(
+            id="F6.equal",
+            statement="At ρ = 0 FLOW is averaging: their best total errors are equal.",
+            formula=R"\rho = 0 \implies \min_{\beta,K}\mathrm{err}_\mathrm{tot} = \tfrac{s}{s+1}\|e\|^2",
+            source="paper 2502.02797, Remark 7.6",
+            kind="identity",
+            parameters=two_tasks | {"rho": Parameter(0.0, 0.0, highest=0.9)},
+            instance=_two_tasks,
+            predict=_best_average,
+            measure=_least_total,
+            tolerance=1e-6,
+        ),
+    )
