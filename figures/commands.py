@@ -10,13 +10,15 @@ import tyro
 ROOMS = {
     "overadaptation": "figures.overadaptation",
     "overtraining": "figures.overtraining",
+    "flow": "figures.flow",
+    "s3ft": "figures.s3ft",
     "equivalents": "figures.equivalents",
     "claims": "figures.claims",
     "bridge": "figures.bridge",
 }
 """What `linfit figures NAME` can draw: each module has `pictures(key, quick)`."""
 
-NEEDS = {"overadaptation": ("sklearn", "data"), "bridge": ("transformers", "llm")}
+NEEDS = {"overadaptation": ("sklearn", "data"), "s3ft": ("sklearn", "data"), "bridge": ("transformers", "llm")}
 """Rooms that need an optional package, and the extra that brings it."""
 
 
@@ -30,7 +32,7 @@ def figures(
     """Regenerate the paper figures and one report page.
 
     Args:
-        names: which figures to draw (overadaptation, overtraining, equivalents, claims, bridge); all of them if none is
+        names: which figures to draw (overadaptation, overtraining, flow, s3ft, equivalents, claims, bridge); all of them if none is
             named, without those whose optional packages are not installed.
         out: folder for NAME.png, NAME.pdf, NAME.nc (the plotted numbers) and index.html.
         quick: small sizes, for a first look.

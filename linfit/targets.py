@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import same_size
+from linfit._checks import ArrayLike, is_concrete, non_negative, real_array, same_size
 
 
 class Source(IntEnum):
@@ -44,19 +45,104 @@ class Targets(NamedTuple):
 Judge = Callable[[Any, Any], Any]
 
 
-def s3ft_targets(own: Any, gold: Any, judge: Judge, paraphrase: Any = None) -> Targets:
+def within(tolerance: ArrayLike) -> Judge:
+    """A judge for arrays: accepts ‖answer − gold‖ ≤ tolerance, Euclidean over all but the first axis (docs, T1; ours).
+
+    `tolerance` ≥ 0, a number or one per sample (n,), ∞ allowed, in the unit of the answers. For scalar answers the
+    norm is the absolute value. Raises ValueError for NaN or negative tolerances.
+
+    >>> within(0.5)(jnp.array([1.2, 3.0]), jnp.array([1.0, 5.0]))
+    Array([ True, False], dtype=bool)
+    """
+    tolerance = non_negative("tolerance", tolerance, finite=False)
+
+    def judge(answers: ArrayLike, gold: ArrayLike) -> Array:
+        miss = jnp.asarray(answers) - jnp.asarray(gold)
+        return jnp.linalg.norm(miss.reshape(len(miss), -1), axis=1) <= tolerance
+
+    return judge
+
+
+def content_within(content: ArrayLike, tolerance: ArrayLike) -> Judge:
+    """A judge for vectors (n, m): accepts ‖P(answer − gold)‖ ≤ tolerance and overlooks style (docs, T2; ours).
+
+    `content` is the orthogonal projector P (m, m) on what must be right, or the outputs it keeps as a mask (m,).
+    Raises ValueError if it is not such a projector, for NaN or negative tolerances, and for answers of another size.
+
+    >>> content_within([True, False], 0.5)(jnp.array([[1.2, 9.0], [3.0, 0.0]]), jnp.array([[1.0, 0.0], [5.0, 0.0]]))
+    Array([ True, False], dtype=bool)
+    """
+    projector, close = as_projector("content", content), within(tolerance)
+
+    def judge(answers: ArrayLike, gold: ArrayLike) -> Array:
+        answers, gold = jnp.asarray(answers), jnp.asarray(gold)
+        same_size("answers (last axis)", answers.shape[-1], "content", projector.shape[0])
+        return close(answers @ projector, gold @ projector)
+
+    return judge
+
+
+def as_projector(name: str, value: ArrayLike) -> Array:
+    """An orthogonal projector (m, m), from itself or from the mask (m,) of the coordinates it keeps."""
+    array = real_array(name, value)
+    matrix = jnp.diag(array) if array.ndim == 1 else array
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{name} must be a mask (m,) or a projector (m, m), got shape {array.shape}")
+    if is_concrete(matrix):
+        host = np.asarray(matrix)
+        tolerance = 1e2 * float(jnp.finfo(matrix.dtype).eps)
+        if max(abs(host @ host - host).max(), abs(host - host.T).max()) > tolerance:
+            raise ValueError(f"{name} must be an orthogonal projector, P = PP = Pᵀ; got a matrix that is not")
+    return matrix
+
+
+def noisy(judge: Judge, key: Array, false_accept: ArrayLike = 0.0, false_reject: ArrayLike = 0.0) -> Judge:
+    """A judge for arrays that errs: accepts a wrong answer, and rejects a right one, with the given probabilities.
+
+    Right and wrong are what `judge` says. Its mistakes are a function of the key and the sample: whether it would miss
+    a right answer to sample i is one draw, whether it would fall for a wrong one another, independent of the first and
+    of other samples; asked about a second right answer to the same question it errs again. Raises ValueError for
+    probabilities outside [0, 1].
+
+    >>> gullible = noisy(within(0.5), jax.random.key(0), false_accept=1.0)
+    >>> gullible(jnp.array([1.2, 3.0]), jnp.array([1.0, 5.0]))
+    Array([ True,  True], dtype=bool)
+    """
+    false_accept, false_reject = probability("false_accept", false_accept), probability("false_reject", false_reject)
+
+    def erring(answers: ArrayLike, gold: ArrayLike) -> Array:
+        right = jnp.asarray(judge(answers, gold))
+        fall_key, miss_key = jax.random.split(key)
+        falls = jax.random.uniform(fall_key, right.shape) < false_accept
+        misses = jax.random.uniform(miss_key, right.shape) < false_reject
+        return jnp.where(right, ~misses, falls)
+
+    return erring
+
+
+def probability(name: str, value: ArrayLike) -> Array:
+    """`value` as a floating array with entries in [0, 1]."""
+    array = non_negative(name, value)
+    if is_concrete(array) and not (np.asarray(array) <= 1).all():
+        raise ValueError(f"{name} must be at most 1, got maximum {np.asarray(array).max()}")
+    return array
+
+
+def s3ft_targets(own: Any, gold: Any, judge: Judge | ArrayLike, paraphrase: Any = None) -> Targets:
     """Own answer if the judge accepts it, else the paraphrase if accepted, else gold (paper 2502.08130).
 
     Arrays, own and gold (n, …): `judge(answers, gold)` sees them whole and returns (n,) booleans; usable under `jit`.
     Other sequences (texts): it sees one pair at a time and returns a bool. `paraphrase` is like `own`, or a function
     (own, gold) → paraphrase called in the same way, for texts only where the own answer was rejected; a paraphrase
-    of None does not exist. `Targets.source` (n,) holds `linfit.targets.Source` as integers.
+    of None, in arrays one with a NaN, does not exist. `judge` may also be a mask: (n,) booleans that accept own
+    answers; then every paraphrase that exists is accepted. `Targets.source` (n,) holds `linfit.targets.Source` as
+    integers.
 
-    Raises ValueError if the lengths differ, nothing is given, or the judge's verdict is not (n,) booleans.
+    Raises ValueError if the lengths differ, nothing is given, or the verdict is not (n,) booleans.
 
     >>> from linfit import s3ft_targets
-    >>> close = lambda answers, gold: abs(answers - gold) <= 0.5
-    >>> s3ft_targets(np.array([1.2, 3.0]), np.array([1.0, 5.0]), close)
+    >>> from linfit.targets import within
+    >>> s3ft_targets(np.array([1.2, 3.0]), np.array([1.0, 5.0]), within(0.5))
     Targets(values=Array([1.2, 5. ], dtype=float64), source=Array([0, 2], dtype=int32))
     >>> s3ft_targets(["It is 4.", "5"], ["4", "6"], lambda answer, gold: gold in answer, ["", "It is 6."])
     Targets(values=['It is 4.', 'It is 6.'], source=array([0, 1]))
@@ -66,7 +152,7 @@ def s3ft_targets(own: Any, gold: Any, judge: Judge, paraphrase: Any = None) -> T
     return _from_sequences(own, gold, judge, paraphrase)
 
 
-def _from_arrays(own: Any, gold: Any, judge: Judge, paraphrase: Any) -> Targets:
+def _from_arrays(own: Any, gold: Any, judge: Judge | ArrayLike, paraphrase: Any) -> Targets:
     own, gold = jnp.asarray(own), jnp.asarray(gold)
     _same_shape("own", own, gold)
     source = jnp.where(_verdict(judge, own, gold), Source.OWN, Source.GOLD).astype(jnp.int32)
@@ -74,7 +160,9 @@ def _from_arrays(own: Any, gold: Any, judge: Judge, paraphrase: Any) -> Targets:
     if paraphrase is not None:
         reworded = jnp.asarray(paraphrase(own, gold) if callable(paraphrase) else paraphrase)
         _same_shape("paraphrase", reworded, gold)
-        used = (source == Source.GOLD) & _verdict(judge, reworded, gold)
+        exists = ~jnp.isnan(reworded.reshape(len(gold), -1)).any(axis=1)
+        accepted = _verdict(judge, reworded, gold) if callable(judge) else exists
+        used = (source == Source.GOLD) & exists & accepted
         source = jnp.where(used, Source.PARAPHRASE, source).astype(jnp.int32)
         values = _choose(used, reworded, values)
     return Targets(values, source)
@@ -89,32 +177,44 @@ def _same_shape(name: str, value: Array, gold: Array) -> None:
         raise ValueError(f"{name} must have the shape (n, …) of gold, n ≥ 1: {gold.shape}, got {value.shape}")
 
 
-def _verdict(judge: Judge, answers: Array, gold: Array) -> Array:
-    verdict = jnp.asarray(judge(answers, gold))
+def _verdict(judge: Judge | ArrayLike, answers: Array, gold: Array) -> Array:
+    verdict = jnp.asarray(judge(answers, gold) if callable(judge) else judge)
     if verdict.shape != gold.shape[:1] or verdict.dtype != bool:
-        raise ValueError(f"judge must return booleans of shape {gold.shape[:1]}, got {verdict.dtype} {verdict.shape}")
+        verb = "return" if callable(judge) else "be"
+        raise ValueError(f"judge must {verb} booleans of shape {gold.shape[:1]}, got {verdict.dtype} {verdict.shape}")
     return verdict
 
 
-def _from_sequences(own: Sequence[Any], gold: Sequence[Any], judge: Judge, paraphrase: Any) -> Targets:
+def _from_sequences(own: Sequence[Any], gold: Sequence[Any], judge: Judge | ArrayLike, paraphrase: Any) -> Targets:
     if len(gold) == 0:
         raise ValueError("gold must not be empty")
     same_size("own", len(own), "gold", len(gold))
     if paraphrase is not None and not callable(paraphrase):
         same_size("paraphrase", len(paraphrase), "gold", len(gold))
+    mask = None if callable(judge) else _mask(judge, len(gold))
+
+    def accepts(answer: Any, index: int) -> bool:
+        return _accepts(judge, answer, gold[index])  # type: ignore[arg-type]
 
     def target(index: int) -> tuple[Any, Source]:
-        if _accepts(judge, own[index], gold[index]):
+        if accepts(own[index], index) if mask is None else mask[index]:
             return own[index], Source.OWN
         if paraphrase is None:
             return gold[index], Source.GOLD
         reworded = paraphrase(own[index], gold[index]) if callable(paraphrase) else paraphrase[index]
-        if reworded is not None and _accepts(judge, reworded, gold[index]):
+        if reworded is not None and (mask is not None or accepts(reworded, index)):
             return reworded, Source.PARAPHRASE
         return gold[index], Source.GOLD
 
     chosen = [target(index) for index in range(len(gold))]
     return Targets([value for value, _ in chosen], np.array([int(source) for _, source in chosen]))
+
+
+def _mask(mask: Any, size: int) -> np.ndarray:
+    verdict = np.asarray(mask)
+    if verdict.shape != (size,) or verdict.dtype != bool:
+        raise ValueError(f"judge must be a function or {size} booleans, got {verdict.dtype} {verdict.shape}")
+    return verdict
 
 
 def _accepts(judge: Judge, answer: Any, gold: Any) -> bool:

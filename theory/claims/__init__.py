@@ -19,6 +19,7 @@ SECTIONS = (
     "theory.claims.equivalents",
     "theory.claims.flow",
     "theory.claims.overtraining",
+    "theory.claims.s3ft",
 )
 """Modules that have claims, in the order of the docs."""
 

@@ -9,7 +9,7 @@ import scipy.special
 from linfit import FixedShift, GradientDescent, GradientFlow, MinNorm, Ridge, TwoTaskProblem, fine_tune, flow_weights
 from linfit.weighting import robust_weights
 from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import _dense, matrix_of
+from theory.claims.instances import dense_covariance, matrix_of
 from theory.flow import (
     MEDIAN,
     best_averaging,
@@ -106,7 +106,7 @@ def _sampled(
     tail: float,
     noise_tail: float,
 ) -> Sampled:
-    covariance, shift = _dense(normal(P, P), decay), normal(P)
+    covariance, shift = dense_covariance(normal(P, P), decay), normal(P)
     shift = shift / np.sqrt(shift @ covariance @ shift)
     x = _sizes(normal, tail)[:, None] * normal(REPLICATES, P) @ scipy.linalg.cholesky(covariance)
     noise = _sizes(normal, noise_tail) * normal(REPLICATES) * noise_variance**0.5
@@ -211,7 +211,12 @@ def _exact(
     steps: int,
     penalty: float,
 ) -> Population:
-    covariance, pretrain, shift, u = _dense(normal(P, P), decay), _dense(normal(P, P), 0.5), normal(P), normal(P) / 4
+    covariance, pretrain, shift, u = (
+        dense_covariance(normal(P, P), decay),
+        dense_covariance(normal(P, P), 0.5),
+        normal(P),
+        normal(P) / 4,
+    )
     gap = shift - u
     signal = gap @ covariance @ gap
     noise_variance = noise_variance * signal

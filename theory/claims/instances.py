@@ -71,7 +71,7 @@ def exact_instance(
 ) -> Exact:
     """Σ₁, Σ₂, Ω dense with power-law spectra and unrelated eigenvectors; δ random, or fixed if `fixed`; u ≠ 0."""
     n, p = SIZES[size]
-    pretrain, finetune, spread = (_dense(normal(p, p), decay) for _ in range(3))
+    pretrain, finetune, spread = (dense_covariance(normal(p, p), decay) for _ in range(3))
     shift = FixedShift(normal(p)) if fixed else RandomShift(spread)
     problem = TwoTaskProblem(pretrain, finetune, shift, noise_variance**0.5, pretrain_size * normal(p))
     X = normal(n, p) @ scipy.linalg.cholesky(finetune)
@@ -81,7 +81,8 @@ def exact_instance(
     return Exact(X, problem, risk_forms(X, problem), filters, maps, tau, extra)
 
 
-def _dense(latent: np.ndarray, decay: float) -> np.ndarray:
+def dense_covariance(latent: np.ndarray, decay: float) -> np.ndarray:
+    """Eigenvalues j^(−decay) in the basis that QR makes of `latent` (p, p)."""
     basis, _ = np.linalg.qr(latent)
     matrix = basis * (1.0 + np.arange(len(latent))) ** -decay @ basis.T
     return (matrix + matrix.T) / 2

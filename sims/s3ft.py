@@ -1,0 +1,416 @@
+"""S3FT measured from raw data: draw answers, let a judge choose the targets, fine-tune, measure.
+
+Nothing here uses the formulas of `theory.s3ft` to produce an estimate; on the same designs they are put beside it, so
+that measured and expected can be compared in standard errors. θ₁* = 0, so θ₁ = u and θ₂* = δ.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jax import Array
+
+from linfit import Filter, MinNorm, Ridge, fine_tune, interpolate, s3ft_targets, sample_design, spectra
+from linfit._checks import count, non_negative
+from linfit.covariance import Covariance
+from linfit.targets import Source, Targets, content_within, noisy
+from sims.estimate import mean_and_error, progress, replicate
+from sims.overadaptation import standardised_gap
+from sims.real_data import CLASSES, Split, digits_split, leave_one_out_penalty
+from theory.s3ft import SUPERVISED, Outcome, Procedure, VectorProblem, conditional
+
+# ----------------------------------------------------------------------------------------------------- the test bed
+
+
+def content_and_style_problem(
+    key: Array,
+    p: int,
+    content_rank: int,
+    style_dimension: int,
+    *,
+    decay: float = 1.0,
+    alignment: float = 0.0,
+    content_signal: float = 1.0,
+    style_signal: float = 1.0,
+    noise_variance: float = 0.5,
+    style_noise_variance: float = 0.0,
+) -> VectorProblem:
+    """Content in the first k outputs, style in the others, Σ₁ = Σ₂ = diag(j^−decay), a random shift, u = 0.
+
+    The shift has covariance ∝ Σ^alignment, made Σ-orthogonal between outputs and scaled to the given variance of
+    δᵀx in each output, as the population limit assumes: δᵀΣδ = diag(signal). Needs p ≥ m.
+
+    >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1, style_signal=4.0)
+    >>> abs(problem.shift.T @ problem.finetune_covariance.apply(problem.shift.T).T).round(6)
+    Array([[1., 0., 0.],
+           [0., 1., 0.],
+           [0., 0., 4.]], dtype=float64)
+    """
+    k, styles = count("content_rank", content_rank), count("style_dimension", style_dimension, minimum=0)
+    if count("p", p) < k + styles:
+        raise ValueError(f"p must be at least content_rank + style_dimension = {k + styles}, got {p}")
+    spectrum = spectra.power_law(p, decay)
+    latent = jax.random.normal(key, (k + styles, p), spectrum.dtype)  # a row per output: more outputs, the same first
+    whitened, _ = jnp.linalg.qr((spectrum ** ((1 + alignment) / 2) * latent).T)
+    signal = jnp.concatenate([jnp.full(k, content_signal), jnp.full(styles, style_signal)])
+    shift = whitened / jnp.sqrt(spectrum)[:, None] * jnp.sqrt(signal)
+    is_content = jnp.arange(k + styles) < k
+    return VectorProblem(spectrum, spectrum, shift, is_content, noise_variance**0.5, style_noise_variance**0.5)
+
+
+class Responses(NamedTuple):
+    """Answers to one design, (n, m) each."""
+
+    gold: Array
+    own: Array
+    paraphrase: Array
+    """NaN where it does not come about."""
+
+
+def respond(key: Array, X: Array, problem: VectorProblem, procedure: Procedure) -> Responses:
+    """Gold answers with their noise, the model's sampled answers, and its paraphrases of gold.
+
+    >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1)
+    >>> gold, own, paraphrase = respond(jax.random.key(1), jnp.eye(20)[:5], problem, Procedure(1.0))
+    >>> bool((paraphrase[:, :2] == gold[:, :2]).all() and (paraphrase[:, 2] == own[:, 2]).all())
+    True
+    """
+    noise_key, sampling_key, paraphrase_key = jax.random.split(key, 3)
+    shape, P = (len(X), len(problem.content)), problem.content
+    noise = jax.random.normal(noise_key, shape, X.dtype)
+    scaled = problem.noise_std * noise @ P + problem.style_noise_std * (noise - noise @ P)
+    gold = X @ problem.shift + scaled
+    sampled = jnp.asarray(procedure.sampling_std) * jax.random.normal(sampling_key, shape, X.dtype)
+    own = X @ problem.pretrain_error + sampled
+    reworded = gold @ P + (own - own @ P)
+    succeeds = jax.random.uniform(paraphrase_key, shape[:1]) < jnp.asarray(procedure.paraphrase_success)
+    return Responses(gold, own, jnp.where(succeeds[:, None], reworded, jnp.nan))
+
+
+def choose_targets(key: Array, X: Array, problem: VectorProblem, procedure: Procedure) -> Targets:
+    """Targets (n, m) and their sources (n,) for one draw of noise, answers, judge and paraphrases."""
+    answers_key, judge_key = jax.random.split(key)
+    gold, own, paraphrase = respond(answers_key, X, problem, procedure)
+    judge = content_within(problem.content, procedure.tolerance)
+    return s3ft_targets(own, gold, noisy(judge, judge_key, procedure.false_accept, procedure.false_reject), paraphrase)
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+VARIANTS = ("SFT", "S3FT", "S3FT without paraphrase")
+
+
+def variant(name: str, procedure: Procedure) -> Procedure:
+    """The procedure itself, without paraphrases, or supervised fine-tuning on gold.
+
+    >>> variant("S3FT without paraphrase", Procedure(tolerance=1.0)).paraphrase_success
+    0.0
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
+    if name == "SFT":
+        return SUPERVISED
+    return procedure if name == "S3FT" else procedure._replace(paraphrase_success=0.0)
+
+
+def broadcast(procedure: Procedure) -> Procedure:
+    """Every field as an array (settings,)."""
+    return Procedure(*jnp.broadcast_arrays(*(jnp.atleast_1d(jnp.asarray(field, float)) for field in procedure)))
+
+
+def every_variant(procedure: Procedure) -> Procedure:
+    """Fields (methods, settings) for `VARIANTS`."""
+    procedures = [broadcast(variant(name, procedure)) for name in VARIANTS]
+    return jax.tree.map(lambda *fields: jnp.stack(jnp.broadcast_arrays(*fields)), *procedures)
+
+
+def risks(theta: Array, problem: VectorProblem) -> dict[str, Array]:
+    """Content risk, style risk, the two drifts and forgetting of weights (…, p, m)."""
+
+    def squared(error: Array, covariance: Covariance) -> Array:
+        rows = jnp.swapaxes(error, -1, -2)
+        return jnp.sum(rows * covariance.apply(rows), axis=(-2, -1))
+
+    P, start, goal = problem.content, problem.pretrain_error, problem.shift
+    missed, moved = theta - goal, theta - start
+    finetune, pretrain = problem.finetune_covariance, problem.pretrain_covariance
+    return {
+        "content_risk": squared(missed @ P, finetune),
+        "style_risk": squared(missed - missed @ P, finetune),
+        "content_drift": squared(moved @ P, finetune),
+        "style_drift": squared(moved - moved @ P, finetune),
+        "forgetting": squared(theta, pretrain),
+    }
+
+
+QUANTITIES = ("own", "paraphrase", "gold", *Outcome._fields[1:])
+
+
+def measure_once(
+    key: Array, X: Array, problem: VectorProblem, procedure: Procedure, filter: Filter
+) -> dict[str, Array]:
+    """One draw on a given design, for every setting of a procedure, all seeing the same draw: (settings,) each."""
+    targets = jax.vmap(lambda setting: choose_targets(key, X, problem, setting))(procedure)
+    settings, n, m = targets.values.shape
+    columns = jnp.moveaxis(targets.values, 0, 1).reshape(n, settings * m)
+    start = jnp.tile(problem.pretrain_error, (1, settings))
+    theta = fine_tune(X, columns, start, filter)
+    weights = jnp.moveaxis(theta.reshape(-1, settings, m), 1, 0)
+    shares = {kind.name.lower(): jnp.mean(targets.source == kind, axis=1) for kind in Source}
+    return shares | risks(weights, problem)
+
+
+def expected_on(stack: Array, problem: VectorProblem, procedure: Procedure, filter: Filter) -> xr.Dataset:
+    """The exact expectation averaged over a stack of designs (designs, n, p), dimensions (procedure, setting).
+
+    >>> from sims.overadaptation import designs
+    >>> problem = content_and_style_problem(jax.random.key(0), 30, 2, 1)
+    >>> stack = designs(jax.random.key(1), problem.finetune_covariance, 10, 2)
+    >>> data = expected_on(stack, problem, Procedure(jnp.array([0.0, 1.0, jnp.inf])), MinNorm())
+    >>> data.own.sel(procedure="S3FT").values.round(2)
+    array([0.  , 0.26, 1.  ])
+    """
+    outcomes = _on_designs(stack, problem, every_variant(procedure), filter)
+    variables = {name: (("procedure", "setting"), values.mean(axis=0)) for name, values in outcomes.items()}
+    return xr.Dataset(variables, {"procedure": list(VARIANTS), **_fields(procedure)})
+
+
+def _on_designs(stack: Array, problem: VectorProblem, settings: Procedure, filter: Filter) -> dict[str, np.ndarray]:
+    """Every quantity on every design, (designs, methods, settings)."""
+    outcomes = [conditional(X, problem, settings, filter) for X in stack]
+    rows = [np.stack([*outcome.shares, *outcome[1:]]) for outcome in outcomes]
+    return dict(zip(QUANTITIES, np.stack(rows, axis=1), strict=True))
+
+
+def _fields(procedure: Procedure) -> dict[str, tuple[str, np.ndarray]]:
+    return {name: ("setting", np.asarray(field)) for name, field in broadcast(procedure)._asdict().items()}
+
+
+def monte_carlo(
+    key: Array, stack: Array, problem: VectorProblem, procedure: Procedure, filter: Filter, *, replicates: int
+) -> xr.Dataset:
+    """SFT, S3FT and S3FT without paraphrase, measured on given designs beside the exact expectation on the same ones.
+
+    Dimensions (procedure, setting), the settings being the broadcast fields of the procedure. For each of the shares
+    "own", "paraphrase", "gold" and of "content_risk", "style_risk", "content_drift", "style_drift", "forgetting": the
+    mean over the designs of `stack` (designs, n, p) and `replicates` draws of noise, answers, judge and paraphrases on
+    each; `…_error` its standard error given the designs; `…_exact` the expectation; `…_z` the gap in standard errors.
+
+    >>> from sims.overadaptation import designs
+    >>> problem = content_and_style_problem(jax.random.key(0), 30, 2, 1)
+    >>> stack = designs(jax.random.key(1), problem.finetune_covariance, 10, 2)
+    >>> procedure = Procedure(tolerance=jnp.array([0.5, 2.0]))
+    >>> data = monte_carlo(jax.random.key(2), stack, problem, procedure, MinNorm(), replicates=50)
+    >>> bool(abs(data.forgetting_z).max() < 4)
+    True
+    """
+    settings = every_variant(procedure)
+    flat = jax.tree.map(jnp.ravel, settings)
+
+    def draw(replicate_key: Array) -> dict:
+        def on_design(index: Array) -> dict[str, Array]:
+            return measure_once(jax.random.fold_in(replicate_key, index), stack[index], problem, flat, filter)
+
+        return jax.lax.map(on_design, jnp.arange(len(stack)))
+
+    measured = replicate(draw, key, replicates, "S3FT")
+    exact = _on_designs(stack, problem, settings, filter)
+    dims = ("procedure", "setting")
+    variables: dict[str, tuple[tuple[str, str], np.ndarray]] = {}
+    for name, lines in exact.items():
+        samples = measured[name].reshape(-1, *lines.shape[1:])
+        paired = np.tile(lines, (replicates, 1, 1))
+        error = (samples - paired).std(axis=0, ddof=1) / len(samples) ** 0.5
+        variables |= {
+            name: (dims, samples.mean(axis=0)),
+            f"{name}_error": (dims, error),
+            f"{name}_exact": (dims, lines.mean(axis=0)),
+            f"{name}_z": (dims, standardised_gap(samples, paired)),
+        }
+    attributes = {"n": stack.shape[1], "p": stack.shape[2], "designs": len(stack), "replicates": replicates}
+    return xr.Dataset(variables, {"procedure": list(VARIANTS), **_fields(procedure)}, attributes)
+
+
+# ------------------------------------------------------------------------------------- populations, own answers alone
+
+
+def measured_coefficients(
+    key: Array, problem: VectorProblem, n: int, procedure: Procedure, *, replicates: int
+) -> xr.Dataset:
+    """Least squares on many samples, as coefficients along ΔP and Δ(I−P): what the population formulas predict.
+
+    Dimensions (setting,): "content" and "style" of S3FT, and "rejection", the content coefficient of training on the
+    accepted own answers alone, each with `…_error` over the replicates, of n ≫ p samples. A coefficient is
+    tr Δ̂ᵀΣ₂Δ / tr ΔᵀΣ₂Δ of what was learned, content and style apart; NaN for a style there is none of.
+    """
+    settings, covariance = broadcast(procedure), problem.finetune_covariance
+    content, style = problem.gaps
+
+    def along(step: Array, gap: Array) -> Array:
+        image = covariance.apply(gap.T).T
+        return jnp.sum(step * image, axis=(-2, -1)) / jnp.sum(gap * image)
+
+    def draw(replicate_key: Array) -> dict:
+        design_key, target_key = jax.random.split(replicate_key)
+        X = sample_design(design_key, covariance, n)
+
+        def at(setting: Procedure) -> dict[str, Array]:
+            targets = choose_targets(target_key, X, problem, setting)
+            accepted = (targets.source == Source.OWN).astype(X.dtype)
+            step = _least_squares(X, targets.values - X @ problem.pretrain_error, jnp.ones(n, X.dtype))
+            own = _least_squares(X, targets.values - X @ problem.pretrain_error, accepted)
+            return {"content": along(step, content), "style": along(step, style), "rejection": along(own, content)}
+
+        return jax.lax.map(at, settings)
+
+    samples = replicate(draw, key, replicates, "population")
+    variables: dict[str, xr.Variable] = {}
+    for name, values in samples.items():
+        variables |= mean_and_error(values, ("setting",), name)
+    return xr.Dataset(variables, _fields(procedure), {"n": n, "p": len(problem.shift), "replicates": replicates})
+
+
+def _least_squares(X: Array, residual: Array, weights: Array) -> Array:
+    """(XᵀWX)⁺XᵀW r."""
+    return fine_tune(X, residual, jnp.zeros((X.shape[1], residual.shape[1]), X.dtype), MinNorm(), weights)
+
+
+def rejection_only(
+    key: Array, problem: VectorProblem, n: int, procedure: Procedure, filter: Filter, *, replicates: int
+) -> xr.Dataset:
+    """Training on the accepted own answers alone, at any n: risks with standard errors, dimension (setting,).
+
+    Without sampling it is exactly the pretrained model: there is nothing in the targets that it does not say already.
+    Means over independent draws, a design to each.
+
+    >>> problem = content_and_style_problem(jax.random.key(0), 30, 2, 1)
+    >>> data = rejection_only(jax.random.key(1), problem, 10, Procedure(1.0), MinNorm(), replicates=3)
+    >>> float(data.forgetting.item()), data.content_risk.values.round(6)
+    (0.0, array([2.]))
+    """
+    settings = broadcast(procedure)
+
+    def draw(replicate_key: Array) -> dict:
+        design_key, target_key = jax.random.split(replicate_key)
+        X = sample_design(design_key, problem.finetune_covariance, n)
+
+        def at(setting: Procedure) -> dict[str, Array]:
+            targets = choose_targets(target_key, X, problem, setting)
+            accepted = targets.source == Source.OWN
+            theta = fine_tune(X, targets.values, problem.pretrain_error, filter, accepted.astype(X.dtype))
+            return {"own": accepted.mean()} | risks(theta, problem)
+
+        return jax.lax.map(at, settings)
+
+    samples = replicate(draw, key, replicates, "own answers")
+    variables: dict[str, xr.Variable] = {}
+    for name, values in samples.items():
+        variables |= mean_and_error(values, ("setting",), name)
+    return xr.Dataset(variables, _fields(procedure), {"n": n, "p": len(problem.shift), "replicates": replicates})
+
+
+# ----------------------------------------------------------------------------------------------------- real data
+
+STYLE_SCALE = 0.3
+"""Standard deviation of a style output of the digits, that of a class indicator."""
+
+DIGITS_METHODS = ("pretrained", *VARIANTS, "SFT + ensemble")
+
+
+def digits_once(
+    key: Array, noise_std: float, style_dimensions: tuple[int, ...], rates: tuple[float, float], **sizes: int
+) -> dict[str, np.ndarray]:
+    """One split of the digits, every method: arrays (style dimensions, methods).
+
+    The ten class indicators are content: an own answer is right if its largest output is the class; `rates` are those
+    of false accepts and false rejects. The style outputs are linear functions of the features, others in fine-tuning
+    than in pretraining: nuisance. Gaussian noise is added to all gold answers of fine-tuning. Min-norm; the ensemble
+    averages SFT with the pretrained weights at τ = ½. Fewer style outputs are the first of the same ones.
+    """
+    split_key, style_key, noise_key, judge_key = jax.random.split(key, 4)
+    split = digits_split(split_key, **sizes)
+    (X_pre, classes_pre), (X, classes) = split.pretrain, split.finetune
+    shape = (2, X.shape[1], max(style_dimensions))
+    own_style, gold_style = STYLE_SCALE * jax.random.normal(style_key, shape, X.dtype)
+    gold = jnp.concatenate([classes, X @ gold_style], axis=1)
+    gold = gold + noise_std * jax.random.normal(noise_key, gold.shape, X.dtype)
+    y_pre = jnp.concatenate([classes_pre, X_pre @ own_style], axis=1)
+    start = jnp.zeros((X.shape[1], y_pre.shape[1]), X.dtype)
+    theta_1 = fine_tune(X_pre, y_pre, start, Ridge(leave_one_out_penalty(X_pre, classes_pre)))
+
+    def same_class(answers: Array, _: Array) -> Array:
+        return answers[:, :CLASSES].argmax(1) == classes.argmax(1)
+
+    own = X @ theta_1
+    reworded = jnp.concatenate([gold[:, :CLASSES], own[:, CLASSES:]], axis=1)
+    judge = noisy(same_class, judge_key, *rates)
+    targets = [
+        s3ft_targets(own, gold, jnp.zeros(len(X), bool)),
+        s3ft_targets(own, gold, judge, reworded),
+        s3ft_targets(own, gold, judge),
+    ]
+    tuned = [fine_tune(X, chosen.values, theta_1, MinNorm()) for chosen in targets]
+    weights = [theta_1, *tuned, interpolate(theta_1, tuned[0], 0.5)]
+    rows = [_on_test_images(split, theta, theta_1, own_style, np.array(style_dimensions)) for theta in weights]
+    table = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
+    unknown = dict.fromkeys(targets[0].shares(), np.nan)
+    shares = [unknown, *(chosen.shares() for chosen in targets), targets[0].shares()]
+    return table | {name: np.tile([share[name] for share in shares], (len(style_dimensions), 1)) for name in unknown}
+
+
+def _on_test_images(
+    split: Split, theta: Array, theta_1: Array, own_style: Array, style_dimensions: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Measurements with the first of the style outputs, (style dimensions,)."""
+    (X, classes), (X_pre, classes_pre) = split.finetune_test, split.pretrain_test
+    answers, general = np.asarray(X @ theta), np.asarray(X_pre @ theta)
+    learned = np.concatenate([classes_pre, X_pre @ own_style], axis=1)
+
+    def squared(error: np.ndarray) -> np.ndarray:
+        """Of the first 0, 1, … outputs together, mean over images."""
+        return np.concatenate([[0.0], np.cumsum(np.mean(error**2, axis=0))])
+
+    def accuracy(outputs: np.ndarray, targets: Array) -> np.ndarray:
+        right = outputs[:, :CLASSES].argmax(1) == np.asarray(targets).argmax(1)
+        return np.full(len(style_dimensions), right.mean())
+
+    moved = (answers - np.asarray(X @ theta_1))[:, CLASSES:]
+    return {
+        "accuracy": accuracy(answers, classes),
+        "content_risk": np.full(len(style_dimensions), squared(answers[:, :CLASSES] - classes)[-1]),
+        "style_drift": squared(moved)[style_dimensions],
+        "forgetting": squared(general - learned)[CLASSES + style_dimensions],
+        "pretrain_accuracy": accuracy(general, classes_pre),
+    }
+
+
+def digits(
+    key: Array,
+    noise_std: float,
+    style_dimensions: tuple[int, ...],
+    splits: int,
+    *,
+    false_accept: float = 0.0,
+    false_reject: float = 0.0,
+    **sizes: int,
+) -> xr.Dataset:
+    """S3FT on the digits with nuisance outputs, averaged over random splits, features, styles and noise.
+
+    Dimensions (style_dimension, procedure). With standard errors over splits, on held-out images with clean labels:
+    `accuracy` and `content_risk` (squared error of the class indicators) on the turned digits, `style_drift` from the
+    pretrained model's answers there, `forgetting` (squared error of all outputs, classes and pretraining style) and
+    `pretrain_accuracy` on the upright ones; the shares `own`, `paraphrase`, `gold` of the training targets.
+    """
+    level = float(non_negative("noise_std", noise_std, ndim=0))
+    runs = [
+        digits_once(jax.random.fold_in(key, i), level, style_dimensions, (false_accept, false_reject), **sizes)
+        for i in progress(range(count("splits", splits, minimum=2)), "digits")
+    ]
+    variables: dict[str, xr.Variable] = {}
+    for name in runs[0]:
+        variables |= mean_and_error(np.stack([run[name] for run in runs]), ("style_dimension", "procedure"), name)
+    coordinates = {"style_dimension": list(style_dimensions), "procedure": list(DIGITS_METHODS)}
+    attributes = {"splits": splits, "noise_std": level, "false_accept": false_accept, "false_reject": false_reject}
+    return xr.Dataset(variables, coordinates, attributes | sizes)

@@ -1,0 +1,377 @@
+"""Where a sweep's numbers are kept: a zarr 3 store that any xarray opens, and that no crash can spoil.
+
+One process writes, under a lock that dies with it. A task's numbers are whole chunks of their own; its `status` is
+written after they have reached the disk, so that whatever is marked as done is there. The arrays:
+
+    NAME_samples   (cell axes, replicate, batched axes)   every replicate; NaN where it failed or is missing
+    NAME           (cell axes, batched axes)              their mean, once the cell is finished
+    NAME_error     the same                               its standard error
+    status         (cell axes, replicate)                 0 missing, 1 done, 2 failed
+    message        the same                               what went wrong
+    seconds        the same                               what the kernel took
+    replicates     (cell axes)                            how many the mean is over, 0 while unfinished
+"""
+
+import csv
+import fcntl
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import numpy as np
+import zarr
+
+from linfit._files import whole_file
+from sims.cluster import versions
+from sims.experiments import SETTINGS
+from sims.sweep import Result, Sweep, Task, differences, sweep_from_configuration
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+FORMAT = 1
+MISSING, DONE, FAILED = 0, 1, 2
+
+# ----------------------------------------------------------------------------------------------------------- creating
+
+
+def create(path: Path, sweep: Sweep) -> None:
+    """An empty store for a sweep; it appears whole or not at all. ValueError if something is there already."""
+    if path.exists():
+        raise ValueError(f"{path} exists; --resume computes what is missing in it, another --store starts anew")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    except OSError as error:
+        _cannot_write(path, error)
+    try:
+        _lay_out(draft, sweep)
+        draft.chmod(0o755)
+        _sync([draft, *draft.rglob("*")])
+        draft.rename(path)  # fails if another process was quicker
+        _sync([path.parent])
+    except OSError as error:
+        if path.exists():
+            raise ValueError(f"{path} exists: another sweep has just created it") from None
+        _cannot_write(path, error)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _lay_out(folder: Path, sweep: Sweep) -> None:
+    """All arrays and attributes; only the coordinates have values yet."""
+    experiment = sweep.experiment
+    scalars = [name for name, values in sweep.parameters.items() if values.ndim == 0]
+    attributes = {
+        "title": experiment.help,
+        "experiment": experiment.name,
+        "configuration": json.dumps(sweep.configuration),
+        "seed": sweep.seed,
+        "format": FORMAT,
+        "versions": json.dumps(versions()),
+        "revision": revision(),
+        "device": "",
+        "wall_time": 0.0,
+        "wall_time_units": "s",
+        "coordinates": " ".join([*scalars, *sweep.design]),
+    }
+    group = zarr.create_group(folder, zarr_format=3, attributes=attributes)
+
+    def coordinate(name: str, dims: tuple[str, ...], values: np.ndarray, **attributes: Any) -> None:
+        kind = str if values.dtype.kind == "U" else values.dtype
+        array = group.create_array(
+            name, shape=values.shape, dtype=kind, dimension_names=dims, attributes=attributes, **_FLAT
+        )
+        array[...] = values.astype(object) if kind is str else values
+
+    for name, values in sweep.parameters.items():
+        parameter = experiment.parameters[name]
+        dims = () if values.ndim == 0 else ("point",) if name in sweep.design else (name,)
+        coordinate(name, dims, values, units=parameter.units, long_name=parameter.help)
+    coordinate("replicate", ("replicate",), np.arange(sweep.seeds), long_name="replicate; its key is made of it")
+    cells = sweep.task_dims
+    if sweep.design:
+        coordinate("point", ("point",), np.arange(cells["point"]), long_name="point of the Sobol design")
+
+    def empty(name: str, dims: Mapping[str, int], inner: Mapping[str, int], dtype: Any, **attributes: Any) -> None:
+        """Chunks: one cell, the replicates of one task, the batched axes whole."""
+        chunks = [1] * len(cells) + ([sweep.chunk] if "replicate" in dims else [])
+        group.create_array(
+            name,
+            shape=(*dims.values(), *inner.values()),
+            chunks=(*chunks, *inner.values()),
+            dtype=dtype,
+            fill_value="" if dtype is str else np.nan if dtype == "float64" else 0,
+            dimension_names=(*dims, *inner),
+            attributes=attributes,
+            **_FLAT,
+        )
+
+    each = cells | {"replicate": sweep.seeds}
+    for name, output in experiment.outputs.items():
+        inner, units = sweep.output_dims(name), output.units
+        empty(name, cells, inner, "float64", units=units, long_name=output.help, best=output.best or "")
+        empty(f"{name}_error", cells, inner, "float64", units=units, long_name=f"standard error of {name}")
+        empty(f"{name}_samples", each, inner, "float64", units=units, long_name=f"{output.help}, every replicate")
+    empty("status", each, {}, "int8", long_name="0 missing, 1 done, 2 failed")
+    empty("message", each, {}, str, long_name="what went wrong")
+    empty("seconds", each, {}, "float64", units="s", long_name="time of the kernel")
+    empty("replicates", cells, {}, "int64", long_name="replicates in the mean, 0 while unfinished")
+    with warnings.catch_warnings():  # zarr: not in the specification; xarray asks for it nevertheless
+        warnings.simplefilter("ignore", category=zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(folder)
+
+
+_FLAT: dict[str, Any] = {"chunk_key_encoding": {"name": "default", "separator": "."}}
+"""All chunks of an array in one folder, so that there is one folder to bring to the disk."""
+
+
+def revision() -> str:
+    """Git revision of the code, "+" if it has been changed since, "" where it is not kept by git."""
+    folder = Path(__file__).parent
+    answers = []
+    for question in (("ls-files", "sweep.py"), ("describe", "--always", "--abbrev=40", "--dirty=+")):
+        try:
+            answer = subprocess.run(["git", "-C", str(folder), *question], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        answers.append(answer.stdout.strip() if answer.returncode == 0 else "")
+    return answers[1] if answers[0] else ""  # else the repository is that of whoever installed this
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+@contextmanager
+def opened(path: Path, sweep: Sweep) -> Iterator["Store"]:
+    """The store for writing, locked as long as this process lives or the block lasts.
+
+    Raises ValueError if it is no store, holds another configuration or was made by other versions, or is in use, and
+    OSError if it cannot be written.
+    """
+    attributes = read_attributes(path)
+    found = list(differences(json.loads(attributes["configuration"]), sweep.configuration))
+    found += differences(json.loads(attributes["versions"]), versions())
+    if found:
+        raise ValueError(f"{path} holds another sweep: " + "; ".join(found))
+    try:
+        lock = (path / "status" / "zarr.json").open("r+b")  # never replaced, unlike zarr.json of the store
+    except OSError as error:
+        _cannot_write(path, error)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is in use: another sweep is writing to it") from None
+        for leftover in path.glob("**/*.partial"):  # of writers that were killed
+            leftover.unlink(missing_ok=True)
+        yield Store(path, sweep)
+
+
+class Store:
+    """A store that this process may write to; made by `opened`."""
+
+    def __init__(self, path: Path, sweep: Sweep):
+        self.path, self.sweep = path, sweep
+        self.group = zarr.open_group(path, mode="r+")
+        self.status = np.asarray(self._array("status")[...])
+
+    def _array(self, name: str) -> zarr.Array:
+        return cast(zarr.Array, self.group[name])
+
+    def missing_tasks(self, retry: bool = False) -> list[Task]:
+        """Tasks that are not done, or not even failed unless `retry`."""
+        wanted = (self.status == MISSING) | ((self.status == FAILED) & retry)
+        return [task for task in self.sweep.tasks if wanted[(*task.cell, slice(task.first, task.last))].any()]
+
+    @property
+    def failed_count(self) -> int:
+        """Replicates recorded as failed."""
+        return int((self.status == FAILED).sum())
+
+    def write(self, task: Task, result: Result) -> None:
+        """Keep a task's numbers, then mark it as done; ValueError if they were made under other conditions."""
+        self._check_origin(result.environment)
+        region: Any = (*task.cell, slice(task.first, task.last))
+        place = (*task.cell, task.first // self.sweep.chunk)
+        failed = np.array([bool(message) for message in result.messages])
+        values: dict[str, np.ndarray] = {f"{name}_samples": samples for name, samples in result.samples.items()}
+        values["seconds"] = result.seconds
+        if failed.any() or (self.status[region] == FAILED).any():
+            values["message"] = np.array(result.messages, dtype=object)
+        status = np.where(failed, FAILED, DONE).astype(np.int8)
+        with self._writing():
+            self._put(values, region, place)
+            self._put({"status": status}, region, place)
+        self.status[region] = status
+        if (self.status[task.cell] == DONE).all():
+            self._summarise(task.cell)
+
+    def summarise(self) -> None:
+        """Means and standard errors of finished cells that have none, because a run ended just before."""
+        counts = np.asarray(self._array("replicates")[...])
+        for cell in np.argwhere((self.status == DONE).all(axis=-1) & (counts == 0)):
+            self._summarise(tuple(int(index) for index in cell))
+
+    def _summarise(self, cell: tuple[int, ...]) -> None:
+        values = {}
+        for name in self.sweep.experiment.outputs:
+            samples = np.asarray(self._array(f"{name}_samples")[cell])
+            with np.errstate(invalid="ignore", over="ignore"):  # infinite samples
+                values[name] = samples.mean(axis=0)
+                spread = samples.std(axis=0, ddof=1) if len(samples) > 1 else np.full(samples.shape[1:], np.nan)
+            values[f"{name}_error"] = spread / len(samples) ** 0.5
+        with self._writing():
+            self._put(values, cell, cell)
+            self._put({"replicates": np.asarray(self.sweep.seeds)}, cell, cell)
+
+    def add_wall_time(self, seconds: float) -> None:
+        """Note how long a run took, and under which revision of the code."""
+        attributes = read_attributes(self.path)
+        revisions = [known for known in attributes["revision"].split(", ") if known]
+        now = revision()
+        if now and now not in revisions:
+            revisions.append(now)
+        self._note(wall_time=attributes["wall_time"] + seconds, revision=", ".join(revisions))
+
+    def _check_origin(self, origin: Mapping[str, str]) -> None:
+        expected = versions() | SETTINGS | {"device": read_attributes(self.path)["device"] or origin["device"]}
+        found = [
+            f"{name} is {origin.get(name, 'not set')} there, {value} here"
+            for name, value in expected.items()
+            if origin.get(name) != value
+        ]
+        if found:
+            start = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
+            raise ValueError(
+                f"a worker would give other numbers: {'; '.join(found)}. Start workers with `{start} dask worker …`"
+            )
+        if not read_attributes(self.path)["device"]:
+            self._note(device=origin["device"])
+
+    def _put(self, values: Mapping[str, np.ndarray], region: tuple, place: tuple[int, ...]) -> None:
+        """Write one chunk of each array, and return when they are on the disk."""
+        touched = []
+        for name, value in values.items():
+            array = self._array(name)
+            array[region] = value
+            chunk = (*place, *(0,) * (array.ndim - len(place)))
+            touched += [self.path / name / ".".join(["c", *map(str, chunk)]), self.path / name]
+        _sync(touched)
+
+    def _note(self, **attributes: Any) -> None:
+        file = self.path / "zarr.json"
+        content = json.loads(file.read_text())
+        content["attributes"] |= attributes
+        with whole_file(file) as draft:
+            draft.write_text(json.dumps(content, indent=2))
+            _sync([draft])
+        _sync([self.path])
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _cannot_write(self.path, error, "; what was finished is kept, and --resume computes the rest")
+
+
+def _sync(paths: Iterable[Path]) -> None:
+    """Bring files and folders to the disk, all at once; chunks that hold nothing are not there."""
+
+    def one(path: Path) -> None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(one, paths))
+
+
+def _cannot_write(path: Path, error: OSError, consequence: str = "") -> NoReturn:
+    raise OSError(f"cannot write to {path}: {error.strerror or error}{consequence}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_attributes(path: Path) -> dict[str, Any]:
+    """Attributes of a store, without opening its arrays; ValueError if it is none, or of another format."""
+    try:
+        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        found = attributes["format"]
+        json.loads(attributes["configuration"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a store made by linfit sweep") from None
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found}, this version reads {FORMAT}")
+    return attributes
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep that a store holds."""
+    return sweep_from_configuration(json.loads(read_attributes(path)["configuration"]))
+
+
+def read(path: Path) -> "xr.Dataset":
+    """A store as an xarray Dataset, loaded when used: `xarray.open_zarr(path)` after checking that it is one."""
+    import xarray as xr
+
+    read_attributes(path)
+    return xr.open_zarr(path, chunks=None)
+
+
+def export(path: Path, out: Path) -> None:
+    """Copy a store into one file: `.nc` (NetCDF 3, everything), or `.csv` (means, standard errors; a line per point).
+
+    Raises ValueError for another ending, or an array of more than 2 GiB, which NetCDF 3 cannot hold.
+    """
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out: there is no folder {out.absolute().parent}")
+    if out.suffix == ".nc":
+        data = read(path)
+        large = [name for name in data if data[name].nbytes >= 2**31]
+        if large:
+            raise ValueError(f"{', '.join(map(str, large))}: too large for NetCDF 3; read {path} by xarray.open_zarr")
+        with whole_file(out) as draft:
+            data.load().to_netcdf(draft, engine="scipy")
+    elif out.suffix == ".csv":
+        with whole_file(out) as draft:
+            _write_csv(path, draft)
+    else:
+        raise ValueError(f"--out must end in .nc or .csv, got {out.name}")
+
+
+def _write_csv(path: Path, out: Path) -> None:
+    """One line for each point of the grid; outputs that do not vary along an axis repeat."""
+    sweep, data = read_sweep(path), read(path)
+    axes = {**sweep.task_dims, **sweep.batched_dims}
+    names = [column for name in sweep.experiment.outputs for column in (name, f"{name}_error")]
+    columns = [
+        data[name].broadcast_like(data[list(axes)].coords.to_dataset()) if axes else data[name] for name in names
+    ]
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*sweep.parameters, *names])
+        values = [column.transpose(*axes).values.reshape(math.prod(axes.values())) for column in columns]
+        for row, place in enumerate(np.ndindex(*axes.values())):
+            position = dict(zip(axes, place, strict=True))
+            shown = []
+            for name, given in sweep.parameters.items():
+                along = "point" if name in sweep.design else name
+                shown.append(given[position[along]] if along in position else given)
+            writer.writerow([*shown, *(column[row] for column in values)])

@@ -1,0 +1,232 @@
+"""The command `linfit sweep`. Nothing heavy is imported until it runs."""
+
+import os
+import sys
+from dataclasses import dataclass, field, make_dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+import tyro
+
+from sims.experiments import EXPERIMENTS, SETTINGS, Experiment
+
+if TYPE_CHECKING:
+    from sims.cluster import Executor
+    from sims.sweep import Sweep
+
+
+@dataclass(kw_only=True)
+class _How:
+    """Options that every sweep has."""
+
+    resume: bool = False
+    """Compute what is missing in a store that exists."""
+    retry: bool = False
+    """With --resume: do replicates that failed again."""
+    workers: int = 0
+    """Local worker processes, or Slurm jobs; 0 computes in this process."""
+    scheduler: str | None = None
+    """Address of a running Dask scheduler, such as tcp://host:8786."""
+    slurm: bool = False
+    """Start the workers as Slurm jobs; queue, memory and walltime as configured for dask-jobqueue."""
+    plan: bool = False
+    """Only print what would be computed."""
+
+
+@dataclass(kw_only=True)
+class _What(_How):
+    """Options of a sweep that is given on the command line."""
+
+    store: Path
+    """Folder of the results (zarr), to be created."""
+    seeds: int = 16
+    """Replicates of every point."""
+    seed: int = 0
+    """Seed of every random draw."""
+    chunk: int = 8
+    """Replicates in a task; no number depends on it."""
+    points: int | None = None
+    """Points of the Sobol design along the axes given as low:high:sobol; a power of two."""
+
+
+def _experiment_options(experiment: Experiment) -> type:
+    """A dataclass with one text for every parameter of the experiment, for the command line."""
+    fields = []
+    for name, parameter in experiment.parameters.items():
+        units = "" if parameter.units == "1" else f" [{parameter.units}]"
+        text = f"{parameter.help}{units}{', batched' if parameter.batched else ''}."
+        annotation = Annotated[str, tyro.conf.arg(help=text, metavar="AXIS")]
+        fields.append((name, annotation, field(default=str(parameter.default))))
+    made = make_dataclass(experiment.name, fields, bases=(_What,), kw_only=True)
+    made.__doc__ = (
+        f"{experiment.help}\n\n"
+        "AXIS is a number, a list 0.1,0.5,1, a grid low:high:count or low:high:count:log, or, for a Sobol design, "
+        "low:high:sobol or low:high:sobol:log; --name=-1:1:5 where it begins with a minus."
+    )
+    return made
+
+
+@dataclass
+class _File(_How):
+    """A sweep described in a TOML file: experiment, store, seeds, seed, chunk, points, and a table [axes]."""
+
+    file: tyro.conf.Positional[Path]
+    """The TOML file."""
+    store: Path | None = None
+    """Folder of the results, instead of the one in the file."""
+
+
+@dataclass
+class _Resume(_How):
+    """What is missing in a store, as it was configured."""
+
+    store: tyro.conf.Positional[Path]
+    """Folder of the results."""
+
+
+@dataclass
+class _Show:
+    """Summary of a store: axes, share done, the best point of every output, failures."""
+
+    store: tyro.conf.Positional[Path]
+    """Folder of the results."""
+    json: bool = False
+    """Print everything as JSON."""
+
+
+@dataclass
+class _Plot:
+    """A quick look at a store: an output along one axis, a line for each value of another."""
+
+    store: tyro.conf.Positional[Path]
+    """Folder of the results."""
+    x: str
+    """Axis to draw along."""
+    lines: str | None = None
+    """Axis whose values are lines."""
+    y: tuple[str, ...] = ()
+    """Outputs to draw, a panel each; the first two that vary along x if not given."""
+    at: tuple[str, ...] = ()
+    """Where the other axes are held, as NAME=VALUE; at the best point if not given."""
+    out: Path | None = None
+    """Picture to write (.png, .pdf or .svg); STORE with the ending .png if not given."""
+
+
+@dataclass
+class _Export:
+    """A store as one file: NetCDF with everything, or CSV with means and standard errors."""
+
+    store: tyro.conf.Positional[Path]
+    """Folder of the results."""
+    out: Path
+    """File to write, .nc or .csv."""
+
+
+_ACTIONS = (
+    *(
+        Annotated[_experiment_options(experiment), tyro.conf.subcommand(name)]
+        for name, experiment in EXPERIMENTS.items()
+    ),
+    Annotated[_File, tyro.conf.subcommand("file")],
+    Annotated[_Resume, tyro.conf.subcommand("resume")],
+    Annotated[_Show, tyro.conf.subcommand("show")],
+    Annotated[_Plot, tyro.conf.subcommand("plot")],
+    Annotated[_Export, tyro.conf.subcommand("export")],
+)
+
+
+if TYPE_CHECKING:
+    _Action = Any  # the dataclasses above are made while the module is imported
+else:
+    _Action = tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Union[_ACTIONS]]]  # noqa: UP007
+
+
+def sweep(action: _Action) -> None:
+    """Run an experiment over a grid or a design of hyperparameters × replicates; look at what came out.
+
+    Results go to a zarr store that survives any interruption; exit code 1 if something in it has failed.
+    """
+    os.environ.update(SETTINGS)  # before numpy and JAX are loaded: a command owns its process
+    sys.path.insert(0, os.getcwd())  # where users keep experiments of their own
+    from sims.cluster import require
+
+    require("zarr")
+    if isinstance(action, _Show):
+        from sims.sweep_report import show
+
+        show(action.store, action.json)
+    elif isinstance(action, _Plot):
+        _draw(action)
+    elif isinstance(action, _Export):
+        from sims.store import export
+
+        export(action.store, action.out)
+        print(f"written to {action.out}")
+    elif not _run(action):
+        raise SystemExit(1)
+
+
+def _run(action: Any) -> bool:
+    """Compute a sweep; whether nothing in its store has failed or is missing."""
+    from rich.console import Console
+
+    from sims import sweep as sweeps
+    from sims.store import read_sweep
+    from sims.sweep_report import Progress, print_outcome, print_plan
+
+    resume = action.resume
+    if isinstance(action, _File):
+        planned, path = sweeps.sweep_from_toml(action.file)
+        path = action.store or path
+        if path is None:
+            raise ValueError(f"--store is needed: {action.file} names none")
+    elif isinstance(action, _Resume):
+        planned, path, resume = read_sweep(action.store), action.store, True
+    else:
+        planned, path = _planned(action), action.store
+    if action.retry and not resume:
+        raise ValueError("--retry does again what failed in a store, together with --resume")
+    executor, workers = _executor(action)
+    if action.plan:
+        print_plan(Console(), planned, path)
+        return True
+    with Progress(planned, path, workers) as watcher:
+        outcome = sweeps.run(planned, path, resume=resume, retry=action.retry, executor=executor, watcher=watcher)
+    print_outcome(outcome, path)
+    return not (outcome.failed or outcome.left)
+
+
+def _planned(action: _What) -> "Sweep":
+    from sims.sweep import sweep_over
+
+    experiment = EXPERIMENTS[type(action).__name__]
+    axes = {name: getattr(action, name) for name in experiment.parameters}
+    counts = {name: getattr(action, name) for name in ("seeds", "seed", "chunk", "points")}
+    try:
+        return sweep_over(experiment, axes, **counts)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+
+
+def _executor(action: _How) -> "tuple[Executor | None, int]":
+    """Who computes, and how many workers that is, as far as is known."""
+    from sims import cluster
+
+    if action.workers < 0:
+        raise ValueError(f"--workers must not be negative, got {action.workers}")
+    if action.scheduler is not None:
+        if action.slurm or action.workers:
+            raise ValueError("--scheduler brings its own workers; leave out --workers and --slurm")
+        return cluster.remote(action.scheduler), 1
+    if action.slurm:
+        return cluster.slurm(action.workers), action.workers
+    return (cluster.local(action.workers), action.workers) if action.workers else (None, 1)
+
+
+def _draw(action: _Plot) -> None:
+    """Through the floor above, found by its entry point: this one does not know matplotlib."""
+    found = [entry for entry in entry_points(group="linfit.pictures") if entry.name == "sweep"]
+    if not found:
+        raise ValueError("plot: no picture named sweep is installed")
+    print(found[0].load()(action.store, action.x, action.lines, action.y, action.at, action.out))

@@ -1,0 +1,230 @@
+"""Executors: the same bits from every one of them, and workers that die."""
+
+import importlib
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from sims import cluster
+from sims.experiments import SETTINGS
+from sims.sweep import Watcher, measure, run, sweep_over
+from tests.sweep_toys import DEADLY, NOISE, numbers
+
+AXES = {"level": [1.0, 2.0, 3.5], "tau": "0:1:5"}
+
+
+@pytest.fixture
+def like_a_worker(monkeypatch):
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+
+
+@contextmanager
+def running(workers, environment=SETTINGS):
+    """A Dask cluster of local processes, as someone else would have started it."""
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    options = {"nthreads": 1, "dashboard": False, "env": environment, "silence_logs": 50}
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
+    nannies = {index: {"cls": Nanny, "options": options} for index in range(workers)}
+    with SpecCluster(nannies, scheduler, silence_logs=50) as found:
+        yield found
+
+
+def test_a_child_and_two_workers_give_the_bits_of_this_process(tmp_path, monkeypatch):
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    sweep = sweep_over(NOISE, AXES, seeds=7, chunk=2)
+    run(sweep, tmp_path / "here.zarr")
+    run(sweep, tmp_path / "workers.zarr", executor=cluster.local(2))
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")  # now this process is not like a worker, and a child computes
+    run(sweep, tmp_path / "child.zarr")
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "2"
+    expected = numbers(tmp_path / "here.zarr")
+    assert numbers(tmp_path / "workers.zarr") == expected
+    assert numbers(tmp_path / "child.zarr") == expected
+
+
+@pytest.mark.slow
+def test_overadaptation_has_the_same_bits_everywhere(tmp_path):
+    """JAX, BLAS and LAPACK at sizes where they would use threads."""
+    axes = {"n": [60, 200], "p": 1000, "penalty": "1e-3:1:4:log", "tau": [0.5, 1.0], "noise": [0.1, 1.0]}
+    run(sweep_over("overadaptation", axes, seeds=4, chunk=4), tmp_path / "child.zarr")
+    run(sweep_over("overadaptation", axes, seeds=4, chunk=1), tmp_path / "workers.zarr", executor=cluster.local(2))
+    command = [str(Path(sys.executable).with_name("linfit")), "sweep", "overadaptation", "--n", "60,200", "--penalty"]
+    command += ["1e-3:1:4:log", "--tau", "0.5,1", "--noise", "0.1,1", "--seeds", "4", "--chunk", "3", "--store"]
+    subprocess.run([*command, str(tmp_path / "command.zarr")], check=True, capture_output=True)
+    expected = numbers(tmp_path / "child.zarr")
+    for name in ("workers.zarr", "command.zarr"):
+        assert numbers(tmp_path / name) == expected
+
+
+class Killer(Watcher):
+    """Kills a worker some time after a given number of tasks."""
+
+    def __init__(self, pids, after, delay):
+        self.pids, self.after, self.delay, self.count = pids, after, delay, 0
+
+    def started(self, total, done, store):
+        self._look()
+
+    def finished(self, seconds, failures):
+        self.count += 1
+        self._look()
+
+    def _look(self):
+        if self.count == self.after:
+            threading.Timer(self.delay, self._kill).start()
+
+    def _kill(self):
+        pids = [pid for pid in self.pids() if pid]
+        if pids:
+            os.kill(random.choice(pids), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_killing_workers_loses_nothing(tmp_path, generator, like_a_worker):
+    sweep = sweep_over(NOISE, AXES | {"pause": 0.01}, seeds=8, chunk=2)
+    run(sweep, tmp_path / "whole.zarr")
+    expected = numbers(tmp_path / "whole.zarr")
+    with running(2) as workers:
+        from distributed.core import Status
+
+        executor = cluster.remote(workers.scheduler_address)
+
+        def pids():
+            """Of workers that are up: a nanny whose worker dies while it starts gives up, as is tried elsewhere."""
+            return [nanny.pid for nanny in workers.workers.values() if nanny.process.status == Status.running]
+
+        seen = set(pids())
+        for round_ in range(20):
+            killer = Killer(pids, int(generator.integers(0, 11)), generator.uniform(0, 0.05))
+            store = tmp_path / f"{round_}.zarr"
+            outcome = run(sweep, store, executor=executor, watcher=killer)
+            assert (outcome.tasks, outcome.left, outcome.failures) == (12, 0, [])
+            assert numbers(store) == expected
+            seen |= set(pids())
+    assert len(seen) >= 12  # the kills did hit: the dead were replaced
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_task_that_kills_its_worker_is_given_up_and_the_others_finish(tmp_path, workers):
+    """Once and three times again, then it is reported, not recorded: resuming tries again."""
+    diary, executor = tmp_path / "diary", cluster.local(workers) if workers else cluster.in_a_child
+    axes = {"level": [1.0, 2.0, 3.0, 4.0], "diary": str(diary)}
+    outcome = run(sweep_over(DEADLY, axes, seeds=2, chunk=2), tmp_path / "a.zarr", executor=executor)
+    assert (outcome.tasks, outcome.left, outcome.failed) == (3, 1, 0)
+    assert [failure.where for failure in outcome.failures] == [{"level": 2.0, "replicate": 0}]
+    assert "its worker died 4 times" in outcome.failures[0].message
+    assert diary.read_text() == "xxxx"
+    status = xr.open_zarr(tmp_path / "a.zarr", chunks=None).status.values
+    np.testing.assert_array_equal(status, [[1, 1], [0, 0], [1, 1], [1, 1]])
+
+
+def test_workers_with_other_settings_are_refused(tmp_path):
+    with running(1, SETTINGS | {"NPROC": "4"}) as workers:
+        executor = cluster.remote(workers.scheduler_address)
+        with pytest.raises(ValueError, match=r"NPROC is 4 there, 1 here.*dask worker"):
+            run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr", executor=executor)
+
+
+def test_workers_that_lack_the_experiment_are_told(tmp_path, monkeypatch):
+    with running(1) as workers:
+        (tmp_path / "only_here.py").write_text("def measure(key, parameters):\n    return {}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        experiment = NOISE._replace(measure=importlib.import_module("only_here").measure)
+        executor = cluster.remote(workers.scheduler_address)
+        with pytest.raises(ValueError, match=r"a worker cannot run this sweep: .*only_here"):
+            run(sweep_over(experiment, AXES, seeds=2), tmp_path / "a.zarr", executor=executor)
+
+
+def test_a_cluster_without_workers_is_not_waited_for(monkeypatch):
+    from distributed import Client
+
+    sweep = sweep_over(NOISE, AXES, seeds=2)
+    monkeypatch.setattr(cluster, "TICK", 0.1)
+    with running(0) as workers, Client(workers) as client, pytest.raises(cluster.NoWorkers, match="stays alive"):
+        list(cluster.through(client, sweep, sweep.tasks, patience=0.3))
+
+    class Lonely:
+        """Workers that never come up."""
+
+        def __call__(self, client, sweep, tasks, patience):
+            raise cluster.NoWorkers
+            yield
+
+    monkeypatch.setattr(cluster, "through", Lonely())
+    monkeypatch.setattr(cluster, "RERUNS", 0)
+    told = dict(cluster.local(1)(sweep, sweep.tasks))
+    assert list(told) == sweep.tasks
+    assert set(told.values()) == {"no worker process stays alive; --resume tries again"}
+
+
+def test_bad_executors_are_refused(tmp_path):
+    for call, message in (
+        (lambda: cluster.local(0), "workers must be at least 1, got 0"),
+        (lambda: cluster.slurm(0), "--slurm needs --workers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="no Dask scheduler answers at nonsense://1"):
+        run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr", executor=cluster.remote("nonsense://1"))
+
+
+def test_one_worker_per_gpu(monkeypatch):
+    assert cluster.worker_environments(2, []) == [SETTINGS, SETTINGS]
+    assert cluster.worker_environments(3, ["0"]) == [SETTINGS] * 3
+    found = cluster.worker_environments(3, ["0", "1", "2", "3"])
+    assert found == [SETTINGS | {"CUDA_VISIBLE_DEVICES": device} for device in "012"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert cluster.gpus() == ["4", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cluster.gpus() == []
+
+
+SBATCH = """#!/bin/sh
+# A Slurm of one machine: runs the job in the background.
+cp "$1" "{folder}/script"
+setsid sh "{folder}/script" >"{folder}/log" 2>&1 &
+echo $! >> "{folder}/jobs"
+echo "Submitted batch job $!"
+"""
+
+
+@pytest.mark.slow
+def test_slurm_jobs(tmp_path, monkeypatch):
+    """Against commands of the names that Slurm has, which run the job scripts here."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, content in (("sbatch", SBATCH.format(folder=tmp_path)), ("scancel", '#!/bin/sh\nkill "$1"\n')):
+        (commands / name).write_text(content)
+        (commands / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    sweep = sweep_over(NOISE, AXES, seeds=4, chunk=2)
+    outcome = run(sweep, tmp_path / "a.zarr", executor=cluster.slurm(1))
+    assert (outcome.tasks, outcome.left) == (6, 0)
+    run(sweep, tmp_path / "b.zarr", executor=alike)
+    assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
+    script = (tmp_path / "script").read_text()
+    assert "#SBATCH" in script
+    assert "export OPENBLAS_NUM_THREADS=1" in script
+    assert "--nthreads 1" in script
+
+
+def alike(sweep, tasks):
+    """In this process, which the store would refuse: eigenvalues of 50 × 50 do not depend on threads."""
+    for task in tasks:
+        result = measure(sweep, task)
+        yield task, result._replace(environment=result.environment | SETTINGS)

@@ -1,0 +1,331 @@
+"""FLOW on finite samples: the drawn forms against iteration and solves, sampled limits against theory, figures."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import xarray as xr
+
+from figures import flow as figures
+from linfit import (
+    FixedShift,
+    GradientDescent,
+    GradientFlow,
+    MinNorm,
+    Ridge,
+    TwoTaskProblem,
+    fine_tune,
+    flow_weights,
+    gradient_descent,
+    power_law_problem,
+    sample_design,
+)
+from linfit.design import Task
+from sims import flow as sims
+from sims.overadaptation import Several
+from tests.oracles import matrix_of, problems
+from theory import flow as theory
+
+PROBLEMS = problems(seed=4)
+TIMES = np.logspace(-1, 4, 26)
+
+draw = jax.jit(sims.draw, static_argnames=("n", "law", "deviation"))
+drawn_forms = jax.jit(sims.drawn_forms)
+
+
+def risk(theta, optimum, covariance):
+    error = np.asarray(theta) - np.asarray(optimum)
+    return error @ matrix_of(covariance) @ error
+
+
+def losses_of(task):
+    return (task.y - task.X @ task.theta_1) ** 2
+
+
+def some_task(problem, n, seed):
+    """By numpy: where the law of the data does not matter, jax.random need not be compiled for the shape."""
+    generator = np.random.default_rng(seed)
+    X, theta_2_star = generator.standard_normal((n, problem.p)), generator.standard_normal(problem.p)
+    y = X @ theta_2_star + 0.7 * generator.standard_normal(n)
+    return Task(jnp.asarray(X), jnp.asarray(y), problem.pretrain_error, jnp.asarray(theta_2_star))
+
+
+# One draw ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize(("name", "n"), [("dense-random-u", 9), ("diagonal-fixed-u", 60)])
+def test_drawn_forms_equal_the_iteration_and_a_linear_solve(name, n, rtol):
+    """n < p and n > p: both risks of weighted gradient descent, iterated, and of weighted ridge, solved p × p."""
+    problem = PROBLEMS[name]
+    task = some_task(problem, n, 1)
+    weights = flow_weights(losses_of(task))
+    forms = drawn_forms(task, problem, weights)
+    step_size = 0.5 * n / float(np.linalg.norm(task.X, 2)) ** 2
+    X, W = np.asarray(task.X), np.diag(weights)
+    ridge = np.linalg.solve(
+        X.T @ W @ X / n + 0.2 * np.eye(problem.p), X.T @ W @ np.asarray(task.y - task.X @ task.theta_1) / n
+    )
+    descended = gradient_descent(*task[:3], step_size=step_size, steps=7, sample_weights=weights)
+    pairs = [(GradientDescent(step_size, 7), descended), (Ridge(0.2), task.theta_1 + ridge)]
+    for filter, theta in pairs:
+        for form, optimum, covariance in (
+            (forms.finetune, task.theta_2_star, problem.finetune_covariance),
+            (forms.pretrain, np.zeros(problem.p), problem.pretrain_covariance),
+        ):
+            for tau in (1.0, 0.4):
+                moved = task.theta_1 + tau * (theta - task.theta_1)
+                np.testing.assert_allclose(form(filter, tau).total, risk(moved, optimum, covariance), rtol=rtol)
+
+
+@pytest.mark.parametrize(("name", "n", "moved"), [("dense-random-u", 9, False), ("diagonal-fixed-u", 60, True)])
+def test_weights_move_the_limit_only_where_samples_outnumber_features(name, n, moved):
+    """F5: early stopping and ridge see the weights, the interpolating limit does not; least squares does."""
+    problem = PROBLEMS[name]
+    task = some_task(problem, n, 2)
+    plain, weighted = (
+        drawn_forms(task, problem, weights).finetune for weights in (jnp.ones(n), flow_weights(losses_of(task)))
+    )
+
+    def change(filter):
+        return abs(float(plain(filter).total / weighted(filter).total - 1))
+
+    for filter in (GradientFlow(1.0), Ridge(1.0)):
+        assert change(filter) > 0.05
+    for limit in (GradientFlow(1e12), MinNorm()):
+        assert change(limit) > 0.05 if moved else change(limit) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("low", "high"), [(0.9, 1.0), (0.0, 0.1), (0.3, 0.6)])
+def test_risk_given_the_pretrained_loss_equals_that_of_drawn_test_points(low, high, seed):
+    """A million noisy test points ranked by pretrained loss, in standard errors; a wrong moment is far off."""
+    problem = TwoTaskProblem([1.0, 0.5, 0.2], [1.0, 0.7, 0.3], FixedShift([1.0, -1.0, 0.5]), 0.6, [0.1, 0.2, -0.3])
+    task = draw(jax.random.key(seed), problem, 12)
+    form = drawn_forms(task, problem, jnp.linspace(0.2, 1, 12)).finetune
+    theta = fine_tune(task.X, task.y, task.theta_1, Ridge(0.5), jnp.linspace(0.2, 1, 12))
+    test = np.asarray(sample_design(jax.random.key(seed + 100), problem.finetune_covariance, 1_000_000))
+    noise = 0.6 * np.random.default_rng(seed).standard_normal(len(test))
+    ranks = (test @ np.asarray(task.theta_2_star - task.theta_1) + noise) ** 2
+    chosen = (ranks >= np.quantile(ranks, low)) & (ranks <= np.quantile(ranks, high))
+    errors = (test[chosen] @ np.asarray(theta - task.theta_2_star)) ** 2
+    exact = float(sims.form_given_loss(form, problem.noise_std, low, high)(Ridge(0.5)).total)
+    error = errors.std() / errors.size**0.5
+    assert abs(errors.mean() - exact) < 5 * error
+    if low == 0.9:
+        assert abs(errors.mean() - float(form(Ridge(0.5)).total)) > 20 * error
+
+
+def test_conditional_squares_average_to_one():
+    edges = np.linspace(0, 1, 11)
+    parts = [sims.conditional_square(low, high) for low, high in itertools.pairwise(edges)]
+    np.testing.assert_allclose(np.mean(parts), 1)
+    c = scipy.stats.norm.ppf(0.95)  # E[z² | |z| > c] = 1 + cφ(c)/P(z > c)
+    np.testing.assert_allclose(parts[-1], 1 + c * scipy.stats.norm.pdf(c) / 0.05)
+
+
+@pytest.mark.parametrize("deviation", list(sims.DEVIATIONS))
+def test_deviations_have_mean_zero_and_the_stated_variance(deviation, seed):
+    problem = power_law_problem(5, noise_variance=2.0, pretrain_risk=0.3)
+    task = sims.draw(jax.random.key(seed), problem, 100_000, deviation=deviation)
+    noise = np.asarray(task.y - task.X @ task.theta_2_star)
+    for values, expected in ((noise, 0.0), (noise**2, 2.0), *((noise * x, 0.0) for x in np.asarray(task.X).T)):
+        assert abs(values.mean() - expected) < 5 * values.std() / len(values) ** 0.5
+    assert (noise**4).mean() / 4 > (2.5 if deviation == "gaussian" else 6)  # kurtosis 3; 8.1; 15
+
+
+# Monte Carlo ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_monte_carlo_equals_one_draw_at_a_time():
+    problem, key = power_law_problem(12, noise_variance=0.4, pretrain_risk=0.1), jax.random.key(5)
+    filter = Several((GradientFlow(TIMES[:2]), Ridge(0.1)))
+    weightings = {"hard": sims.tilted(-1.0), "vanilla": sims.tilted(0.0), "FLOW": sims.tilted(1.0)}
+    data = sims.monte_carlo(key, problem, 30, weightings, filter, np.arange(3), 2)
+    tau = 0.7
+    data = data.sel(deviation="gaussian")
+    along = sims.along_tau(data, tau)
+    shifts = sims.drawn_shifts(key, problem, 2)
+    for index in range(2):
+        task = draw(jax.random.fold_in(key, index), problem, 30)
+        np.testing.assert_array_equal(shifts[index], task.theta_2_star)
+        for name, weighting in weightings.items():
+            weights = weighting(losses_of(task))
+            theta = fine_tune(task.X, task.y, task.theta_1, filter, weights)
+            theta = task.theta_1 + tau * (theta - task.theta_1)
+            chosen = along.sel(weighting=name).isel(replicate=index)
+            for risk_name, optimum, covariance in (
+                ("finetune", task.theta_2_star, problem.finetune_covariance),
+                ("pretrain", np.zeros(12), problem.pretrain_covariance),
+            ):
+                direct = [risk(one, optimum, covariance) for one in theta]
+                np.testing.assert_allclose(chosen.sel(risk=risk_name), direct, rtol=1e-9)
+            mean = data.step.sel(weighting=name).isel(replicate=index)
+            np.testing.assert_allclose(mean, weights.mean(), rtol=1e-12)
+
+
+def test_best_tau_is_the_bottom_of_the_mean_parabola(generator):
+    dims = ("replicate", "filter")
+    parts = {name: (dims, generator.uniform(1, 2, (5, 3))) for name in ("constant", "slope", "curvature")}
+    data = xr.Dataset(parts)
+    best = sims.best_tau(data)
+    at = [sims.along_tau(data, best + step).mean("replicate") for step in (-1e-3, 0, 1e-3)]
+    assert bool(((at[1] < at[0]) & (at[1] < at[2])).all())
+
+
+@pytest.mark.slow
+def test_flow_helps_on_the_task_itself_with_outliers_and_costs_without_them(seed):
+    """n > p: the least mean R_ft along training, a paired comparison in standard errors, on both sides."""
+    problem = power_law_problem(40, alignment=0.5, noise_variance=2.0)
+    data = sims.monte_carlo(
+        jax.random.key(seed), problem, 160, {"vanilla": sims.tilted(0.0), "FLOW": sims.tilted(0.25)},
+        GradientFlow(TIMES), TIMES, 64, deviations=("gaussian", "outliers"),
+    )  # fmt: skip
+    differences = {}
+    for deviation in ("gaussian", "outliers"):
+        finetune = sims.along_tau(data.sel(risk="finetune", deviation=deviation))
+        best = [
+            finetune.sel(weighting=name).isel(filter=finetune.sel(weighting=name).mean("replicate").argmin("filter"))
+            for name in ("vanilla", "FLOW")
+        ]
+        mean, error = sims.estimate(best[1] - best[0])
+        differences[deviation] = float(mean / error)
+    assert differences["gaussian"] > 4
+    assert differences["outliers"] < -4
+
+
+# Large samples against theory ----------------------------------------------------------------------------------------
+
+
+def z_scores(samples, expected):
+    """Gaps in standard errors, as if there were many replicates instead of a few (t to normal quantiles)."""
+    count = len(samples)
+    t = (samples.mean(axis=0) - expected) / (samples.std(axis=0, ddof=1) / count**0.5)
+    return scipy.stats.norm.isf(scipy.stats.t.sf(np.abs(t), count - 1))
+
+
+@pytest.mark.slow
+def test_fixed_point_bends_where_the_noise_is_not_gaussian(seed):
+    """F4 rests on Gaussian noise, not on the features: with outliers or misfit the coefficient is another."""
+    problem = TwoTaskProblem([1.0, 0.5], [1.0, 0.5], FixedShift([1.0, 1.0]), 0.0)
+    coefficient, rest = sims.fixed_points(
+        jax.random.key(seed), problem, 10_000, np.ones(1), np.ones(1), 12, "student", tuple(sims.DEVIATIONS)
+    )
+    assert rest[:, 0].max() < 1e-2
+    z = z_scores(coefficient[..., 0], theory.fixed_point_coefficient(1.0, 1.0))
+    assert z[0] < 4.5
+    assert (z[1:] > 5).all()
+
+
+@pytest.mark.slow
+def test_sampled_moments_equal_theory(seed):
+    noise_std = 0.8
+    covariance = np.array([[1.0, 0.4], [0.4, 0.6]])
+    problem = TwoTaskProblem(covariance, covariance, FixedShift([1.0, -0.5]), noise_std)
+    temperatures = np.array([0.3, 2.0])
+    second, cross = sims.sampled_moments(jax.random.key(seed), problem, 20_000, temperatures, 20)
+    for index, temperature in enumerate(temperatures):
+        expected = theory.weighted_covariance(covariance, [1.0, -0.5], noise_std, temperature).matrix
+        moment = theory.weighted_moment(covariance, [1.0, -0.5], noise_std, temperature)
+        for sampled, exact in ((second[:, index], expected), (cross[:, index], moment)):
+            assert (z_scores(sampled, np.asarray(exact)) < 5).all()
+            assert (z_scores(sampled, 0.9 * np.asarray(exact)) > 5).any()
+
+
+@pytest.mark.slow
+def test_sampled_iterates_follow_the_theorem(seed):
+    """Theorem 7.2: η = ½ without weights and η = 1/(2μ) with them are the step sizes 1 and 1/μ on the loss with ½."""
+    rho, beta, steps, replicates = 0.6, 0.4, 6, 12
+    problem = theory.two_task_problem(rho, p=3)
+    temperatures = np.array([np.inf, float(theory.temperature_from_beta(beta, rho))])
+    sizes = 1 / np.asarray(theory.mean_weight(1.0, temperatures))
+    paths = sims.sampled_iterates(jax.random.key(seed), problem, 10_000, temperatures, sizes, steps, replicates)
+    around = paths[..., :2] + np.array([1.0, 0.0])  # θ₂* = −ē
+    grid = np.arange(steps + 1)
+    exact = np.stack([theory.vanilla_iterates(rho, grid), theory.flow_iterates(rho, beta, grid)])
+    np.testing.assert_allclose(around[:, :, 0], np.broadcast_to([1, 0], (replicates, 2, 2)), atol=1e-12)
+    assert (z_scores(around[:, :, 1:], exact[:, 1:]) < 5).all()
+    assert (z_scores(around[:, :, 2], exact[::-1, 2]) > 5).any()  # the other's iterates are told apart
+
+
+# Real data -----------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_labels_are_as_many_as_asked_and_all_wrong():
+    targets = jnp.eye(10)[jnp.arange(50) % 10]
+    for share in (0.0, 0.3, 1.0):
+        y = sims.wrong_labels(jax.random.key(0), targets, share)
+        np.testing.assert_array_equal(y.sum(axis=1), 1)
+        assert int((y.argmax(1) != targets.argmax(1)).sum()) == round(share * 50)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sims.draw(jax.random.key(0), power_law_problem(3), 4, deviation="cauchy"), "deviation must be one of"),
+        (lambda: sims.draw(jax.random.key(0), power_law_problem(3), 0), "n must be at least 1"),
+        (lambda: sims.draw(jax.random.key(0), power_law_problem(3), 4, law="none"), "law must be one of"),
+        (lambda: sims.conditional_square(0.5, 0.5), "low and high"),
+        (lambda: sims.conditional_square(-0.1, 0.5), "low and high"),
+        (lambda: sims.tilted(np.nan), "tilt must be finite"),
+        (
+            lambda: sims.monte_carlo(
+                jax.random.key(0), power_law_problem(3), 4, sims.WEIGHTINGS, MinNorm(), np.zeros(1), 1
+            ),
+            "replicates must be at least 2",
+        ),
+        (lambda: sims.digits_along_training(jax.random.key(0), TIMES, np.array([1.5]), 2), "shares must be at most 1"),
+        (lambda: sims.digits_along_training(jax.random.key(0), TIMES, np.array([-0.1]), 2), "shares"),
+        (lambda: sims.digits_along_training(jax.random.key(0), TIMES, np.array([0.1]), 1), "splits"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_quick_figures(monkeypatch):
+    """All of them at an even smaller size: numbers finite, captions complete, no method below the frontier."""
+    tiny = figures.Setting(16, 6, 40, 4, (-0.25, 0, 0.25, 1), 500, 3, 3, 512)
+    monkeypatch.setattr(figures, "QUICK", tiny)
+    pictures = {picture.name: picture for picture in figures.pictures(jax.random.key(0), True)}
+    assert list(pictures) == [
+        "flow_training", "flow_stalled", "flow_plane", "flow_weights", "flow_limits",
+        "flow_temperature", "flow_trade_off", "flow_hard_samples", "flow_digits",
+    ]  # fmt: skip
+    for picture in pictures.values():
+        assert len(picture.caption) > 200
+        assert "nan" not in picture.caption
+        assert all(np.isfinite(values).all() for values in picture.data.values())
+    data = pictures["flow_trade_off"].data
+    for number in range(4):
+        pretrain, finetune = data[f"floor {number}"].values
+        kappa = np.geomspace(1e-4, 1e4, 121)
+        least = finetune + kappa * pretrain
+        for name in data:
+            if name.endswith(str(number)) and not name.startswith("floor"):
+                x, y = data[name].values
+                assert (y[:, None] + kappa * x[:, None] > least * (1 - 1e-9)).all(), name
+    digits_flow_forgives_wrong_labels_and_neglects_the_hardest(pictures["flow_digits"].data)
+
+
+def digits_flow_forgives_wrong_labels_and_neglects_the_hardest(data):
+    right, wrong = (data.isel(share=index) for index in (0, 1))
+    least = wrong.finetune.min("time")
+    gain = float(least.sel(weighting="vanilla") - least.sel(weighting="FLOW"))
+    assert gain > 2 * float(wrong.finetune_error.isel(time=slice(0, 14)).max())
+    early = right.sel(time=100.0, method="nearest")
+    hardest = early.hardest_accuracy
+    assert float(hardest.sel(weighting="FLOW")) < float(hardest.sel(weighting="vanilla")) - 0.1
+    assert float(early.pretrain.sel(weighting="FLOW")) < float(early.pretrain.sel(weighting="vanilla"))

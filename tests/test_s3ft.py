@@ -1,0 +1,433 @@
+"""S3FT in the linear model: formulas against quadrature, brute force and raw draws; claims; figures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from figures import s3ft as figures
+from linfit import (
+    FixedShift,
+    GradientFlow,
+    MinNorm,
+    Ridge,
+    TwoTaskProblem,
+    fine_tune,
+    risk_forms,
+    s3ft_targets,
+    sample_task,
+)
+from linfit.targets import within
+from sims import s3ft as sims
+from sims.overadaptation import designs
+from sims.verify import verify
+from theory import s3ft as theory
+from theory.claims import Parameter
+from theory.claims import s3ft as claims
+from theory.s3ft import SUPERVISED, Procedure, VectorProblem
+
+GENERAL = Procedure(tolerance=1.2, paraphrase_success=0.6, false_accept=0.15, false_reject=0.1, sampling_std=0.4)
+
+# --------------------------------------------------------------------------------------------------------------- T1
+
+
+@pytest.mark.numerical
+def test_fixed_point_as_it_is_written_down(rtol):
+    z = np.array([1e-6, 0.01, 0.3, 1.0, 2.5, 6.0])
+    normal = scipy.stats.norm
+    expected = 2 * (z * normal.pdf(z) + normal.sf(z))
+    got = theory.fixed_point_coefficient(2.5 * z, 2.5)
+    np.testing.assert_allclose(got, expected, rtol=max(rtol, 1e-12))
+
+
+@pytest.mark.numerical
+def test_fixed_point_at_both_ends(rtol):
+    """1 − ρ falls as the cube of a small threshold, ρ as a Gaussian tail of a large one."""
+    ends = theory.fixed_point_coefficient(jnp.array([0.0, jnp.inf]), 1.3)
+    np.testing.assert_array_equal(ends, [1.0, 0.0])
+    assert float(theory.fixed_point_coefficient(1.0, 0.0)) == 0
+    small, large = 0.02, 12.0
+    assert float(1 - theory.fixed_point_coefficient(small, 1.0)) == pytest.approx(
+        (2 / np.pi) ** 0.5 * small**3 / 3, rel=max(0.01, 20 * rtol)
+    )
+    tail = 2 * large * scipy.stats.norm.pdf(large)
+    assert float(theory.fixed_point_coefficient(large, 1.0)) == pytest.approx(tail, rel=0.02)
+
+
+def test_fixed_point_by_training(seed):
+    """Least squares on scalar targets of the library's own judge, in standard errors; another Σ, another law of σ."""
+    problem = TwoTaskProblem(
+        [1.0] * 4, [3.0, 1.0, 0.5, 0.1], FixedShift([0.5, -1.0, 0.3, 1.0]), 0.7, [0.2, 0.0, 1.0, 0.0]
+    )
+    gap = problem.gap_mean
+    variance = float(gap @ problem.finetune_covariance.apply(gap)) + 0.49
+    rho = float(theory.fixed_point_coefficient(1.1, variance**0.5))
+    assert 0.2 < rho < 0.95
+
+    @jax.jit
+    def coefficient(key):
+        task = sample_task(key, problem, 4000)
+        targets = s3ft_targets(task.X @ task.theta_1, task.y, within(1.1)).values
+        step = fine_tune(task.X, targets, task.theta_1, MinNorm()) - task.theta_1
+        return step @ problem.finetune_covariance.apply(gap) / (gap @ problem.finetune_covariance.apply(gap))
+
+    samples = np.array([coefficient(key) for key in jax.random.split(jax.random.key(seed), 60)])
+    assert abs(samples.mean() - rho) < 4.5 * samples.std(ddof=1) / 60**0.5 + 1e-3  # the bias is of order p/n
+
+
+def test_fixed_point_under_transformations():
+    slope = jax.jit(jax.grad(theory.fixed_point_coefficient))(1.0, 0.8)
+    step = 1e-6
+    difference = theory.fixed_point_coefficient(1 + step, 0.8) - theory.fixed_point_coefficient(1 - step, 0.8)
+    assert float(slope) == pytest.approx(float(difference) / (2 * step), rel=1e-6)
+    assert theory.fixed_point_coefficient(jnp.ones((3, 1)), jnp.ones(2)).shape == (3, 2)
+
+
+# ------------------------------------------------------------------------------------------- T2, in the population
+
+
+def test_t1_is_t2_with_one_content_output():
+    tolerance = jnp.linspace(0, 3, 7)
+    learned = theory.coefficients(Procedure(tolerance, paraphrase_success=0.0), 1, 0.9)
+    np.testing.assert_allclose(learned.content, theory.fixed_point_coefficient(tolerance, 0.9), rtol=1e-12)
+
+
+def test_special_procedures():
+    assert [float(value) for value in theory.coefficients(SUPERVISED, 3, 1.0)] == [1, 1]
+    assert [float(value) for value in theory.shares(SUPERVISED, 3, 1.0)] == [0, 0, 1]
+    lax = theory.coefficients(Procedure(jnp.inf), 3, 1.0)
+    assert [float(value) for value in lax] == [0, 0]
+    faithful = theory.coefficients(Procedure(1.0), 3, 1.0)
+    assert float(faithful.style) == 0 < float(faithful.content) < 1
+    blind = Procedure(1.0, 1.0, false_accept=1.0, false_reject=1.0)  # takes what is wrong, rejects what is right
+    opposite = theory.coefficients(blind, 2, 1.0)
+    assert float(opposite.content) == pytest.approx(scipy.stats.chi2.cdf(1.0, 4))
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_coefficients_by_quadrature(rank, rtol):
+    """The radial integral of the content that is learned: E[C‖d‖²]/k(v+s²)."""
+    import scipy.integrate
+
+    std, spread = 0.8, np.hypot(0.8, 0.4)
+    missed, fooled, success = 0.1, 0.15, 0.6
+    density = scipy.stats.chi(rank, scale=spread).pdf
+
+    def average(right, wrong, power):
+        parts = [
+            weight * scipy.integrate.quad(lambda r: r**power * density(r), *ends)[0]
+            for weight, ends in ((right, (0, 1.2)), (wrong, (1.2, 40 * spread)))
+        ]
+        return sum(parts)
+
+    content = average(missed, 1 - fooled, 2) / (rank * spread**2)
+    style = average(missed, (1 - fooled) * (1 - success * (1 - missed)), 0)
+    np.testing.assert_allclose(theory.coefficients(GENERAL, rank, std), [content, style], rtol=max(rtol, 1e-7))
+    own = average(1 - missed, fooled, 0)
+    np.testing.assert_allclose(theory.shares(GENERAL, rank, std), [own, 1 - own - style, style], rtol=max(rtol, 1e-7))
+
+
+def test_population_by_least_squares(seed):
+    """Both coefficients and the one of own answers alone, from many samples, in standard errors."""
+    problem = sims.content_and_style_problem(
+        jax.random.key(seed), 6, 2, 2, noise_variance=0.5, style_noise_variance=0.3
+    )
+    data = sims.measured_coefficients(jax.random.key(seed + 1), problem, 1500, GENERAL, replicates=40)
+    exact = theory.coefficients(GENERAL, 2, 1.5**0.5)
+    alone = theory.rejection_coefficient(GENERAL, 2, 1.0, 0.5**0.5)
+    assert 0.05 < float(alone) < 0.5
+    for name, expected in (("content", exact.content), ("style", exact.style), ("rejection", alone)):
+        gap = float(data[name].item() - expected)
+        assert abs(gap) < 4.5 * data[f"{name}_error"].item() + 4e-3, name  # the bias is of order p/n
+
+
+def test_own_answers_alone():
+    strict = Procedure(1e-4, sampling_std=jnp.array([0.0, 0.5, 2.0]))
+    sampled = np.array([0.0, 0.5, 2.0]) ** 2
+    np.testing.assert_allclose(theory.rejection_coefficient(strict, 3, 1.0, 0.5), sampled / (sampled + 0.25), rtol=1e-6)
+    lax = Procedure(jnp.inf, sampling_std=0.5)
+    assert float(theory.rejection_coefficient(lax, 3, 1.0, 0.5)) == 0  # all answers are accepted: only noise
+    fooled = Procedure(0.5, false_accept=0.5, false_reject=0.5, sampling_std=0.5)
+    assert float(theory.rejection_coefficient(fooled, 1, 1.0, 0.5)) == 0  # a judge that tosses a coin
+    assert float(theory.rejection_coefficient(Procedure(0.0, sampling_std=0.5), 2, 1.0, 0.5)) == 0  # nothing accepted
+
+
+def test_own_answers_alone_do_not_move_the_model():
+    problem = sims.content_and_style_problem(jax.random.key(0), 30, 2, 1)
+    procedure = Procedure(1.0, sampling_std=jnp.array([0.0, 1.0]))
+    data = sims.rejection_only(jax.random.key(1), problem, 10, procedure, MinNorm(), replicates=4)
+    assert 0.1 < float(data.own[0]) < 0.9
+    assert float(data.forgetting[0]) == 0
+    assert float(data.forgetting[1]) > 0.1
+
+
+# ------------------------------------------------------------------------------------------------ T2, on a design
+
+
+@pytest.fixture
+def general(generator):
+    """A problem with nothing special about it: dense covariances, content in a random plane, u ≠ 0, both noises."""
+    p, m = 9, 4
+    basis = np.linalg.qr(generator.standard_normal((m, m)))[0][:, :2]
+    roots = generator.standard_normal((2, p, p)) / p**0.5
+    shift, error = 0.6 * generator.standard_normal((p, m)), 0.2 * generator.standard_normal((p, m))
+    covariances = (root @ root.T + 0.1 * np.eye(p) for root in roots)
+    return VectorProblem(*covariances, shift, basis @ basis.T, 0.5, 0.8, error)
+
+
+def test_conditional_by_brute_force(general, generator):
+    """Every share and risk against draws written out in NumPy, without the library's judge or solver."""
+    n, p, m, draws = 6, 9, 4, 40_000
+    X, P = generator.standard_normal((n, p)), np.asarray(general.content)
+    style = np.eye(m) - P
+    outcome = theory.conditional(X, general, GENERAL, Ridge(0.2))
+    R = np.linalg.solve(X.T @ X / n + 0.2 * np.eye(p), X.T / n)
+    noise, sampled = generator.standard_normal((2, draws, n, m))
+    residual = X @ np.asarray(general.shift - general.pretrain_error) + noise @ (0.5 * P + 0.8 * style)
+    sampled = 0.4 * sampled
+    right = np.linalg.norm((residual - sampled) @ P, axis=-1) <= 1.2
+    fools, misses, succeeds = (generator.uniform(size=(draws, n)) < rate for rate in (0.15, 0.1, 0.6))
+    own = np.where(right, ~misses, fools)
+    reworded = ~own & succeeds & ~misses
+    target = np.where(reworded[..., None], residual @ P + sampled @ style, residual)
+    moved = np.einsum("pn,bnm->bpm", R, np.where(own[..., None], sampled, target))
+    missed, start = moved - np.asarray(general.shift - general.pretrain_error), np.asarray(general.pretrain_error)
+    finetune, pretrain = np.asarray(general.finetune_covariance.matrix), np.asarray(general.pretrain_covariance.matrix)
+
+    def squared(error, covariance):
+        return np.einsum("bpm,pq,bqm->b", error, covariance, error, optimize=True)
+
+    samples = (own.mean(1), reworded.mean(1), (~own & ~reworded).mean(1))
+    samples += (squared(missed @ P, finetune), squared(missed @ style, finetune), squared(moved @ P, finetune))
+    samples += (squared(moved @ style, finetune), squared(moved + start, pretrain))
+    for name, values, expected in zip(sims.QUANTITIES, samples, (*outcome.shares, *outcome[1:]), strict=True):
+        assert abs(values.mean() - float(expected)) < 4.5 * values.std() / draws**0.5, name
+
+
+@pytest.mark.parametrize("filter", [MinNorm(), Ridge(0.3), GradientFlow(3.0)], ids=["min-norm", "ridge", "flow"])
+@pytest.mark.parametrize("n", [5, 30])
+def test_supervised_is_the_risk_form_of_each_output(general, generator, filter, n):
+    """With the strictest judge and no paraphrases everything is S2, output by output; n < p and n > p."""
+    X = generator.standard_normal((n, 9))
+    problem = VectorProblem(
+        general.pretrain_covariance, general.finetune_covariance, general.shift, [1, 1, 0, 0], 0.5, 0.8,
+        general.pretrain_error,
+    )  # fmt: skip
+    outcome = theory.conditional(X, problem, SUPERVISED, filter)
+    if n < 9:
+        stds, risks = (0.5, 0.5, 0.8, 0.8), []
+        for output, std in enumerate(stds):
+            scalar = TwoTaskProblem(
+                problem.pretrain_covariance, problem.finetune_covariance, FixedShift(problem.shift[:, output]), std,
+                problem.pretrain_error[:, output],
+            )  # fmt: skip
+            risks.append([float(form(filter).total) for form in risk_forms(X, scalar)])
+        finetune, pretrain = np.array(risks).T
+        np.testing.assert_allclose(outcome.content_risk, finetune[:2].sum(), rtol=1e-8)
+        np.testing.assert_allclose(outcome.style_risk, finetune[2:].sum(), rtol=1e-8)
+        np.testing.assert_allclose(outcome.forgetting, pretrain.sum(), rtol=1e-8)
+    assert [float(share) for share in outcome.shares] == [0, 0, 1]
+
+
+def test_conditional_tends_to_the_population(seed):
+    problem = sims.content_and_style_problem(jax.random.key(seed), 12, 2, 2, noise_variance=0.5)
+    procedure = Procedure(jnp.array([0.5, 2.0]), 0.7, 0.1, 0.2, 0.3)
+    limit = theory.population(problem, procedure)
+    gaps = []
+    for n in (100, 2000):
+        (X,) = designs(jax.random.key(seed + 1), problem.finetune_covariance, n, 1)
+        outcome = theory.conditional(X, problem, procedure, MinNorm())
+        gaps.append([np.abs(got - at).max() for got, at in zip(outcome[1:], limit[1:], strict=True)])
+    assert np.max(gaps[1]) < 0.3
+    assert (np.array(gaps[1]) < 0.5 * np.array(gaps[0])).all()
+
+
+def test_without_noise_the_judge_is_certain(generator):
+    """σ = s = 0: a row is right or wrong; the limit of little noise."""
+    X, shift = generator.standard_normal((5, 8)), generator.standard_normal((8, 3)) / 3
+    outcomes = [
+        theory.conditional(X, VectorProblem(np.ones(8), np.ones(8), shift, [1, 1, 0], std), Procedure(1.0), MinNorm())
+        for std in (0.0, 1e-9)
+    ]
+    right = np.linalg.norm((X @ shift)[:, :2], axis=1) <= 1
+    assert 0 < right.mean() < 1
+    assert float(outcomes[0].shares.own) == right.mean()
+    for exact, nearly in zip(outcomes[0][1:], outcomes[1][1:], strict=True):
+        np.testing.assert_allclose(exact, nearly, rtol=1e-6, atol=1e-12)
+
+
+def test_float32_stays_float32():
+    single = jnp.float32
+    problem = VectorProblem(
+        *[jnp.ones(6, single)] * 2, jnp.ones((6, 2), single), jnp.array([1, 0], single), single(0.5)
+    )
+    X = jax.random.normal(jax.random.key(0), (4, 6), single)
+    outcome = theory.conditional(X, problem, Procedure(single(1.0)), MinNorm())
+    assert {value.dtype for value in outcome[1:]} == {jnp.dtype(single)}
+
+
+def test_monte_carlo_meets_the_expectation(seed):
+    problem = sims.content_and_style_problem(jax.random.key(seed), 40, 2, 2, style_noise_variance=0.2)
+    stack = designs(jax.random.key(seed + 1), problem.finetune_covariance, 12, 2)
+    procedure = GENERAL._replace(tolerance=jnp.array([0.5, 1.5]))
+    data = sims.monte_carlo(jax.random.key(seed + 2), stack, problem, procedure, Ridge(0.05), replicates=200)
+    for name in sims.QUANTITIES:
+        assert float(abs(data[f"{name}_z"]).max()) < 4.5, name
+    assert float(data.own.sel(procedure="SFT").max()) == 0
+    assert float(data.paraphrase.sel(procedure="S3FT").min()) > 0
+    lines = sims.expected_on(stack, problem, procedure, Ridge(0.05))
+    np.testing.assert_allclose(lines.forgetting, data.forgetting_exact)
+
+
+def test_where_selecting_forgets_less_and_where_more():
+    """Less with unlimited data, and on average with little; but on some nearly noise-free design with n < p, more."""
+    spectrum = np.arange(1.0, 61) ** -1.5
+    delta = np.random.default_rng(0).standard_normal((60, 1)) * spectrum[:, None] ** -0.5
+    problem = VectorProblem(spectrum, spectrum, delta / np.sqrt(spectrum @ delta**2), [1], 0.03)
+    selective = Procedure(1.0, paraphrase_success=0.0)
+
+    def ratio(outcome):
+        return float(outcome(selective).forgetting / outcome(SUPERVISED).forgetting)
+
+    assert ratio(lambda procedure: theory.population(problem, procedure)) < 0.9
+    stack = designs(jax.random.key(0), problem.finetune_covariance, 20, 8)
+    ratios = [ratio(lambda procedure, X=X: theory.conditional(X, problem, procedure, MinNorm())) for X in stack]
+    assert np.mean(ratios) < 1
+    assert max(ratios) > 1.15
+
+
+# ----------------------------------------------------------------------------------------------------------- claims
+
+CLAIMS = {claim.id: claim for claim in claims.claims()}
+
+
+def pinned(id, **values):
+    claim = CLAIMS[id]
+    return claim._replace(parameters=claim.parameters | {name: Parameter(v, v) for name, v in values.items()})
+
+
+WRONG = {
+    "T1": lambda scalar: float(2 * scipy.stats.norm.sf(scalar[0] / scalar[1])),  # the share of gold, not of variance
+    "T1.sampled": lambda data: 0.9 * claims._fixed_point(data),
+    "T2.shares": lambda data: claims._expected_shares(data)[[0, 2, 1]],
+    "T2.drift": lambda data: 0.5 * claims._expected_drift(data),
+    "T2.style": lambda limits: 1.0,
+    "T2.less": lambda limits: 2 * claims._forgetting(limits) + 1,
+    "T2.rejection": lambda data: 0.1 + claims._rejection(data),
+    "T2.design": lambda data: claims._expected_outcome(data) * np.array([1, 1, 1, 1, 1, 1, 1.2]),
+    "T2.averaging": lambda contest: 1.0,
+    "T2.more": lambda contest: 1e3,
+}
+
+
+@pytest.mark.parametrize("id", [pytest.param(id, marks=pytest.mark.slow if id > "T2.l" else []) for id in CLAIMS])
+def test_claims_hold_and_wrong_stubs_are_rejected(id, seed):
+    wrong = CLAIMS[id]._replace(predict=WRONG[id])
+    right, stub = verify([CLAIMS[id], wrong], instances=2, seed=seed)
+    assert right.holds
+    assert stub.worst.error is None
+    assert not stub.holds
+
+
+@pytest.mark.parametrize(
+    ("id", "values"),
+    [
+        ("T1.sampled", {"heavy_tails": 0.8}),
+        ("T1.sampled", {"skewness": 1.0}),
+        ("T2.shares", {"anisotropy": 1.5}),
+        ("T2.drift", {"anisotropy": 1.5}),
+        ("T2.style", {"success": 0.9}),
+        ("T2.style", {"false_reject": 0.01}),
+        ("T2.less", {"pretrain_size": 3.0}),
+        ("T2.rejection", {"anisotropy": 1.5}),
+        pytest.param("T2.design", {"noise_correlation": 0.8}, marks=pytest.mark.slow),
+        pytest.param("T2.averaging", {"noise_variance": 1e-3}, marks=pytest.mark.slow),
+    ],
+)
+def test_claims_fail_outside_their_assumptions(id, values):
+    (verdict,) = verify([pinned(id, **values)], instances=4, seed=0)
+    assert not verdict.holds
+
+
+# -------------------------------------------------------------------------------------------------- digits, figures
+
+
+@pytest.mark.slow
+def test_digits_forget_less_with_paraphrases():
+    data = sims.digits(jax.random.key(0), 0.1, (0, 10), 2, p=512, n=80, n_pretrain=300)
+    some = data.sel(style_dimension=10)
+    drift = some.style_drift
+    assert float(drift.sel(procedure="S3FT")) < 0.1 * float(drift.sel(procedure="SFT"))
+    assert float(drift.sel(procedure="pretrained")) == 0
+    assert float(some.forgetting.sel(procedure="S3FT")) < float(some.forgetting.sel(procedure="SFT"))
+    assert float(some.accuracy.sel(procedure="S3FT")) > float(some.accuracy.sel(procedure="pretrained")) + 0.3
+    trained = data.sel(procedure=["SFT", "S3FT", "S3FT without paraphrase"])
+    np.testing.assert_allclose(trained.own + trained.paraphrase + trained.gold, 1)
+    np.testing.assert_array_equal(data.content_risk.sel(style_dimension=0), data.content_risk.sel(style_dimension=10))
+
+
+@pytest.mark.slow
+def test_figures_at_tiny_size(monkeypatch):
+    tiny = figures.QUICK._replace(
+        n=10, p=40, designs=1, replicates=3, points=7, population=100, population_replicates=2,
+        digits={"p": 256, "n_pretrain": 150},
+    )  # fmt: skip
+    monkeypatch.setattr(figures, "QUICK", tiny)
+    pictures = list(figures.pictures(jax.random.key(3), quick=True))
+    assert len({picture.name for picture in pictures}) == 6
+    for picture in pictures:
+        assert picture.name.startswith("s3ft_")
+        assert "seed 3" in picture.caption.lower()
+        assert all(np.isfinite(picture.data[name]).any() for name in picture.data)
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def vector(**changes):
+    arguments = {
+        "pretrain_covariance": np.ones(3),
+        "finetune_covariance": np.ones(3),
+        "shift": np.ones((3, 2)),
+        "content": [1.0, 0.0],
+        "noise_std": 0.1,
+    }
+    return VectorProblem(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: theory.fixed_point_coefficient(-1.0, 1.0), "threshold must be non-negative"),
+        (lambda: theory.fixed_point_coefficient(1.0, jnp.inf), "residual_std must be finite"),
+        (lambda: theory.fixed_point_coefficient(1.0, -1.0), "residual_std must be non-negative"),
+        (lambda: theory.shares(1.0, 1, 1.0), "procedure must be a theory.s3ft.Procedure, got float"),
+        (lambda: theory.shares(Procedure(1.0), 0, 1.0), "content_rank must be at least 1"),
+        (lambda: theory.shares(Procedure(-1.0), 1, 1.0), "tolerance must be non-negative"),
+        (lambda: theory.coefficients(Procedure(1.0, 1.5), 1, 1.0), "paraphrase_success must be at most 1"),
+        (lambda: theory.coefficients(Procedure(1.0, 1.0, -0.1), 1, 1.0), "false_accept must be non-negative"),
+        (lambda: theory.coefficients(Procedure(1.0, 1.0, 0.0, 2.0), 1, 1.0), "false_reject must be at most 1"),
+        (lambda: theory.coefficients(Procedure(1.0, sampling_std=jnp.nan), 1, 1.0), "sampling_std must be finite"),
+        (lambda: theory.rejection_coefficient(Procedure(1.0), 1, -1.0, 1.0), "signal must be non-negative"),
+        (lambda: vector(shift=np.ones(3)), "shift must have 2 dimension"),
+        (lambda: vector(finetune_covariance=np.ones(4)), "finetune_covariance must match shift"),
+        (lambda: vector(content=[1.0, 0.0, 0.0]), "content must match the columns of shift"),
+        (lambda: vector(content=[1.0, 0.5]), "content must be an orthogonal projector"),
+        (lambda: vector(noise_std=-1.0), "noise_std must be non-negative"),
+        (lambda: vector(pretrain_error=np.ones(3)), "pretrain_error must have the shape of shift"),
+        (lambda: vector(content=[0.0, 0.0]), "content must have rank at least 1"),
+        (lambda: theory.conditional(np.ones((2, 4)), vector(), SUPERVISED, MinNorm()), "X must match the problem's p"),
+        (
+            lambda: theory.conditional(np.ones((2, 3)), vector(), SUPERVISED, Ridge(jnp.ones(2))),
+            "filter must be a single filter",
+        ),
+        (lambda: sims.content_and_style_problem(jax.random.key(0), 2, 2, 1), "p must be at least"),
+        (lambda: sims.variant("RLHF", SUPERVISED), "name must be one of SFT"),
+        (lambda: sims.digits(jax.random.key(0), -1.0, (0,), 2), "noise_std must be non-negative"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

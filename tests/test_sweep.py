@@ -1,0 +1,492 @@
+"""Sweeps: what is asked for, what the kernels are called with, and that nothing but the seed decides the numbers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+
+from sims.experiments import (
+    EQUIVALENTS,
+    EXPERIMENTS,
+    FLOW,
+    OVERADAPTATION,
+    OVERTRAINING,
+    S3FT,
+    SETTINGS,
+    Parameter,
+    find_experiment,
+)
+from sims.sweep import (
+    Task,
+    measure,
+    read_axis,
+    replicate_key,
+    run,
+    sweep_from_configuration,
+    sweep_from_toml,
+    sweep_over,
+)
+from tests.sweep_toys import NOISE, numbers
+
+LINFIT = [str(Path(sys.executable).with_name("linfit"))]
+AXES = {"level": [1.0, 2.0, 3.5], "tau": "0:1:5"}
+NUMBER, WHOLE, WORD = Parameter(1.0, "a number"), Parameter(3, "a count"), Parameter("plain", "a word")
+
+
+@pytest.fixture
+def like_a_worker(monkeypatch):
+    """The settings under which tasks are computed in this process."""
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+
+
+def linfit(*arguments, **options):
+    return subprocess.run(
+        [*LINFIT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[1],
+        **options,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- asking
+
+
+def test_axes():
+    np.testing.assert_array_equal(read_axis("a", "0:1:101", NUMBER), np.linspace(0, 1, 101))
+    np.testing.assert_allclose(read_axis("a", "1e-4:1e2:60:log", NUMBER), np.logspace(-4, 2, 60), rtol=1e-14)
+    np.testing.assert_array_equal(read_axis("a", "0.1,0.5,1", NUMBER), [0.1, 0.5, 1])
+    np.testing.assert_array_equal(read_axis("a", "10:1000:4:log", WHOLE), [10, 46, 215, 1000])
+    np.testing.assert_array_equal(read_axis("a", "1:3:9", WHOLE), [1, 2, 3])  # coinciding ones are dropped
+    assert read_axis("a", "1:3:9", WHOLE).dtype == np.int64
+    assert read_axis("a", 2, NUMBER).shape == ()
+    assert read_axis("a", 2, NUMBER).dtype == np.float64
+    assert list(read_axis("a", "x, y", WORD)) == ["x", "y"]
+    assert read_axis("a", "tcp://host:1", WORD).item() == "tcp://host:1"
+    assert read_axis("a", "1e-4:1e2:sobol:log", NUMBER).logarithmic
+
+
+@pytest.mark.parametrize(
+    ("value", "parameter", "message"),
+    [
+        ("1:2", NUMBER, "low:high:count"),
+        ("1:2:3:4", NUMBER, "low:high:count"),
+        ("1:x:3", NUMBER, "low:high:count"),
+        ("1:2:2.5", NUMBER, "low:high:count"),
+        ("2:1:5", NUMBER, "lower to its higher"),
+        ("0:1:5:log", NUMBER, "positive"),
+        ("0:inf:5", NUMBER, "finite ends"),
+        ("0:1:1", NUMBER, "at least 2"),
+        ("", NUMBER, "low:high:count"),
+        ("1,,2", NUMBER, "low:high:count"),
+        ("nan", NUMBER, "finite"),
+        (True, NUMBER, "low:high:count"),
+        ([], NUMBER, "one value or a list"),
+        ([[1.0, 2.0]], NUMBER, "shape"),
+        ("1,1", NUMBER, "twice"),
+        ("1.5", WHOLE, "whole"),
+        ("a,a", WORD, "twice"),
+        (3, WORD, "a word"),
+        ("", WORD, "a word"),
+    ],
+)
+def test_bad_axes_are_refused(value, parameter, message):
+    with pytest.raises(ValueError, match=f"a must.*{message}"):
+        read_axis("a", value, parameter)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axes": {"lambda": 1}}, "no parameter lambda; its parameters are level"),
+        ({"seeds": 0}, "seeds must be"),
+        ({"seeds": True}, "seeds must be"),
+        ({"chunk": 0}, "chunk must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"seed": 2**32}, "seed must be below"),
+        ({"points": 8}, "points is the size of a Sobol design"),
+        ({"axes": {"level": "0:1:sobol"}}, "power of two, got None"),
+        ({"axes": {"level": "0:1:sobol"}, "points": 6}, "power of two, got 6"),
+    ],
+)
+def test_bad_sweeps_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sweep_over(NOISE, **options)
+
+
+def test_unknown_experiments_are_refused():
+    for name, message in (
+        ("nothing", "one of overadaptation"),
+        ("no.module:X", "cannot be imported"),
+        ("tests.sweep_toys:measure_noise", "is of type function"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_experiment(name)
+
+
+def test_tasks_cover_every_replicate_of_every_cell_once():
+    sweep = sweep_over(NOISE, AXES | {"kind": ["a", "b"]}, seeds=7, chunk=3)
+    assert sweep.task_dims == {"level": 3, "kind": 2}
+    assert sweep.batched_dims == {"tau": 5}
+    covered = [(task.cell, replicate) for task in sweep.tasks for replicate in range(task.first, task.last)]
+    assert sorted(covered) == sorted((cell, r) for cell in np.ndindex(3, 2) for r in range(7))
+    arguments = sweep.arguments((2, 1))
+    assert (arguments["level"], arguments["kind"], arguments["count"]) == (3.5, "b", 3)
+    assert type(arguments["count"]) is int
+    np.testing.assert_array_equal(arguments["tau"], np.linspace(0, 1, 5))
+    assert arguments["depth"].shape == (1,)
+
+
+def test_sobol_design():
+    sweep = sweep_over(
+        NOISE, {"level": "1e-2:1e2:sobol:log", "tau": "0:2:sobol", "count": [1, 2], "depth": [0.0, 1.0]}, points=16
+    )
+    assert sweep.task_dims == {"point": 16, "count": 2}
+    assert sweep.batched_dims == {"depth": 2}
+    level, tau = sweep.parameters["level"], sweep.parameters["tau"]
+    for position in ((np.log10(level) + 2) / 4, tau / 2):  # one point in every sixteenth, along either axis
+        assert sorted(np.floor(16 * position).astype(int)) == list(range(16))
+    arguments = sweep.arguments((5, 1))
+    assert (arguments["level"], arguments["count"]) == (level[5], 2)
+    np.testing.assert_array_equal(arguments["tau"], tau[5:6])
+    assert sweep.output_dims("risk") == {}
+    again = sweep_over(NOISE, {"level": "1e-2:1e2:sobol:log", "tau": "0:2:sobol"}, points=16, seed=1)
+    assert not np.array_equal(again.parameters["tau"], tau)
+
+
+def test_toml(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        'experiment = "overadaptation"\nstore = "runs/oa.zarr"\nseeds = 20\nseed = 3\n'
+        '[axes]\nn = 50\npenalty = "1e-2:1:3:log"\nnoise = [0.1, 0.5]\n'
+    )
+    sweep, store = sweep_from_toml(file)
+    assert store == Path("runs/oa.zarr")
+    axes = {"n": 50, "penalty": [0.01, 0.1, 1], "noise": [0.1, 0.5]}
+    assert sweep.configuration == sweep_over(OVERADAPTATION, axes, seeds=20, seed=3).configuration
+    for content, message in (
+        ('experiment = "overadaptation"\nseed = 1\nworkers = 2', "nothing beyond experiment"),
+        ("seeds = 3", "must have an experiment"),
+        ("seeds = ", "not valid TOML"),
+        ('experiment = "overadaptation"\nseeds = "3"', "seeds must be"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            sweep_from_toml(file)
+    with pytest.raises(ValueError, match="no file"):
+        sweep_from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("axes", [AXES | {"kind": ["a", "b"]}, {"level": "1:2:sobol", "tau": "0:1:sobol"}])
+def test_a_configuration_gives_the_sweep_back(axes):
+    sweep = sweep_over(NOISE, axes, seeds=5, seed=2, points=4 if "sobol" in str(axes) else None)
+    again = sweep_from_configuration(json.loads(json.dumps(sweep.configuration)))
+    assert again.configuration == sweep.configuration
+    assert again.tasks == sweep.tasks
+    for name, values in sweep.parameters.items():
+        assert again.parameters[name].dtype.kind == values.dtype.kind
+        assert again.parameters[name].tobytes() == values.tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------- the same bits
+
+
+def test_samples_are_the_kernels_and_means_their_means(tmp_path, like_a_worker):
+    sweep = sweep_over(NOISE, AXES, seeds=7, seed=5, chunk=3)
+    outcome = run(sweep, tmp_path / "a.zarr")
+    assert (outcome.tasks, outcome.left, outcome.failed, outcome.failures) == (9, 0, 0, [])
+    data = xr.open_zarr(tmp_path / "a.zarr", chunks=None)
+    for cell in range(3):
+        for replicate in range(7):
+            expected = NOISE.measure(np.random.SeedSequence([5, replicate]), sweep.arguments((cell,)))
+            np.testing.assert_array_equal(data.risk_samples[cell, replicate], expected["risk"])
+            np.testing.assert_array_equal(data.size_samples[cell, replicate], expected["size"])
+    np.testing.assert_array_equal(data.replicates, 7)
+    np.testing.assert_allclose(data.risk, data.risk_samples.mean("replicate"), rtol=1e-14)
+    np.testing.assert_allclose(data.risk_error, data.risk_samples.std("replicate", ddof=1) / 7**0.5, rtol=1e-12)
+    assert len(np.unique(data.size_samples)) == data.size_samples.size  # no two replicates alike
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 100])
+def test_chunks_of_replicates_do_not_matter(tmp_path, like_a_worker, chunk):
+    run(sweep_over(NOISE, AXES, seeds=7, chunk=3), tmp_path / "a.zarr")
+    run(sweep_over(NOISE, AXES, seeds=7, chunk=chunk), tmp_path / "b.zarr")
+    assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
+
+
+def test_order_does_not_matter_nor_do_more_replicates_or_values(tmp_path, like_a_worker):
+    def shuffled(sweep, tasks):
+        for index in np.random.default_rng(0).permutation(len(tasks)):
+            yield tasks[index], measure(sweep, tasks[index])
+
+    run(sweep_over(NOISE, AXES, seeds=7, chunk=3), tmp_path / "a.zarr")
+    run(sweep_over(NOISE, AXES, seeds=7, chunk=3), tmp_path / "b.zarr", executor=shuffled)
+    assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
+    run(sweep_over(NOISE, AXES | {"level": [0.5, 2.0]}, seeds=12), tmp_path / "c.zarr")
+    small, large = (xr.open_zarr(tmp_path / name, chunks=None) for name in ("a.zarr", "c.zarr"))
+    both = [data.risk_samples.sel(level=2.0).isel(replicate=slice(7)).values for data in (small, large)]
+    np.testing.assert_array_equal(*both)
+
+
+def test_another_seed_gives_other_numbers(tmp_path, like_a_worker):
+    run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr")
+    run(sweep_over(NOISE, AXES, seeds=2, seed=1), tmp_path / "b.zarr")
+    one, other = (xr.open_zarr(tmp_path / name, chunks=None).size_samples.values for name in ("a.zarr", "b.zarr"))
+    assert not np.isin(one, other).any()
+
+
+# ----------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_failing_cell_is_recorded_and_the_rest_completes(tmp_path, like_a_worker):
+    sweep = sweep_over(NOISE, AXES | {"broken": 2.0}, seeds=3, chunk=2)
+    outcome = run(sweep, tmp_path / "a.zarr")
+    assert (outcome.tasks, outcome.left, outcome.failed) == (6, 0, 3)
+    assert {failure.message for failure in outcome.failures} == {"ValueError: level 2.0 is broken"}
+    assert [failure.where for failure in outcome.failures] == [{"level": 2.0, "replicate": r} for r in range(3)]
+    data = xr.open_zarr(tmp_path / "a.zarr", chunks=None)
+    np.testing.assert_array_equal(data.status, [[1] * 3, [2] * 3, [1] * 3])
+    assert (data.message.sel(level=2.0) == "ValueError: level 2.0 is broken").all()
+    assert (data.message.sel(level=[1.0, 3.5]) == "").all()
+    np.testing.assert_array_equal(np.isnan(data.risk).all("tau"), [False, True, False])
+    np.testing.assert_array_equal(data.replicates, [3, 0, 3])
+    again = run(sweep, tmp_path / "a.zarr", resume=True)
+    assert (again.tasks, again.failed) == (0, 3)
+    again = run(sweep, tmp_path / "a.zarr", resume=True, retry=True)
+    assert (again.tasks, again.failed) == (2, 3)
+
+
+BAD_KERNELS = {
+    "missing": (lambda key, p: {"risk": p["tau"]}, "gave no size, only risk"),
+    "shape": (lambda key, p: {"risk": p["tau"][:2], "size": 1.0}, r"risk must have shape \(5,\), got \(2,\)"),
+    "nan": (lambda key, p: {"risk": p["tau"] * np.nan, "size": 1.0}, "risk has 5 NaN among 5 values"),
+    "text": (lambda key, p: {"risk": p["tau"], "size": "many"}, "could not convert"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_KERNELS)
+def test_what_is_no_result_is_a_failure(name):
+    kernel, message = BAD_KERNELS[name]
+    sweep = sweep_over(NOISE._replace(measure=kernel), {"tau": "0:1:5"}, seeds=2)
+    result = measure(sweep, Task((), 0, 2))
+    for text in result.messages:
+        assert re.search(message, text)
+    assert np.isnan(result.samples["risk"]).all()
+
+
+# -------------------------------------------------------------------------------------------------- named experiments
+
+
+SMALL = {
+    "overadaptation": {"n": 12, "p": 40, "tau": [0.3, 1.0], "penalty": [0.01, 0.1, 1.0], "noise": [0.2, 0.9]},
+    "equivalents": {"n": 12, "p": 40, "tau": [0.3, 1.0], "penalty": [0.01, 0.1, 1.0], "noise": [0.2, 0.9]},
+    "overtraining": {"size": 3, "time": [20.0, 5.0], "gamma": [0.0, 0.1], "finetune_steps": 20},
+    "flow": {"n": 12, "p": 40, "tau": [0.3, 1.0, 1.5], "tilt": [0.0, 1.0, -0.5, 3.0], "time": [5.0, 50.0]},
+    "s3ft": {"n": 12, "p": 40, "penalty": [0.01, 1.0], "tolerance": [0.0, 1.0, 2.0], "paraphrase_success": [0.5, 1.0]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "overadaptation")) for name in EXPERIMENTS]
+)
+def test_every_experiment_runs_and_repeats_itself(name):
+    sweep = sweep_over(name, SMALL.get(name), seeds=3)
+    result = measure(sweep, Task((), 0, 3))
+    assert result.messages == ["", "", ""]
+    alone = measure(sweep, Task((), 2, 3))
+    for output in sweep.experiment.outputs:
+        assert np.isfinite(result.samples[output]).all()
+        np.testing.assert_array_equal(result.samples[output][2], alone.samples[output][0])
+        alike = output.endswith("_predicted") or output in ("own", "paraphrase", "gold")
+        assert alike or not np.array_equal(*result.samples[output][:2])
+
+
+def test_overadaptation_is_the_exact_risk_of_the_design():
+    from linfit import Ridge, power_law_problem, risk_forms, sample_design
+
+    sweep = sweep_over(OVERADAPTATION, SMALL["overadaptation"] | {"alignment": -0.5, "decay": 1.3}, seeds=2, seed=4)
+    samples = measure(sweep, Task((), 1, 2)).samples
+    key = jax.random.fold_in(jax.random.key(4), 1)
+    assert (jax.random.key_data(replicate_key(sweep, 1)) == jax.random.key_data(key)).all()
+    for row, noise in enumerate((0.2, 0.9)):
+        problem = power_law_problem(40, 1.3, alignment=-0.5, noise_variance=noise**2, pretrain_risk=0.1)
+        X = sample_design(key, problem.finetune_covariance, 12)
+        forms = risk_forms(X, problem)
+        for column, penalty in enumerate((0.01, 0.1, 1.0)):
+            for last, tau in enumerate((0.3, 1.0)):
+                risk = forms.finetune(Ridge(penalty), tau)
+                np.testing.assert_allclose(samples["finetune"][0, row, column, last], risk.total, rtol=1e-12)
+                np.testing.assert_allclose(samples["finetune_bias"][0, row, column, last], risk.bias, rtol=1e-12)
+                pretrain = forms.pretrain(Ridge(penalty), tau).total
+                np.testing.assert_allclose(samples["pretrain"][0, row, column, last], pretrain, rtol=1e-12)
+            best = forms.finetune.optimal_tau(Ridge(penalty))
+            np.testing.assert_allclose(samples["best_tau"][0, row, column], best, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_equivalents_predict_the_average():
+    axes = {"n": 60, "p": 240, "tau": [0.5, 1.0], "penalty": [0.01, 0.1], "noise": [0.2, 0.7]}
+    samples = measure(sweep_over(EQUIVALENTS, axes, seeds=8), Task((), 0, 8)).samples
+    gap, error = samples["finetune_gap"].mean(axis=0), samples["finetune_gap"].std(axis=0, ddof=1) / 8**0.5
+    assert (np.abs(gap) < 4 * error + 1 / 60).all()
+    assert len(np.unique(samples["finetune_predicted"][0])) == 8  # a prediction for each point
+
+
+@pytest.mark.slow
+def test_overtraining_follows_the_closed_forms():
+    from theory.overtraining import singular_values
+
+    axes = {"size": 3, "time": [10.0, 2.0, 5.0], "gamma": [0.1, 0.0], "step_size": 0.005, "finetune_steps": 10}
+    samples = measure(sweep_over(OVERTRAINING, axes, seeds=30), Task((), 0, 30)).samples
+    a = jnp.arange(1.0, 4.0) ** -1
+    s = singular_values(0.01, a, jnp.array([10.0, 2.0, 5.0]))
+    np.testing.assert_allclose(samples["loss"][0], 0.5 * jnp.sum((s - a) ** 2, axis=-1), rtol=0.02, atol=1e-5)
+    np.testing.assert_allclose(samples["perturbed"][:, 1], samples["loss"], rtol=1e-12)
+    expected = 0.5 * (0.1**2 * 2 * 3 * s.sum(axis=-1) + 0.1**4 * 3**3)  # docs, N2
+    rise = samples["perturbed"][:, 0] - samples["loss"]
+    error = rise.std(axis=0, ddof=1) / 30**0.5
+    assert (np.abs(rise.mean(axis=0) - expected) < 4 * error + 0.02 * expected).all()
+
+
+@pytest.mark.slow
+def test_flow_is_weighted_fine_tuning_of_the_draw():
+    from linfit import GradientFlow, fine_tune, flow_weights, interpolate, power_law_problem
+    from linfit.weighting import median_temperature
+    from sims.flow import draw
+
+    given = SMALL["flow"] | {"tilt": [0.0, 2.0], "noise": 0.9, "deviation": "outliers"}
+    samples = measure(sweep_over(FLOW, given, seeds=1, seed=3), Task((), 0, 1)).samples
+    problem = power_law_problem(40, noise_variance=0.81, pretrain_risk=0.1)
+    task = draw(jax.random.fold_in(jax.random.key(3), 0), problem, 12, deviation="outliers")
+    losses = (task.y - task.X @ task.theta_1) ** 2
+    for row, weights in enumerate((jnp.ones(12), flow_weights(losses, median_temperature(losses) / 2))):
+        thetas = fine_tune(task.X, task.y, task.theta_1, GradientFlow([5.0, 50.0]), weights)
+        for column, theta in enumerate(thetas):
+            for last, tau in enumerate((0.3, 1.0, 1.5)):
+                average = interpolate(task.theta_1, theta, tau)
+                missed, place = average - task.theta_2_star, (0, row, column, last)
+                finetune = missed @ problem.finetune_covariance.apply(missed)
+                pretrain = average @ problem.pretrain_covariance.apply(average)
+                np.testing.assert_allclose(samples["finetune"][place], finetune, rtol=1e-9)
+                np.testing.assert_allclose(samples["pretrain"][place], pretrain, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_s3ft_has_the_shares_of_theory_and_ends_at_supervised_fine_tuning():
+    from sims.s3ft import Procedure
+    from theory.s3ft import shares
+
+    given = {"n": 20, "p": 60, "penalty": [0.01, 0.1], "tolerance": [0.0, 1.0, 100.0], "paraphrase_success": [0.0, 0.5]}
+    samples = measure(sweep_over(S3FT, given, seeds=60), Task((), 0, 60)).samples
+    assert samples["content_risk"].shape == (60, 2, 3, 2)
+    expected = shares(Procedure(jnp.array([0, 1.0, 100.0])[:, None], jnp.array([0, 0.5])), 2, 1.25**0.5)
+    for name, share in expected._asdict().items():
+        error = np.maximum(samples[name].std(axis=0, ddof=1) / 60**0.5, 1e-12)
+        assert (np.abs(samples[name].mean(axis=0) - share) < 4 * error).all(), name
+    supervised, own = samples["content_risk"][:, :, 0, 0], samples["content_drift"][:, :, 2]
+    np.testing.assert_allclose(own, 0, atol=1e-20)
+    assert (samples["style_drift"][:, :, 0, 0] > samples["style_drift"][:, :, 0, 1]).mean() > 0.8  # half in own style
+    assert (supervised.mean(axis=0) < 2).all()  # better than the pretrained model, which misses two outputs entirely
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.mark.slow
+def test_command_runs_shows_plots_exports(tmp_path):
+    store = tmp_path / "runs" / "oa.zarr"
+    options = ("--n", "12", "--p", "40", "--penalty", "1e-2:1:3:log", "--tau", "0:1:4", "--alignment=-1,1")
+    plan = linfit("sweep", "overadaptation", *options, "--store", store, "--plan", "--seeds", "5")
+    assert plan.returncode == 0, plan.stderr
+    assert "2 tasks (2 cells × 5 replicates" in plan.stdout
+    assert not store.exists()
+    answer = linfit("sweep", "overadaptation", *options, "--store", store, "--seeds", "5")
+    assert answer.returncode == 0, answer.stderr
+    assert "2 tasks (2 cells × 5 replicates" in answer.stderr
+    assert "the first task took" in answer.stderr
+    data = xr.open_zarr(store)
+    assert data.finetune.dims == ("alignment", "penalty", "tau")
+    assert np.isfinite(data.finetune).all()
+    shown = json.loads(linfit("sweep", "show", store, "--json").stdout)
+    assert shown["share_done"] == 1
+    best = shown["best"]["finetune"]
+    assert best["value"] == data.finetune.min()
+    at = {name: best["at"][name] for name in data.finetune.dims}
+    assert best["standard_error"] == data.finetune_error.sel(at)
+    assert "best points" in linfit("sweep", "show", store).stdout
+    picture = linfit("sweep", "plot", store, "--x", "tau", "--lines", "penalty")
+    assert picture.stdout.strip() == str(store.with_suffix(".png"))
+    assert store.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    again = linfit("sweep", "resume", store)
+    assert (again.returncode, again.stdout[:8]) == (0, "0 tasks "), again.stderr
+
+
+@pytest.fixture
+def called(monkeypatch, capsys, like_a_worker):
+    """The command in this process: exit code, output, errors."""
+    from linfit.command_line import main
+
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["linfit", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as ending:
+            return ending.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return call
+
+
+def test_command_tells_of_failures_by_exit_code(tmp_path, called):
+    file, store = tmp_path / "toy.toml", tmp_path / "toy.zarr"
+    axes = "level = [1, 2, 3]\nbroken = 2\n"
+    file.write_text(f'experiment = "tests.sweep_toys:NOISE"\nseeds = 2\nstore = "{store}"\n[axes]\n{axes}')
+    answer = linfit("sweep", "file", file)
+    assert answer.returncode == 1
+    assert "failed: level = 2.0, replicate = 0: ValueError: level 2.0 is broken" in answer.stderr
+    assert "2 replicates failed" in answer.stdout
+    assert called("sweep", "resume", store)[0] == 1
+    shown = called("sweep", "show", store)
+    assert shown[0] == 0
+    assert "failed: level = 2.0, replicate = 1: ValueError: level 2.0 is broken" in shown[1]
+    for arguments, message in (
+        (("file", file), "exists; --resume"),
+        (("file", tmp_path / "none.toml"), "no file"),
+        (("file", file, "--retry"), "--retry"),
+        (("file", file, "--workers", "-1"), "--workers"),
+        (("file", file, "--slurm"), "--slurm needs --workers"),
+        (("overadaptation", "--store", store, "--tau", "1:0:3"), "--tau must run from"),
+        (("overadaptation", "--store", store, "--resume"), 'experiment: the store has "tests.sweep_toys:NOISE"'),
+        (("show", tmp_path), "is not a store"),
+        (("plot", store, "--x", "tau"), "--x must be an axis of the sweep, one of level"),
+        (("export", store, "--out", tmp_path / "a.txt"), "--out must end in"),
+    ):
+        code, _, errors = called("sweep", *arguments)
+        assert code == 2, arguments
+        assert errors.startswith("linfit: error: "), errors
+        assert message in errors
+        assert errors.count("\n") == 1
+
+
+def test_commands_are_light():
+    script = "import sys, sims.sweep_commands; print([m for m in ('jax', 'numpy', 'zarr', 'dask') if m in sys.modules])"
+    root = Path(__file__).parents[1]
+    assert subprocess.check_output([sys.executable, "-c", script], text=True, cwd=root).strip() == "[]"
+    script = "import sys, sims.sweep, sims.store, sims.cluster; print('jax' in sys.modules, 'xarray' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    answer = subprocess.check_output([sys.executable, "-c", script], text=True, cwd=root, env=environment)
+    assert answer.strip() == "False False"
