@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import xarray as xr
 from jax import Array
 from matplotlib.axes import Axes
 
-from figures.style import COLOURS, PAGE, SETTINGS, Picture, canvas, panel_letters
+from figures.style import COLOURS, COLUMN, PAGE, SETTINGS, Picture, canvas, panel_letters
 from linfit.bridge import Curve, Noise, fit_curve, inspect, merge, noise_level
 from linfit.bridge.inspection import delta_singular_values
 
@@ -226,20 +227,27 @@ def draw_inspection(inspection: dict[str, Any], path: Path) -> None:
     tensors = [tensor for tensor in inspection["tensors"] if tensor["signal_share"] is not None]
     tensors = tensors or inspection["tensors"]
     shown = [name for name in quantities if any(tensor[name] is not None for tensor in tensors)]
-    kinds = list(dict.fromkeys(tensor["kind"] for tensor in tensors))
+    kinds = sorted(dict.fromkeys(tensor["kind"] for tensor in tensors), key=lambda kind: ("*" in kind, kind))
     figure, axes = canvas(len(shown), width=PAGE, height=max(2.0, 0.16 * len(kinds) + 1.0), sharey=True)
+    names = ", ".join(Path(path).name for path in inspection["tuned"])
     with mpl.rc_context(SETTINGS):
         for axis, name in zip(axes, shown):
             _draw_quantity(axis, tensors, kinds, name)
             axis.set_xlabel(quantities[name])
         axes[0].set_yticks(range(len(kinds)), [_short(kind) for kind in kinds], fontsize=6)
         axes[0].invert_yaxis()
-        figure.suptitle("one dot per tensor; darker = later layer", fontsize=7)
+        title = f"{Path(inspection['base']).name} → {names}: one dot per tensor, darker = later layer"
+        if "overlap" in shown:
+            title += "; grey bars: overlap by chance"
+        figure.suptitle(fill(title, 120), fontsize=7)
         figure.savefig(path)
 
 
 def _draw_quantity(axis: Axes, tensors: list[dict[str, Any]], kinds: list[str], name: str) -> None:
     for row, kind in enumerate(kinds):
+        if name == "overlap":
+            chance = [tensor["overlap_by_chance"] for tensor in tensors if tensor["kind"] == kind]
+            axis.barh(row, max(value or 0 for value in chance), height=0.7, color="0.9", zorder=0)
         values = [tensor[name] for tensor in tensors if tensor["kind"] == kind and tensor[name] is not None]
         shades = np.linspace(0.35, 1.0, len(values)) if len(values) > 1 else [0.8]
         axis.scatter(
@@ -247,13 +255,14 @@ def _draw_quantity(axis: Axes, tensors: list[dict[str, Any]], kinds: list[str], 
         )
     axis.grid(axis="y", color="0.9", linewidth=0.5)
     axis.set_axisbelow(True)
-    axis.set_xlim(0, 1.06 * max(tensor[name] for tensor in tensors if tensor[name] is not None) or 1)
+    largest = max(tensor[name] for tensor in tensors if tensor[name] is not None)
+    axis.set_xlim(0, 1.06 * (largest or 1) if name == "relative_norm" else 1.06)
 
 
 def draw_curve(summary: dict[str, Any], path: Path) -> None:
     """Each metric along τ with its fit, the best τ and its error."""
     metrics = summary["metrics"]
-    figure, axes = canvas(len(metrics), width=3.4 * len(metrics), height=2.6)
+    figure, axes = canvas(len(metrics), width=COLUMN * len(metrics), height=2.8)
     with mpl.rc_context(SETTINGS):
         for axis, metric in zip(axes, metrics):
             taus = np.array(metric["taus"])
@@ -267,7 +276,8 @@ def draw_curve(summary: dict[str, Any], path: Path) -> None:
                 axis.axvline(best, color=COLOURS["ensemble"], linewidth=1, label=f"τ* = {best:.2f} ± {error:.2f}")
                 if np.isfinite(error):
                     axis.axvspan(best - error, best + error, color=COLOURS["ensemble"], alpha=0.2, linewidth=0)
-            axis.set_xlabel("interpolation coefficient τ")
-            axis.set_ylabel(metric["metric"])
-            axis.legend()
+            verdict = fill(metric["verdict"].replace(" = ", "\u00a0=\u00a0"), 46)
+            axis.set_xlabel(f"interpolation coefficient τ\n{verdict}")
+            axis.set_ylabel(f"{metric['metric']}\n({'larger' if metric['maximize'] else 'smaller'} is better)")
+            axis.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, columnspacing=1.0, handlelength=1.5)
         figure.savefig(path)

@@ -18,7 +18,12 @@ ROOMS = {
 }
 """What `linfit figures NAME` can draw: each module has `pictures(key, quick)`."""
 
-NEEDS = {"overadaptation": ("sklearn", "data"), "s3ft": ("sklearn", "data"), "bridge": ("transformers", "llm")}
+NEEDS = {
+    "overadaptation": ("sklearn", "data"),
+    "flow": ("sklearn", "data"),
+    "s3ft": ("sklearn", "data"),
+    "bridge": ("transformers", "llm"),
+}
 """Rooms that need an optional package, and the extra that brings it."""
 
 

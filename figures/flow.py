@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from figures.style import COLOURS, Picture, canvas, panel_letters
 from linfit import (
     FixedShift,
+    GradientDescent,
     GradientFlow,
     MinNorm,
     RandomShift,
@@ -142,20 +143,32 @@ def along_training(key: Array, setting: Setting, seed: int) -> Picture:
     problem = theory.two_task_problem(RHO, block, p=4)
     median = float(theory.median_temperature(1.0))
     best = theory.best_flow(RHO, block)
-    runs = {
-        VANILLA: (np.inf, "#D55E00", "no weights, η = ½"),
-        FLOW: (median, "#0072B2", "FLOW, T = median"),
-        "FLOW at its best": (float(theory.temperature_from_beta(best.beta, RHO)), "#56B4E9", "FLOW, best T"),
+    mu = float(theory.mean_weight(1.0, median))
+    best_temperature = float(theory.temperature_from_beta(best.beta, RHO))
+    runs = {  # temperature and step size on the loss with ½, twice the paper's η
+        VANILLA: (np.inf, 1.0, "#D55E00", "no weights, η = ½"),
+        FLOW: (median, 1 / mu, "#0072B2", "FLOW, η = 1/(2μ)"),
+        "FLOW at its best": (
+            best_temperature,
+            1 / float(theory.mean_weight(1.0, best_temperature)),
+            "#56B4E9",
+            "FLOW, best T",
+        ),
+        "FLOW, small steps": (median, 1.0, DARK, "FLOW, η = ½"),
     }
     figure, axes = canvas(3, height=2.5)
     gaps: list[float] = []
     numbers_of: dict[str, list] = {"theory": [], "sampled": [], "sampled_error": []}
-    hot = np.array([temperature for temperature, *_ in runs.values()])
-    scales = np.asarray(theory.mean_weight(1.0, hot))
-    paths = sims.sampled_iterates(key, problem, setting.large, hot, 1 / scales, int(steps[-1]), setting.repeats)
-    for index, (temperature, colour, label) in enumerate(runs.values()):
-        if np.isinf(temperature):
+    hot, sizes = (np.array(values) for values in list(zip(*runs.values()))[:2])
+    paths = sims.sampled_iterates(key, problem, setting.large, hot, sizes, int(steps[-1]), setting.repeats)
+    for index, (name, (temperature, step_size, colour, label)) in enumerate(runs.items()):
+        exact: Array | np.ndarray
+        if name == VANILLA:
             exact = theory.vanilla_iterates(RHO, steps)
+        elif name == "FLOW, small steps":
+            exact = np.stack(
+                position(theory.trajectory(problem, GradientDescent(step_size, steps), temperature).moved), axis=-1
+            )
         else:
             exact = theory.flow_iterates(RHO, theory.beta_from_temperature(temperature, RHO), steps)
         line = np.stack([*theory.errors(exact, RHO, block), theory.errors(exact, RHO, block).total])
@@ -187,8 +200,9 @@ def along_training(key: Array, setting: Setting, seed: int) -> Picture:
     panel_letters(axes)
     caption = (
         "Both errors along training without noise, in units of ‖e‖²: (a) fine-tuning, (b) pretraining, (c) their sum. Without weights, at η = ½, the error swings "
-        "between two directions on its way to θ₂*; FLOW, at η = 1/(2μ), comes there more slowly, by the stalled direction. Lines: Theorem 7.2 "
-        f"of the paper, eq. (14); points: gradient descent on {setting.large} samples with weights e^{{−ℓ/T}}, mean of {setting.repeats} draws ± one "
+        "between two directions on its way to θ₂*; FLOW, at the median temperature and η = 1/(2μ), comes there more slowly, by the stalled direction, and at η = ½, "
+        f"without making up for the mean weight μ = {mu:.2f}, more slowly still. Lines: Theorem 7.2 "
+        f"of the paper, eq. (14) (for FLOW at η = ½ the same iteration with that step); points: gradient descent on {setting.large} samples with weights e^{{−ℓ/T}}, mean of {setting.repeats} draws ± one "
         f"standard error, at most {max(gaps):.3f} off. Best T: β = {float(best.beta):.2f}, where err_tot is least, {float(best.total):.3f} at K = "
         f"{int(best.steps)}, against {float(theory.best_averaging(block)):.3f} for the best average of θ₁* and θ₂* and "
         f"{float(floor.finetune + floor.pretrain):.3f} for anything at all. ρ = {RHO}, Σ₁ = diag{BLOCK[0][0], BLOCK[1][1]} on (ē, ē⊥), p = 4; seed {seed}."
@@ -210,7 +224,7 @@ def stalled(key: Array, setting: Setting, seed: int) -> Picture:
     p, ratios, fine = 5, np.geomspace(0.05, 50, 9), np.geomspace(0.03, 80, 121)
     spectrum = 1.0 / np.arange(1, p + 1)
     gap = np.ones(p) / np.sqrt(spectrum.sum())  # q = 1
-    figure, axes = canvas(3, height=2.5)
+    figure, axes = canvas(2, 2, height=2.4)
     variables: dict = {}
     # (a) and (b): one direction of the whitened features stalls, the spectrum of Σ_w bends around it
     for noise_variance, marker, colour in ((0.0, "o", "#0072B2"), (1.0, "s", "#E69F00")):
@@ -239,10 +253,10 @@ def stalled(key: Array, setting: Setting, seed: int) -> Picture:
                 axes[1].plot(fine, curves[:, index], color=colour_of)
                 axes[1].plot(ratios, sampled[:, index], "o", color=colour_of)
     axes[0].axhline(1, color="grey", linewidth=1)
-    axes[0].annotate("all other directions", (0.04, 1), (0, -13), textcoords="offset points", color="0.4", fontsize=7)
+    axes[0].annotate("all others", (0.04, 1), (0, -13), textcoords="offset points", color="0.4", fontsize=7)
     axes[0].legend(loc="lower right", handlelength=1.0, borderaxespad=0)
     axes[1].annotate(
-        "stalls", (fine[0], curves[0, 0]), (12, 10), textcoords="offset points", color="#0072B2", fontsize=7
+        "stalls", (ratios[1], sampled[1, 0]), (7, -8), textcoords="offset points", color="#0072B2", fontsize=7
     )
     for axis in axes[:2]:
         axis.axvline(theory.MEDIAN, color="black", linestyle=":", linewidth=1)
@@ -271,17 +285,43 @@ def stalled(key: Array, setting: Setting, seed: int) -> Picture:
         variables[f"coefficient_{deviation}_error"] = ("noise_share", error)
     axes[2].set(xlabel=R"noise share $\sigma^2/v$", ylabel="share of the gap closed in the end")
     axes[2].legend()
+    variables |= heavy_tails(axes[3], jax.random.fold_in(key, 2), setting, ratios, fine)
     panel_letters(axes)
     caption = (
         "What FLOW slows down. (a) Speed of learning in whitened coordinates, over the mean weight: the direction of the gap is stalled, the more so the lower T; "
         "all others are alike. (b) In the given coordinates: eigenvalues of the weighted covariance without noise (Σ = diag(1/j), equal gap "
         "in all directions); the lowest goes to zero with T, the others interlace. (c) With noise, training to the end with n ≫ p finds only a part "
         "of the gap, an average with the pretrained weights, at T = 0.455 v; the closed form needs Gaussian noise: outliers are "
-        "ignored, and a misfit that depends on the gap's own direction ends elsewhere. Lines: theory; points: means of "
+        "ignored, and a misfit that depends on the gap's own direction ends elsewhere. (d) Features of heavier tails, √S times Gaussian ones with lognormal S, no noise: "
+        "still the gap alone is stalled, less at low temperatures and more at high ones. Lines: theory; points: means of "
         f"{setting.repeats} draws of {setting.large} samples ± one standard error. p = {p}; seed {seed}."
     )
-    coordinates = {"ratio": ratios, "fine_ratio": fine, "noise_share": noise}
+    coordinates = {"ratio": ratios, "fine_ratio": fine, "noise_share": noise, "spread": list(SPREADS)}
     return Picture("flow_stalled", "One direction stalls", caption, figure, xr.Dataset(variables, coordinates))
+
+
+SPREADS = {0.0: BLUE, 1.0: "#E69F00", 1.5: "#D55E00"}
+"""Spread of log S."""
+
+
+def heavy_tails(axis: Axes, key: Array, setting: Setting, ratios: np.ndarray, fine: np.ndarray) -> dict:
+    """The speed along the gap relative to all others against T, for features of heavier and heavier tails."""
+    sampled = sims.sampled_rates(key, np.array(list(SPREADS)), 0.0, ratios, setting.large, setting.repeats)
+    mean, error = sampled.mean(axis=0), standard_error(sampled)
+    lines = []
+    for index, (spread, colour) in enumerate(SPREADS.items()):
+        lines.append(theory.heavy_tailed_stall(1.0, 0.0, fine, *theory.lognormal_sizes(spread)).rate)
+        kurtosis = 3 * np.exp(spread**2)
+        axis.plot(fine, lines[-1], color=colour, label="Gaussian" if spread == 0 else f"kurtosis {kurtosis:.0f}")
+        axis.errorbar(ratios, mean[index], error[index], color=colour, fmt="o", capsize=1.5)
+    axis.axvline(theory.MEDIAN, color="black", linestyle=":", linewidth=1)
+    axis.set(xscale="log", xlabel=R"temperature $T/v$", ylabel="speed along the gap / others")
+    axis.legend()
+    return {
+        "heavy": (("spread", "ratio"), mean),
+        "heavy_error": (("spread", "ratio"), error),
+        "heavy_theory": (("spread", "fine_ratio"), np.stack(lines)),
+    }
 
 
 def standard_error(samples: np.ndarray) -> np.ndarray:
@@ -362,7 +402,7 @@ def position(moved: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def weights(key: Array, data: xr.Dataset, context: str) -> Picture:
     """Weights against loss, their influence, and what normalisation does to training."""
     figure, axes = canvas(3, height=2.5)
-    ratio = np.linspace(0, 6, 121)
+    ratio = np.linspace(0, 6**0.5, 121) ** 2
     families = {
         HOT: (np.exp(-ratio / 4), LIGHT, "-"),
         "FLOW, T = median": (np.exp(-ratio), BLUE, "-"),
@@ -637,7 +677,7 @@ def trade_off(problem: TwoTaskProblem, shifts: np.ndarray, few: xr.Dataset, many
     panel_letters(axes)
     caption = (
         "General against fine-tuning performance (lower left is better). (a) Population, Theorem 7.2's setting without noise, ρ = 0.76: FLOW, stopped early at the "
-        "median temperature, is better than averaging; so is stopping early without weights. L2 to zero also forgets what it pulls down. (b–d) The same "
+        "median temperature, is better than averaging; stopping early without weights is a little better still. L2 to zero also forgets what it pulls down. (b–d) The same "
         "from samples: a curve for every stopping time, penalty or τ; averaging is of the end of training with the pretrained weights; + averaging: the "
         "best stopping time and τ for each trade-off. Dashed grey: no weights are below on average (they would need to know Σ₁, Σ₂ and θ₂*); dot: θ₁*. "
         "With Gaussian noise FLOW wastes samples (b, c); with outliers (d) it is far better than averaging, and at four times the median temperature better than "

@@ -1,5 +1,6 @@
 """S3FT (paper 2502.08130) in the linear model: where targets come from, what is forgotten, where training ends."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     yield shares(simulated, expected, setting, context)
     yield against_supervised(keys[0], simulated, expected, stack, filter, setting, context)
     yield trade_off(stack, problem, filter, setting, context)
-    yield sample_size(keys[1], problem, setting, f"{PROBLEM_TEXT}; p = {setting.p}; seed {seed}.")
+    yield sample_size(jax.random.split(keys[1]), problem, setting, f"{PROBLEM_TEXT}; p = {setting.p}; seed {seed}.")
     yield coefficients(keys[3], setting, seed)
     yield digits(keys[4], setting, seed)
 
@@ -244,18 +245,18 @@ def against_supervised(
             variables[f"{quantity}_over_{name}"] = (("procedure", f"{name}_value"), lines[quantity].values / unit)
         variables[f"{name}_value"] = sweep.values
         axes[4 + column].set_xlabel(sweep.label)
-    styles = np.array([0, 2, 4, 8, 16] if setting.points > 30 else [0, 4, 16])
+    styles = np.array([0, 2, 4, 8, 16] if setting.points > 30 else [0, 8])
     over_styles = _over_style_dimension(key, stack, styles, filter, setting)
     for row, quantity in enumerate(ROWS):
-        relative = over_styles[quantity] / over_styles[quantity].sel(procedure="SFT")
+        axis, own_unit = axes[4 * row + 3], over_styles[f"{quantity}_exact"].sel(procedure="SFT", drop=True)
         for method in SHOWN_METHODS:
-            axes[4 * row + 3].plot(
-                styles,
-                relative.sel(procedure=method),
-                color=LINES[method],
-                marker=MARKS[method],
-                markerfacecolor="white",
-            )
+            points = over_styles.sel(procedure=method)
+            axis.plot(styles, points[f"{quantity}_exact"] / own_unit, color=LINES[method])
+            axis.errorbar(
+                styles, points[quantity] / own_unit, points[f"{quantity}_error"] / own_unit,
+                color=LINES[method], fmt=MARKS[method], capsize=1.5,
+            )  # fmt: skip
+        relative = over_styles[f"{quantity}_exact"] / own_unit
         variables[f"{quantity}_over_style_dimension"] = relative.transpose("procedure", "style_dimension")
     axes[7].set_xlabel("style outputs")
     for index, axis in enumerate(axes):
@@ -280,8 +281,8 @@ def against_supervised(
         "taught back teaches nothing. Without paraphrases a judge must be lax to keep style. A judge that errs (second column) teaches wrong own "
         "answers and gold style. The task does not depend on paraphrases: in the upper row both methods coincide. Dotted: the pretrained model (below at 0), which is "
         "also where training on own right answers alone ends. Lines: exact expectation on the "
-        f"same {setting.designs} designs (on the right nothing else: open markers). "
-        f"{agreement(simulated, tuple(ROWS))} {BASE_TEXT}. {context}"
+        f"same {setting.designs} designs. {agreement(simulated, tuple(ROWS))} On the right {over_styles.replicates} draws on each. "
+        f"{BASE_TEXT}. {context}"
     )
     coordinates = {"procedure": list(sims.VARIANTS), "style_dimension": styles}
     return Picture(
@@ -290,8 +291,14 @@ def against_supervised(
 
 
 def _over_style_dimension(key: Array, stack: Array, styles: np.ndarray, filter: Filter, setting: Setting) -> xr.Dataset:
-    runs = [sims.expected_on(stack, vector_problem(key, setting, int(styles_)), BASE, filter) for styles_ in styles]
-    return xr.concat(runs, xr.Variable("style_dimension", styles)).isel(setting=0)
+    draw_key, replicates = jax.random.fold_in(key, 1), max(setting.replicates // 4, 2)
+    runs = [
+        sims.monte_carlo(
+            draw_key, stack, vector_problem(key, setting, int(number)), BASE, filter, replicates=replicates
+        )
+        for number in styles
+    ]
+    return xr.concat(runs, xr.Variable("style_dimension", styles), combine_attrs="override").isel(setting=0)
 
 
 # ------------------------------------------------------------------------------------- the plane, and sample size
@@ -344,61 +351,61 @@ def trade_off(stack: Array, problem: VectorProblem, filter: Filter, setting: Set
     return Picture("s3ft_trade_off", "S3FT: the trade-off plane", caption, figure, data)
 
 
-def sample_size(key: Array, problem: VectorProblem, setting: Setting, context: str) -> Picture:
+def sample_size(keys: Array, problem: VectorProblem, setting: Setting, context: str) -> Picture:
     """Task risk and forgetting against n, min-norm and ridge, to the population limit."""
     sizes = np.unique(np.geomspace(setting.p / 16, 8 * setting.p, 11 if setting.points > 30 else 4).astype(int))
     sizes = sizes[abs(np.log(sizes / setting.p)) > 0.2]
-    runs = {"min-norm": [], "ridge": []}  # type: dict[str, list[xr.Dataset]]
-    for n in sizes:
-        stack = designs(key, problem.finetune_covariance, int(n), 2)
-        runs["min-norm"].append(sims.expected_on(stack, problem, BASE, MinNorm()))
-        runs["ridge"].append(sims.expected_on(stack, problem, BASE, bayes_ridge(problem, int(n))))
-    data = xr.concat(
-        [xr.concat(rows, xr.Variable("n", sizes)) for rows in runs.values()], xr.Variable("filter", list(runs))
-    ).isel(setting=0)
+    shown = sizes[::4] if setting.points > 30 else sizes[:1]  # every size is compiled for
+    filters = {"min-norm": lambda n: MinNorm(), "ridge": lambda n: bayes_ridge(problem, n)}
+    exact, simulated = [], []
+    for filter in filters.values():
+        stacks = {int(n): designs(keys[0], problem.finetune_covariance, int(n), 2) for n in sizes}
+        lines = [sims.expected_on(stack, problem, BASE, filter(n)) for n, stack in stacks.items()]
+        points = [
+            sims.monte_carlo(keys[1], stacks[n], problem, BASE, filter(n), replicates=max(setting.replicates // 4, 2))
+            for n in map(int, shown)
+        ]
+        exact.append(xr.concat(lines, xr.Variable("n", sizes)))
+        simulated.append(xr.concat(points, xr.Variable("n", shown), combine_attrs="drop_conflicts"))
+    names = xr.Variable("filter", list(filters))
+    data, measured = (xr.concat(runs, names, combine_attrs="override").isel(setting=0) for runs in (exact, simulated))
     limits = {name: theory.population(problem, sims.variant(name, BASE)) for name in sims.VARIANTS}
     figure, axes = canvas(4, height=2.3)
-    for column, quantity in enumerate(ROWS):
-        for offset, filter in enumerate(runs):
-            axis = axes[2 * column + offset]
-            for method in sims.VARIANTS:
-                curve = data[quantity].sel(procedure=method, filter=filter)
-                below = curve.where(sizes < setting.p)
-                axis.plot(
-                    sizes / setting.p, below, color=LINES[method], marker=MARKS[method], markersize=3,
-                    markerfacecolor="white", label=method,
-                )  # fmt: skip
-                axis.plot(
-                    sizes / setting.p,
-                    curve.where(sizes > setting.p),
-                    color=LINES[method],
-                    marker=MARKS[method],
-                    markersize=3,
-                    markerfacecolor="white",
-                )
-                limit = float(getattr(limits[method], quantity))
-                if limit > 0:
-                    axis.axhline(limit, color=LINES[method], linewidth=0.8, linestyle=":")
-            axis.set(xscale="log", yscale="log", xlabel="samples / features", title=filter)
+    for axis, (quantity, name) in zip(axes, itertools.product(ROWS, filters), strict=True):
+        for method in sims.VARIANTS:
+            curve = data[quantity].sel(procedure=method, filter=name)
+            for side in (sizes < setting.p, sizes > setting.p):
+                axis.plot(sizes[side] / setting.p, curve[side], color=LINES[method])
+            at = measured.sel(procedure=method, filter=name)
+            axis.errorbar(
+                shown / setting.p, at[quantity], at[f"{quantity}_error"],
+                color=LINES[method], fmt=MARKS[method], markersize=3, capsize=1.5, label=method,
+            )  # fmt: skip
+            limit = float(getattr(limits[method], quantity))
+            if limit > 0:
+                axis.axhline(limit, color=LINES[method], linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", yscale="log", xlabel="samples / features", title=name)
     for column, text in enumerate(("task: content risk", R"forgetting $R_\mathrm{pre}$")):
-        low = min(axis.get_ylim()[0] for axis in axes[2 * column : 2 * column + 2])
-        high = max(axis.get_ylim()[1] for axis in axes[2 * column : 2 * column + 2])
-        for axis in axes[2 * column : 2 * column + 2]:
+        pair = axes[2 * column : 2 * column + 2]
+        low, high = min(axis.get_ylim()[0] for axis in pair), max(axis.get_ylim()[1] for axis in pair)
+        for axis in pair:
             axis.set_ylim(low, high)
             readable_ticks(axis.yaxis)
-        axes[2 * column].set_ylabel(text)
+        pair[0].set_ylabel(text)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     panel_letters(axes)
     caption = (
         "Over the number of samples, for min-norm and for ridge with the Bayes penalty of SFT; n near p, where min-norm has its peak, is left out. "
         "At every n S3FT forgets less than SFT and does worse on the task: with more data the risk of SFT goes on falling, that of S3FT stays above a limit, since what "
-        f"is within the tolerance is never learned. In (a) and (b) S3FT with and without paraphrases coincide. Dotted: the population limit (0 for SFT in a and b, not drawn). "
-        f"Open markers: the exact expectation averaged over 2 designs; nothing here is simulated. {BASE_TEXT}. {context}"
+        "is within the tolerance is never learned. In (a) and (b) S3FT with and without paraphrases coincide. Dotted: the population limit (0 for SFT in a and b, not drawn). "
+        f"Lines: exact expectation on the same designs. {agreement(measured, tuple(ROWS))} {BASE_TEXT}. {context}"
     )
-    return Picture(
-        "s3ft_sample_size", "S3FT over the number of samples", caption, figure, data.drop_vars(list(BASE._fields))
-    )
+    renamed = {"n": "n_simulated"} | {str(name): f"{name}_simulated" for name in measured}
+    both = xr.merge(
+        [data, measured.rename(renamed)], combine_attrs="drop", compat="no_conflicts", join="outer"
+    ).drop_vars(list(BASE._fields))
+    return Picture("s3ft_sample_size", "S3FT over the number of samples", caption, figure, both)
 
 
 # --------------------------------------------------------------------------------------- where training ends
@@ -524,7 +531,7 @@ def digits(key: Array, setting: Setting, seed: int) -> Picture:
         f"Noise 0.1 on all gold answers; the judge errs with probability {ERROR} either way. Targets of S3FT: {float(chosen.own):.0%} own, {float(chosen.paraphrase):.0%} paraphrased, "
         f"{float(chosen.gold):.0%} gold. Accuracy on turned digits: "
         + ", ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
-        + f". Squared errors; at {styles[-1]} style outputs forgetting is "
+        + f". Squared errors: of the indicators on turned images in (a), of all outputs on upright ones in (c); at {styles[-1]} style outputs forgetting is "
         + ", ".join(f"{float(most.forgetting.sel(procedure=name)):.1f} for {name}" for name in sims.DIGITS_METHODS[1:])
         + f". Mean over {data.splits} splits ± one standard error, held-out images with clean labels; SFT + ensemble at τ = ½. Outputs do not share weights here, so the task does not depend on the style. Seed {seed}."
     )

@@ -136,7 +136,7 @@ def local(workers: int) -> Executor:
         }
         left = dict.fromkeys(tasks)
         for _ in range(1 + RERUNS):  # a nanny gives up if its worker dies while it starts
-            with _dask_settings():
+            with _dask_settings(**_KEEP):
                 with _deaf_to_interrupts():
                     cluster = SpecCluster(nannies, {"cls": Scheduler, "options": options}, silence_logs=50)
                 with cluster, Client(cluster) as client, suppress(NoWorkers):
@@ -290,8 +290,12 @@ def through(
         raise OSError("the Dask scheduler is gone; what was finished is kept, and --resume computes the rest") from None
 
 
+_KEEP = {"distributed.deploy.lost-worker-timeout": "10000 days"}
+"""Else a local cluster drops a worker for good that is starting anew 15 seconds after another of its deaths."""
+
+
 @contextmanager
-def _dask_settings() -> Iterator[None]:
+def _dask_settings(**more: Any) -> Iterator[None]:
     """One task at a time on a worker, so that a task that kills it takes no other along; as few reruns as promised."""
     import dask.config
 
@@ -300,6 +304,7 @@ def _dask_settings() -> Iterator[None]:
             "distributed.scheduler.allowed-failures": RERUNS,
             "distributed.scheduler.worker-saturation": 1.0,
             "distributed.worker.daemon": True,
+            **more,
         }
     ):
         yield

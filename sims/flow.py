@@ -277,7 +277,7 @@ def monte_carlo(
 
 def drawn_shifts(key: Array, problem: TwoTaskProblem, replicates: int) -> np.ndarray:
     """The shifts θ₂* − θ₁* (replicates, p) that `monte_carlo` draws from the same key, whatever its n."""
-    return np.stack([draw(jax.random.fold_in(key, index), problem, 1).theta_2_star for index in range(replicates)])
+    return np.asarray(replicate(lambda key: draw(key, problem, 1).theta_2_star, key, replicates, "shifts"))
 
 
 def along_tau(data: xr.Dataset, tau: xr.DataArray | float = 1.0) -> xr.DataArray:
@@ -356,6 +356,33 @@ def sampled_moments(
 
     covariance, moment = replicate(moments, key, replicates, "moments")
     return np.asarray(covariance), np.asarray(moment)
+
+
+def sampled_rates(
+    key: Array, spreads: np.ndarray, noise_std: float, temperatures: np.ndarray, n: int, replicates: int
+) -> np.ndarray:
+    """How much slower the gap is learned than other directions if features have heavier tails (docs, F3).
+
+    (replicates, spreads, temperatures). Features √S z, z Gaussian and log S ~ N(−spread²/2, spread²) as in
+    `theory.flow.lognormal_sizes`; in whitened coordinates, the gap along the first, of length 1.
+    """
+    n = count("n", n)
+
+    def rates(key: Array) -> Array:
+        size_key, feature_key, noise_key = jax.random.split(key, 3)
+        size, z = jax.random.normal(size_key, (n,)), jax.random.normal(feature_key, (2, n))
+        noise = noise_std * jax.random.normal(noise_key, (n,))
+
+        def of(setting: tuple[Array, Array]) -> Array:
+            spread, temperature = setting
+            along, across = z * jnp.exp((spread * size - spread**2 / 2) / 2)
+            weights = flow_weights((along + noise) ** 2, temperature)
+            return weights @ along**2 / (weights @ across**2)
+
+        grid = jnp.meshgrid(jnp.asarray(spreads), jnp.asarray(temperatures), indexing="ij")
+        return jax.lax.map(of, tuple(axis.ravel() for axis in grid)).reshape(grid[0].shape)
+
+    return np.asarray(replicate(rates, key, replicates, "rates"))
 
 
 def fixed_points(

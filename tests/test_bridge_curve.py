@@ -109,19 +109,151 @@ def test_tables(tmp_path, form):
         read_evaluations([str(path)], "f1")
 
 
-def test_harness_results(tmp_path):
+def harness_result(tau: float) -> dict:
+    """What lm-evaluation-harness 0.4 writes to MODEL/results_DATE.json, key by key."""
+    arc = {"alias": "arc_easy", "sample_len": 2376, "acc,none": 0.5 + tau / 10, "acc_stderr,none": 0.02}
+    math = {
+        "alias": "gsm8k", "sample_len": 1319,
+        "exact_match,strict-match": 0.1 + tau / 5, "exact_match_stderr,strict-match": 0.01,
+        "exact_match,flexible-extract": 0.2 + tau / 5, "exact_match_stderr,flexible-extract": 0.011,
+    }  # fmt: skip
+    text = {
+        "alias": "wikitext", "sample_len": 62, "word_perplexity,none": truth(tau), "word_perplexity_stderr,none": "N/A",
+    }  # fmt: skip
+    group = {"alias": "mmlu", "sample_len": 14042, "acc,none": 0.4 - tau**2 / 10, "acc_stderr,none": 0.004}
+    part = {**group, "alias": " - humanities", "name": "mmlu_humanities", "sample_len": 4705}
+    return {
+        "results": {"arc_easy": arc, "gsm8k": math, "wikitext": text, "mmlu": group, "mmlu_humanities": part,
+                    "untagged": {" ": " ", "alias": "untagged"}},
+        "groups": {"mmlu": group, "mmlu_humanities": part},
+        "group_subtasks": {"mmlu": ["mmlu_humanities"], "arc_easy": [], "gsm8k": [], "wikitext": []},
+        "configs": {"arc_easy": {"task": "arc_easy", "metric_list": [{"metric": "acc", "higher_is_better": True}]}},
+        "versions": {"arc_easy": 1.0, "gsm8k": 3.0, "mmlu": 2, "wikitext": 2.0},
+        "n-shot": {"arc_easy": 0, "gsm8k": 5, "wikitext": 0},
+        "higher_is_better": {"arc_easy": {"acc": True}, "gsm8k": {"exact_match": True}, "mmlu": {"acc": True},
+                             "mmlu_humanities": {"acc": None}, "wikitext": {"word_perplexity": False}},
+        "n-samples": {"arc_easy": {"original": 2376, "effective": 2376}},
+        "config": {"model": "hf", "model_args": f"pretrained=runs/tau_{tau:g},dtype=bfloat16",
+                   "model_num_parameters": 1235814400, "model_dtype": "torch.bfloat16", "batch_size": "8",
+                   "batch_sizes": [], "device": "cpu", "use_cache": None, "limit": None, "bootstrap_iters": 100000,
+                   "gen_kwargs": None, "random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234},
+        "git_hash": "abc1234", "date": 1790000000.0, "transformers_version": "5.0.0", "lm_eval_version": "0.4.9",
+        "upper_git_hash": None, "tokenizer_pad_token": ["<pad>", "0"], "tokenizer_eos_token": ["</s>", "2"],
+        "tokenizer_bos_token": ["<s>", "1"], "eot_token_id": 2, "max_length": 2048, "task_hashes": {},
+        "model_source": "hf", "model_name": f"runs/tau_{tau:g}", "model_name_sanitized": f"runs__tau_{tau:g}",
+        "system_instruction": None, "system_instruction_sha": None, "fewshot_as_multiturn": False,
+        "chat_template": None, "chat_template_sha": None, "total_evaluation_time_seconds": "812.4",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def harness(tmp_path):
+    """`TAU=FOLDER` of three evaluations; the first one ran twice, the latest counts."""
     for tau in (0.0, 0.5, 1.0):
-        folder = tmp_path / f"run{tau}" / "model"
+        folder = tmp_path / f"{tau}" / f"runs__tau_{tau:g}"
         folder.mkdir(parents=True)
-        results = {"arc_easy": {"alias": "arc_easy", "acc,none": 0.5 + tau / 10, "acc_stderr,none": 0.02}}
-        (folder / "results_2025.json").write_text(json.dumps({"results": results}))
-    found = read_evaluations([f"{tau}={tmp_path}/run{tau}" for tau in (0.0, 0.5, 1.0)], "arc_easy/acc")
-    np.testing.assert_allclose(found.values, [0.5, 0.55, 0.6])
-    np.testing.assert_allclose(found.standard_errors, 0.02)
-    with pytest.raises(ValueError, match=r"no metric 'arc_easy/f1'; there are .*arc_easy/acc"):
-        read_evaluations([f"0={tmp_path}/run0.0"], "arc_easy/f1")
-    with pytest.raises(ValueError, match="TAU=FILE"):
-        read_evaluations(["a.json", "b.json"], "x")
+        text = json.dumps(harness_result(tau), indent=2)
+        (folder / "results_2026-03-01T10-00-00.123456.json").write_text(text)
+    stale = tmp_path / "0.0" / "runs__tau_0" / "results_2026-02-28T23-00-00.123456.json"
+    stale.write_text(json.dumps(harness_result(7.0)))
+    return [f"{tau}={tmp_path}/{tau}" for tau in (0.0, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "error", "larger"),
+    [
+        ("arc_easy/acc", [0.5, 0.55, 0.6], 0.02, True),
+        ("arc_easy/acc,none", [0.5, 0.55, 0.6], 0.02, True),
+        ("gsm8k/exact_match,flexible-extract", [0.2, 0.3, 0.4], 0.011, True),
+        ("wikitext/word_perplexity", [2.0, 1.625, 1.7], None, False),
+        ("mmlu/acc", [0.4, 0.375, 0.3], 0.004, True),
+        ("mmlu_humanities/acc", [0.4, 0.375, 0.3], 0.004, None),
+    ],
+)
+def test_harness_results(harness, metric, values, error, larger):
+    found = read_evaluations(harness, metric)
+    np.testing.assert_allclose(found.values, values)
+    assert found.larger_is_better is larger
+    if error is None:
+        assert found.standard_errors is None
+    else:
+        np.testing.assert_allclose(found.standard_errors, error)
+
+
+def test_harness_groups_that_are_not_repeated_among_the_results(tmp_path):
+    content = harness_result(0.5)
+    del content["results"]["mmlu"]
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    assert read_evaluations([f"0.5={tmp_path}/r.json"], "mmlu/acc").values == 0.375
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("arc_easy/f1", r"no metric 'arc_easy/f1'; there are mmlu/acc, mmlu_humanities/acc, arc_easy/acc, gsm8k/exact"),
+        ("arc_easy/alias,none", "no metric"),
+        ("loss", "no metric 'loss'"),
+        ("gsm8k/exact_match", r"several filters; name one of gsm8k/exact_match,strict-match, gsm8k/exact_match,flex"),
+        ("arc_easy/alias", "must be a finite number, got 'arc_easy'"),
+    ],
+)
+def test_metrics_that_harness_results_do_not_have(harness, metric, message):
+    with pytest.raises(ValueError, match=message):
+        read_evaluations(harness, metric)
+
+
+def test_harness_files_that_cannot_be_used(harness, tmp_path):
+    other = tmp_path / "0.0" / "another"
+    other.mkdir()
+    (other / "results_2026.json").write_text("{}")
+    (tmp_path / "torn.json").write_text('{"results": {')
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "nan.json").write_text(json.dumps({"results": {"t": {"acc,none": float("nan")}}}))
+    (tmp_path / "empty").mkdir()
+    for sources, message in (
+        (harness, r"several models \(another, runs__tau_0\)"),
+        ([f"0={tmp_path}/torn.json"], "torn.json: not JSON"),
+        ([f"0={tmp_path}/list.json"], "an object `results`"),
+        ([f"0={tmp_path}/nan.json"], "must be a finite number, got nan"),
+        ([f"0={tmp_path}/empty"], r"no results\*.json"),
+        (["a.json", "b.json"], "TAU=FILE"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_evaluations(sources, "t/acc")
+
+
+def test_harness_samples_are_paired_by_document_and_of_one_filter(tmp_path, generator):
+    """What --log_samples writes: one line per document and filter, in any order."""
+    right = generator.integers(0, 2, size=(3, 40)).astype(float)
+    for tau, row in zip((0.0, 0.5, 1.0), right):
+        lines = [
+            {"doc_id": k, "doc": {}, "target": "x", "resps": [["y"]], "filter": kind, "metrics": ["exact_match"],
+             "doc_hash": "d", "prompt_hash": "p", "target_hash": "t", "exact_match": value if kind == "strict" else 1.0}
+            for k, value in enumerate(row) for kind in ("strict", "flexible")
+        ]  # fmt: skip
+        generator.shuffle(lines)
+        (tmp_path / f"{tau}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sources = [f"{tau}={tmp_path}/{tau}.jsonl" for tau in (0.0, 0.5, 1.0)]
+    np.testing.assert_array_equal(read_evaluations(sources, "gsm8k/exact_match,strict").values, right)
+    with pytest.raises(ValueError, match="name one of exact_match,flexible, exact_match,strict"):
+        read_evaluations(sources, "exact_match")
+    with pytest.raises(ValueError, match="needs a number `acc`"):
+        read_evaluations(sources, "acc,strict")
+
+
+def test_curve_takes_the_direction_from_the_results(harness, capsys):
+    from linfit.bridge.commands import curve
+
+    curve(tuple(harness), metric="mmlu/acc", json=True)
+    printed = capsys.readouterr()
+    fit = json.loads(printed.out)["metrics"][0]
+    assert fit["maximize"]
+    assert abs(fit["best_tau"]) < 1e-9
+    assert "mmlu/acc is better when larger" in printed.err
+    with pytest.raises(ValueError, match="word_perplexity is better when smaller"):
+        curve(tuple(harness), metric="wikitext/word_perplexity", maximize=True)
+    curve(tuple(harness), metric="wikitext/word_perplexity", json=True)
+    assert abs(json.loads(capsys.readouterr().out)["metrics"][0]["best_tau"] - 2 / 3) < 1e-9
 
 
 def test_losses_are_paired(tmp_path, generator):

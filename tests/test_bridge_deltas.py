@@ -8,7 +8,7 @@ from linfit.bridge import inspect, noise_level, optimal_shrinkage, split_deltas
 from linfit.bridge.deltas import marchenko_pastur_median, shrinkage, split_of, truncation
 from linfit.bridge.inspection import delta_singular_values
 from linfit.bridge.spectrum import most_directions, spectrum_of
-from tests.bridge_checkpoints import families, write_single  # noqa: F401
+from tests.bridge_checkpoints import write_single
 
 
 @pytest.mark.parametrize("aspect", [0.1, 0.5, 1.0])
@@ -192,6 +192,8 @@ def test_inspection_of_known_deltas(tmp_path, generator):
     np.testing.assert_allclose(first.top_singular_values, [4, 3, 2, 1], rtol=1e-4)
     assert first.overlap > 0.999
     assert first.overlap_by_chance == 0.1
+    assert (first.noise_edge, first.signal_share) == (0, 1)
+    assert any(note.startswith("1 deltas of low rank") for note in inspection.notes)
     assert reports["h.1.w"].delta_norm == 0
     assert reports["h.1.w"].effective_rank is None
     assert reports["norm"].changed == 0.2
@@ -199,7 +201,7 @@ def test_inspection_of_known_deltas(tmp_path, generator):
     np.testing.assert_allclose(delta_singular_values(base, tuned, "h.0.w")[:4], [4, 3, 2, 1], rtol=1e-4)
 
 
-def test_inspection_of_several_real_runs(families):  # noqa: F811
+def test_inspection_of_several_real_runs(families):
     base, tuned = families["llama"]
     inspection = inspect(base, tuned)
     assert len(inspection.tensors) == 21

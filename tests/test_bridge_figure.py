@@ -1,4 +1,4 @@
-"""The figure of a small real model, at tiny size; the weighted loss of the documentation; names on the Hub."""
+"""The figure of a small real model, at tiny size; the weighted loss of the documentation."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
-from tests.bridge_checkpoints import write_single
 
 
 @pytest.mark.slow
@@ -49,24 +47,3 @@ def test_the_weighted_loss_of_the_documentation():
         ]
     assert torch.allclose(weighted, sum(w * part for w, part in zip(weight, parts)))
     assert transformers.__version__
-
-
-def test_hub_names_are_fetched_and_folders_are_not(tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    from linfit.bridge.commands import _local
-
-    folder = write_single(tmp_path / "owner" / "name", {"w": np.ones((2, 2), np.float32)})
-    asked = []
-
-    def fetch(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(folder)
-
-    monkeypatch.setattr(hub, "snapshot_download", fetch)
-    monkeypatch.chdir(tmp_path)
-    assert _local("owner/name") == Path("owner/name")  # a folder here
-    assert asked == []
-    assert _local("owner/other") == folder
-    assert asked[0][0] == "owner/other"
-    assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked[0][1])
-    assert _local("./owner/other") == Path("./owner/other")  # meant as a path

@@ -1,6 +1,7 @@
 """Losses by transformers, weights and targets as datasets, noise on real models, and the command line end to end."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -8,7 +9,7 @@ from importlib.metadata import entry_points
 import numpy as np
 import pytest
 
-from linfit.bridge import load, perturb
+from linfit.bridge import load, merge, perturb
 from linfit.bridge.records import (
     choose_targets,
     command_judge,
@@ -19,15 +20,28 @@ from linfit.bridge.records import (
     weigh,
     write_records,
 )
-from tests.bridge_checkpoints import families, write_single  # noqa: F401
+from linfit.command_line import main
+from tests.bridge_checkpoints import write_single
 
-LINFIT = [sys.executable, "-m", "linfit.command_line"]
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command line within this process: what it prints, or with `code=2` what it complains about."""
 
-def command(*arguments, code: int = 0) -> str:
-    done = subprocess.run([*LINFIT, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    def call(*arguments, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["linfit", *map(str, arguments)])
+        ended = 0
+        try:
+            main()
+        except SystemExit as exit:
+            ended = exit.code or 0
+        printed = capsys.readouterr()
+        assert ended == code, printed.err
+        return printed.out if code == 0 else printed.err
+
+    for name in ("JAX_ENABLE_X64", "OPENBLAS_NUM_THREADS", "NPROC"):  # what a command sets for its own process
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    return call
 
 
 @pytest.fixture
@@ -46,7 +60,7 @@ def sums(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_losses_are_those_of_the_model_itself(families, sums, tmp_path, batch_size):  # noqa: F811
+def test_losses_are_those_of_the_model_itself(families, sums, tmp_path, batch_size):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     from linfit.bridge.language import write_losses
 
@@ -70,7 +84,7 @@ def test_losses_are_those_of_the_model_itself(families, sums, tmp_path, batch_si
         np.testing.assert_allclose(np.mean(counted), line["loss"], rtol=1e-6)
 
 
-def test_losses_resume_after_an_interruption(families, sums, tmp_path):  # noqa: F811
+def test_losses_resume_after_an_interruption(families, sums, tmp_path):
     from linfit.bridge.language import write_losses
 
     path, _ = sums
@@ -140,6 +154,100 @@ def test_bad_records(record, message):
 
     with pytest.raises(ValueError, match=message):
         encode_record(record, Words(), 100, 4)
+
+
+# A real tokenizer ---------------------------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def talkers(tmp_path_factory):
+    """A base and a tuned model with trained byte-pair encodings; only the tuned one has a chat template."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    from linfit.bridge.example import counting_text, story_text
+
+    generator = np.random.default_rng(0)
+    text = story_text(generator, 300) + counting_text(generator, 300)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        text.splitlines(keepends=True),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<s>", "</s>", "<|user|>", "<|assistant|>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    saved = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    folders = []
+    for seed, name in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(
+            vocab_size=len(saved), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+            bos_token_id=0, eos_token_id=1, max_position_embeddings=128, initializer_range=0.1,
+        )  # fmt: skip
+        folders.append(tmp_path_factory.mktemp("talkers") / name)
+        transformers.LlamaForCausalLM(config).save_pretrained(folders[-1])
+        saved.chat_template = CHAT_TEMPLATE if name == "tuned" else None
+        saved.save_pretrained(folders[-1])
+    return folders
+
+
+def test_tokenizer_and_chat_template_come_with_the_merge(talkers, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    base, tuned = talkers
+    zero, half = merge(base, tuned, tmp_path / "out", tau=[0.0, 0.5]).folders
+    messages = [{"role": "user", "content": "17+25="}, {"role": "assistant", "content": "42."}]
+    for folder in (zero, half):
+        own, merged = (transformers.AutoTokenizer.from_pretrained(each) for each in (tuned, folder))
+        assert merged.apply_chat_template(messages, tokenize=False) == own.apply_chat_template(messages, tokenize=False)
+        assert merged("the cat sees 7+8=15.").input_ids == own("the cat sees 7+8=15.").input_ids
+        assert merged.decode(merged("the cat sees").input_ids, skip_special_tokens=True) == "the cat sees"
+        names = {path.name for path in tuned.iterdir()}
+        assert {"tokenizer.json", "tokenizer_config.json"} < names
+        for name in names - {"model.safetensors"}:
+            assert (folder / name).read_bytes() == (tuned / name).read_bytes()
+    assert "<|user|>\n17+25=</s>" in own.apply_chat_template(messages, tokenize=False)
+    assert transformers.AutoTokenizer.from_pretrained(base).chat_template is None
+
+
+def test_losses_of_text_prompts_and_conversations(talkers, command, tmp_path):
+    """Through the real tokenizer, against losses whose targets are found by the position of their characters."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder = merge(*talkers, tmp_path / "out", tau=0.5).folders[0]
+    question, answer = "17+25=", "42."
+    records = [
+        {"text": "the old king finds an open door."},
+        {"prompt": "my friend sees", "completion": " the sea."},
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
+    ]
+    write_records(tmp_path / "data.jsonl", records)
+    command("losses", folder, tmp_path / "data.jsonl", "--out", tmp_path / "losses.jsonl")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    conversation = f"<s><|user|>\n{question}</s>\n<|assistant|>\n"
+    expected = [
+        ("", "<s>the old king finds an open door."),
+        ("<s>my friend sees", " the sea."),
+        (conversation, f"{answer}</s>\n"),
+    ]
+    for line, (given, target) in zip(read_records(tmp_path / "losses.jsonl"), expected, strict=True):
+        encoded = tokenizer(given + target, add_special_tokens=False, return_offsets_mapping=True)
+        ids = torch.tensor([encoded.input_ids])
+        labels = torch.tensor(
+            [[i if end > len(given) else -100 for i, (_, end) in zip(ids[0], encoded.offset_mapping)]]
+        )
+        with torch.no_grad():
+            loss = float(model(input_ids=ids, labels=labels).loss)
+        np.testing.assert_allclose(line["loss"], loss, rtol=1e-5)
+        assert line["tokens"] == int((labels[:, 1:] != -100).sum())
 
 
 # Weights and targets ------------------------------------------------------------------------------------------------
@@ -216,7 +324,7 @@ def test_bad_jsonl(tmp_path, content, message):
 # Noise --------------------------------------------------------------------------------------------------------------
 
 
-def test_noise_has_the_size_asked_for(families, tmp_path):  # noqa: F811
+def test_noise_has_the_size_asked_for(families, tmp_path):
     base = families["gpt2"][0]
     outcome = perturb(base, tmp_path / "out", gamma=[0.0, 0.01, 0.1], seed=[0, 1])
     start = load(base)
@@ -276,8 +384,7 @@ def test_every_command_is_registered_and_light():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.slow
-def test_from_checkpoints_to_the_best_tau(families, sums, tmp_path):  # noqa: F811
+def test_from_checkpoints_to_the_best_tau(families, sums, command, tmp_path):
     """merge → losses at each τ → curve; losses → weights; all through the command line."""
     base, (tuned, other, _) = families["llama"]
     data, _ = sums
@@ -306,13 +413,13 @@ def test_from_checkpoints_to_the_best_tau(families, sums, tmp_path):  # noqa: F8
     assert "τ of average" in command("inspect", base, tuned, other)
 
 
-def test_targets_command(tmp_path):
+def test_targets_command(command, tmp_path):
     write_records(tmp_path / "a.jsonl", [{"own": "It is 4", "gold": "4"}, {"own": "5", "gold": "6"}])
     assert "own 50.0%" in command("targets", tmp_path / "a.jsonl", "-o", tmp_path / "t.jsonl", "--judge", "last-number")
     assert [record["completion"] for record in read_records(tmp_path / "t.jsonl")] == ["It is 4", "6"]
 
 
-def test_bad_calls_end_with_one_line(tmp_path):
+def test_bad_calls_end_with_one_line(command, tmp_path):
     folder = write_single(tmp_path / "a", {"w": np.ones((2, 2), np.float32)})
     calls = [
         (["merge", folder, tmp_path / "none", "-o", tmp_path / "o"], "no such checkpoint folder"),

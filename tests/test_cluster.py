@@ -37,7 +37,7 @@ def running(workers, environment=SETTINGS):
     options = {"nthreads": 1, "dashboard": False, "env": environment, "silence_logs": 50}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
     nannies = {index: {"cls": Nanny, "options": options} for index in range(workers)}
-    with SpecCluster(nannies, scheduler, silence_logs=50) as found:
+    with cluster._dask_settings(**cluster._KEEP), SpecCluster(nannies, scheduler, silence_logs=50) as found:
         yield found
 
 

@@ -632,6 +632,8 @@ RANDOM = TwoTaskProblem([1.0, 1.0], [1.0, 2.0], RandomShift([1.0, 1.0]), 0.1)
         (lambda: flow.stall([1.0, 0.0], [0.0, 1.0], 0.1), "shift must have ΔᵀΣΔ > 0"),
         (lambda: flow.heavy_tailed_stall(1.0, 0.0, 1.0, [1.0], [1.0, 2.0]), "probabilities must match scales"),
         (lambda: flow.heavy_tailed_stall(1.0, 0.0, 1.0, [-1.0], [1.0]), "scales must be non-negative"),
+        (lambda: flow.lognormal_sizes(-1.0), "spread must be non-negative"),
+        (lambda: flow.lognormal_sizes(1.0, 0), "nodes must be at least 1"),
         (lambda: flow.fixed_point_coefficient(-1.0, 1.0), "noise_std must be non-negative"),
         (lambda: flow.fixed_point_coefficient(1.0, -1.0), "temperature must be non-negative"),
         (lambda: flow.trajectory(RANDOM, MinNorm()), "shift must be a linfit.FixedShift"),

@@ -55,6 +55,7 @@ def test_fixed_point_at_both_ends(rtol):
     assert float(theory.fixed_point_coefficient(large, 1.0)) == pytest.approx(tail, rel=0.02)
 
 
+@pytest.mark.slow
 def test_fixed_point_by_training(seed):
     """Least squares on scalar targets of the library's own judge, in standard errors; another Σ, another law of σ."""
     problem = TwoTaskProblem(
@@ -76,6 +77,7 @@ def test_fixed_point_by_training(seed):
     assert abs(samples.mean() - rho) < 4.5 * samples.std(ddof=1) / 60**0.5 + 1e-3  # the bias is of order p/n
 
 
+@pytest.mark.slow
 def test_fixed_point_under_transformations():
     slope = jax.jit(jax.grad(theory.fixed_point_coefficient))(1.0, 0.8)
     step = 1e-6
@@ -93,6 +95,7 @@ def test_t1_is_t2_with_one_content_output():
     np.testing.assert_allclose(learned.content, theory.fixed_point_coefficient(tolerance, 0.9), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_special_procedures():
     assert [float(value) for value in theory.coefficients(SUPERVISED, 3, 1.0)] == [1, 1]
     assert [float(value) for value in theory.shares(SUPERVISED, 3, 1.0)] == [0, 0, 1]
@@ -129,6 +132,7 @@ def test_coefficients_by_quadrature(rank, rtol):
     np.testing.assert_allclose(theory.shares(GENERAL, rank, std), [own, 1 - own - style, style], rtol=max(rtol, 1e-7))
 
 
+@pytest.mark.slow
 def test_population_by_least_squares(seed):
     """Both coefficients and the one of own answers alone, from many samples, in standard errors."""
     problem = sims.content_and_style_problem(
@@ -143,17 +147,18 @@ def test_population_by_least_squares(seed):
         assert abs(gap) < 4.5 * data[f"{name}_error"].item() + 4e-3, name  # the bias is of order p/n
 
 
+@pytest.mark.slow
 def test_own_answers_alone():
     strict = Procedure(1e-4, sampling_std=jnp.array([0.0, 0.5, 2.0]))
     sampled = np.array([0.0, 0.5, 2.0]) ** 2
     np.testing.assert_allclose(theory.rejection_coefficient(strict, 3, 1.0, 0.5), sampled / (sampled + 0.25), rtol=1e-6)
-    lax = Procedure(jnp.inf, sampling_std=0.5)
-    assert float(theory.rejection_coefficient(lax, 3, 1.0, 0.5)) == 0  # all answers are accepted: only noise
-    fooled = Procedure(0.5, false_accept=0.5, false_reject=0.5, sampling_std=0.5)
-    assert float(theory.rejection_coefficient(fooled, 1, 1.0, 0.5)) == 0  # a judge that tosses a coin
-    assert float(theory.rejection_coefficient(Procedure(0.0, sampling_std=0.5), 2, 1.0, 0.5)) == 0  # nothing accepted
+    all, coin, none = (jnp.inf, 0.0), (0.5, 0.5), (0.0, 0.0)  # all answers accepted, a coin tossed, none accepted
+    tolerance, error = jnp.array([all, coin, none]).T
+    useless = Procedure(tolerance, false_accept=error, false_reject=error, sampling_std=0.5)
+    np.testing.assert_array_equal(theory.rejection_coefficient(useless, 3, 1.0, 0.5), 0)
 
 
+@pytest.mark.slow
 def test_own_answers_alone_do_not_move_the_model():
     problem = sims.content_and_style_problem(jax.random.key(0), 30, 2, 1)
     procedure = Procedure(1.0, sampling_std=jnp.array([0.0, 1.0]))
@@ -207,7 +212,7 @@ def test_conditional_by_brute_force(general, generator):
 
 
 @pytest.mark.parametrize("filter", [MinNorm(), Ridge(0.3), GradientFlow(3.0)], ids=["min-norm", "ridge", "flow"])
-@pytest.mark.parametrize("n", [5, 30])
+@pytest.mark.parametrize("n", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_supervised_is_the_risk_form_of_each_output(general, generator, filter, n):
     """With the strictest judge and no paraphrases everything is S2, output by output; n < p and n > p."""
     X = generator.standard_normal((n, 9))
@@ -216,31 +221,31 @@ def test_supervised_is_the_risk_form_of_each_output(general, generator, filter, 
         general.pretrain_error,
     )  # fmt: skip
     outcome = theory.conditional(X, problem, SUPERVISED, filter)
-    if n < 9:
-        stds, risks = (0.5, 0.5, 0.8, 0.8), []
-        for output, std in enumerate(stds):
-            scalar = TwoTaskProblem(
-                problem.pretrain_covariance, problem.finetune_covariance, FixedShift(problem.shift[:, output]), std,
-                problem.pretrain_error[:, output],
-            )  # fmt: skip
-            risks.append([float(form(filter).total) for form in risk_forms(X, scalar)])
-        finetune, pretrain = np.array(risks).T
-        np.testing.assert_allclose(outcome.content_risk, finetune[:2].sum(), rtol=1e-8)
-        np.testing.assert_allclose(outcome.style_risk, finetune[2:].sum(), rtol=1e-8)
-        np.testing.assert_allclose(outcome.forgetting, pretrain.sum(), rtol=1e-8)
+    stds, risks = (0.5, 0.5, 0.8, 0.8), []
+    for output, std in enumerate(stds):
+        scalar = TwoTaskProblem(
+            problem.pretrain_covariance, problem.finetune_covariance, FixedShift(problem.shift[:, output]), std,
+            problem.pretrain_error[:, output],
+        )  # fmt: skip
+        risks.append([float(form(filter).total) for form in risk_forms(X, scalar)])
+    finetune, pretrain = np.array(risks).T
+    np.testing.assert_allclose(outcome.content_risk, finetune[:2].sum(), rtol=1e-8)
+    np.testing.assert_allclose(outcome.style_risk, finetune[2:].sum(), rtol=1e-8)
+    np.testing.assert_allclose(outcome.forgetting, pretrain.sum(), rtol=1e-8)
     assert [float(share) for share in outcome.shares] == [0, 0, 1]
 
 
+@pytest.mark.slow
 def test_conditional_tends_to_the_population(seed):
     problem = sims.content_and_style_problem(jax.random.key(seed), 12, 2, 2, noise_variance=0.5)
     procedure = Procedure(jnp.array([0.5, 2.0]), 0.7, 0.1, 0.2, 0.3)
     limit = theory.population(problem, procedure)
     gaps = []
-    for n in (100, 2000):
+    for n in (100, 1000):
         (X,) = designs(jax.random.key(seed + 1), problem.finetune_covariance, n, 1)
         outcome = theory.conditional(X, problem, procedure, MinNorm())
         gaps.append([np.abs(got - at).max() for got, at in zip(outcome[1:], limit[1:], strict=True)])
-    assert np.max(gaps[1]) < 0.3
+    assert np.max(gaps[1]) < 0.2
     assert (np.array(gaps[1]) < 0.5 * np.array(gaps[0])).all()
 
 
@@ -258,6 +263,7 @@ def test_without_noise_the_judge_is_certain(generator):
         np.testing.assert_allclose(exact, nearly, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_float32_stays_float32():
     single = jnp.float32
     problem = VectorProblem(
@@ -268,6 +274,7 @@ def test_float32_stays_float32():
     assert {value.dtype for value in outcome[1:]} == {jnp.dtype(single)}
 
 
+@pytest.mark.slow
 def test_monte_carlo_meets_the_expectation(seed):
     problem = sims.content_and_style_problem(jax.random.key(seed), 40, 2, 2, style_noise_variance=0.2)
     stack = designs(jax.random.key(seed + 1), problem.finetune_covariance, 12, 2)
@@ -281,6 +288,7 @@ def test_monte_carlo_meets_the_expectation(seed):
     np.testing.assert_allclose(lines.forgetting, data.forgetting_exact)
 
 
+@pytest.mark.slow
 def test_where_selecting_forgets_less_and_where_more():
     """Less with unlimited data, and on average with little; but on some nearly noise-free design with n < p, more."""
     spectrum = np.arange(1.0, 61) ** -1.5
@@ -322,7 +330,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("id", [pytest.param(id, marks=pytest.mark.slow if id > "T2.l" else []) for id in CLAIMS])
+QUICK = {"T1", "T1.sampled", "T2.shares", "T2.drift", "T2.style"}
+
+
+@pytest.mark.parametrize("id", [pytest.param(id, marks=[] if id in QUICK else pytest.mark.slow) for id in CLAIMS])
 def test_claims_hold_and_wrong_stubs_are_rejected(id, seed):
     wrong = CLAIMS[id]._replace(predict=WRONG[id])
     right, stub = verify([CLAIMS[id], wrong], instances=2, seed=seed)

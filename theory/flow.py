@@ -317,6 +317,21 @@ def heavy_tailed_stall(
     return HeavyTails(speed, rate)
 
 
+def lognormal_sizes(spread: float, nodes: int = 80) -> tuple[np.ndarray, np.ndarray]:
+    """S and probabilities (nodes,) with log S ~ N(−spread²/2, spread²), for `heavy_tailed_stall` (ours).
+
+    By Gauss–Hermite quadrature. E S = 1, and features √S z have kurtosis 3e^{spread²}. Raises ValueError for a
+    negative spread or nodes < 1.
+
+    >>> scales, probabilities = lognormal_sizes(1.0)
+    >>> float(probabilities @ scales).__round__(9), float(probabilities @ scales**2).__round__(9)
+    (1.0, 2.718281828)
+    """
+    spread = float(non_negative("spread", spread, ndim=0))
+    at, masses = np.polynomial.hermite_e.hermegauss(count("nodes", nodes))
+    return np.exp(spread * at - spread**2 / 2), masses / masses.sum()
+
+
 # ------------------------------------------------------------------------------------------- F3: along training
 
 

@@ -233,6 +233,9 @@ def _only_safetensors(folder: Path) -> Path:
             "opened here; convert once, where you trust them: transformers' "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
         )
+    snapshots = sorted(path.name for path in folder.glob("snapshots/*"))
+    if snapshots:
+        raise ValueError(f"{folder}: a repository of the Hub cache; give one of its {_some(snapshots, 'snapshot')}")
     raise ValueError(f"{folder}: no safetensors file")
 
 

@@ -176,9 +176,10 @@ def curve(
 
     Args:
         evaluations: one table (.csv, .json, .jsonl) with columns tau and METRIC, and perhaps METRIC_standard_error; or
-            TAU=FILE for each τ, FILE a result of lm-evaluation-harness or the output of `linfit losses`.
-        metric: column, or TASK/NAME of a harness result such as arc_easy/acc.
-        maximize: the metric is better when larger.
+            TAU=FILE for each τ, FILE a result of lm-evaluation-harness (or the folder it wrote, or its logged samples)
+            or the output of `linfit losses`.
+        metric: column, or TASK/NAME of a harness result such as arc_easy/acc or gsm8k/exact_match,strict-match.
+        maximize: the metric is better when larger; harness results say so themselves.
         second: another metric, for the trade-off between the two.
         second_maximize: the second metric is better when larger.
         json: print the result as JSON.
@@ -189,6 +190,7 @@ def curve(
     fits = {}
     for name, larger in [(metric, maximize)] + ([(second, second_maximize)] if second else []):
         found = read_evaluations(evaluations, name)
+        larger = _direction(name, larger, found.larger_is_better)
         fits[name] = (fit_curve(found.taus, found.values, found.standard_errors, maximize=larger), larger)
     summary = _summary(fits)
     if json:
@@ -335,13 +337,18 @@ def _local(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ModuleNotFoundError:
-        raise ValueError(f"{name} is no folder here; to fetch it from the Hub: pip install 'linfit[llm]'") from None
+        raise ValueError(
+            f"{name} is no folder here; to fetch it from the Hub: pip install 'linfit[llm]', or give a local folder"
+        ) from None
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} is no folder here and could not be fetched from the Hub: {reason}") from None
+        raise ValueError(
+            f"{name} is no folder here and could not be fetched from the Hub ({reason}); fetch it where there is a "
+            f"network, `hf download {name} --local-dir FOLDER`, and give that folder"
+        ) from None
 
 
 def _require_parent(out: Path) -> None:
@@ -439,6 +446,15 @@ def _print_inspection(inspection: "Inspection", by_tensor: bool) -> None:
         _note(note)
 
 
+def _direction(metric: str, asked: bool, stated: bool | None) -> bool:
+    """Whether to maximise: what the result files state, which an option must not contradict."""
+    if asked and stated is False:
+        raise ValueError(f"--maximize: {metric} is better when smaller, the result files say")
+    if stated and not asked:
+        _note(f"{metric} is better when larger, the result files say")
+    return asked if stated is None else stated
+
+
 def _summary(fits: "dict[str, tuple[Curve, bool]]") -> dict[str, object]:
     import numpy as np
 
@@ -474,15 +490,20 @@ def _summary(fits: "dict[str, tuple[Curve, bool]]") -> dict[str, object]:
 
 
 def _print_curves(summary: dict) -> None:
+    from math import isfinite
+
     for metric in summary["metrics"]:
-        print(f"{metric['metric']}: best τ = {metric['best_tau']:.4g} ± {metric['best_tau_error']:.2g}")
-        gain, error = metric["gain_over_full"], metric["gain_over_full_error"]
-        print(f"  gain over τ = 1: {gain:.4g} ± {error:.2g}")
+        if isfinite(metric["best_tau"]):
+            print(f"{metric['metric']}: best τ = {metric['best_tau']:.3f} ± {metric['best_tau_error']:.2g}")
+            gain, error = metric["gain_over_full"], metric["gain_over_full_error"]
+            print(f"  gain over τ = 1: {gain:.4g} ± {error:.2g}")
+        else:
+            print(f"{metric['metric']}: no best τ between the ends")
         print(f"  fit: {metric['verdict']}")
         print(f"  next τ worth evaluating: {metric['next_tau']:.3g}")
-    if len(summary["metrics"]) == 2:
+    if len(summary["metrics"]) == 2 and isfinite(summary["metrics"][0]["best_tau"]):
         second = summary["metrics"][1]
         print(f"{second['metric']} at the first metric's best τ: {second['value_at_first_best_tau']:.4g}")
     if summary["trade_off"] is not None:
         low, high = summary["trade_off"]
-        print(f"trade-off: between τ = {low:.3g} and {high:.3g} each metric improves only at the other's cost")
+        print(f"trade-off: between τ = {low:.3f} and {high:.3f} each metric improves only at the other's cost")

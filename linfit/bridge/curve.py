@@ -22,7 +22,7 @@ class Curve(NamedTuple):
     values: np.ndarray
     """L (T,)."""
     standard_errors: np.ndarray | None
-    """(T,), or None if unknown."""
+    """(T,), or None if unknown; of samples, those of the differences from each sample's mean over τ."""
     coefficients: np.ndarray
     """(a, b, c)."""
     covariance: np.ndarray
@@ -97,7 +97,7 @@ class Curve(NamedTuple):
             at = int(np.argmin(values))
             sides = [other for other in (at - 1, at + 1) if 0 <= other < taus.size]
             return float((taus[at] + taus[min(sides, key=lambda other: values[other])]) / 2)
-        known = self.standard_errors is not None
+        known = self.standard_errors is not None and bool((self.standard_errors > 0).all())
         weights = 1 / self.standard_errors**2 if known else np.ones(self.taus.size)  # type: ignore[operator]
         information = (_powers(self.taus).T * weights) @ _powers(self.taus)
         gradient = self._best_tau_gradient()
@@ -188,7 +188,7 @@ def _fit_samples(tau: np.ndarray, losses: np.ndarray) -> Curve:
         p_value = float(scipy.stats.chi2.sf(square, freedom))
     else:
         square, p_value = np.nan, np.nan
-    errors = np.sqrt(np.diag(scatter))
+    errors = np.std(losses - losses.mean(axis=0), axis=1, ddof=1) / n**0.5
     return Curve(tau, mean, errors, coefficients, covariance, residuals, square, freedom, p_value)
 
 
@@ -202,6 +202,17 @@ class Evaluations(NamedTuple):
     values: np.ndarray
     """(T,), or (T, n) per sample."""
     standard_errors: np.ndarray | None
+    larger_is_better: bool | None = None
+    """Where the files say so."""
+
+
+class _Result(NamedTuple):
+    """A metric of one model."""
+
+    value: Any
+    """A number, or one per sample (n,)."""
+    standard_error: float | None = None
+    larger_is_better: bool | None = None
 
 
 def read_evaluations(sources: Sequence[str], metric: str) -> Evaluations:
@@ -209,8 +220,9 @@ def read_evaluations(sources: Sequence[str], metric: str) -> Evaluations:
 
     A table is CSV, a JSON array or JSON lines, with a column `tau`, one named like `metric`, and for its standard error
     `metric_standard_error`, `metric_stderr` or `standard_error`. A FILE is a result of lm-evaluation-harness (metric
-    `TASK/NAME`, such as `arc_easy/acc`), a folder holding one, or the output of `linfit losses`.
-    Raises ValueError naming the file if the metric is not there.
+    `TASK/NAME`, such as `arc_easy/acc`, or `TASK/NAME,FILTER` where it has several filters), a folder holding one, its
+    samples (`--log_samples`, metric `NAME`), or the output of `linfit losses`.
+    Raises ValueError naming the file if the metric is not there, or not a finite number.
     """
     if len(sources) == 1 and "=" not in sources[0]:
         return _from_table(Path(sources[0]), metric)
@@ -224,17 +236,19 @@ def read_evaluations(sources: Sequence[str], metric: str) -> Evaluations:
         if not separator:
             raise ValueError(f"give one table, or TAU=FILE for each τ, got {source!r}")
         found.append(_from_result(Path(file), metric))
-    if all(isinstance(value, np.ndarray) for value, _ in found):
-        lengths = {value.size for value, _ in found}
+    values = [result.value for result in found]
+    larger = next((result.larger_is_better for result in found if result.larger_is_better is not None), None)
+    if all(isinstance(value, np.ndarray) for value in values):
+        lengths = {value.size for value in values}
         if len(lengths) != 1:
             raise ValueError(f"losses must be of the same samples at every τ, got {sorted(lengths)} of them")
-        losses = np.stack([value for value, _ in found])
-        return Evaluations(np.array(taus), losses[:, np.isfinite(losses).all(axis=0)], None)
-    if any(isinstance(value, np.ndarray) for value, _ in found):
+        losses = np.stack(values)
+        return Evaluations(np.array(taus), losses[:, np.isfinite(losses).all(axis=0)], None, larger)
+    if any(isinstance(value, np.ndarray) for value in values):
         raise ValueError("mixing per-sample losses with summary results: use one kind for every τ")
-    errors = [error for _, error in found]
+    errors = [result.standard_error for result in found]
     known = all(error is not None and error > 0 for error in errors)
-    return Evaluations(np.array(taus), np.array([v for v, _ in found]), np.array(errors, float) if known else None)
+    return Evaluations(np.array(taus), np.array(values), np.array(errors, float) if known else None, larger)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -271,27 +285,70 @@ def _from_table(path: Path, metric: str) -> Evaluations:
     return Evaluations(column("tau"), column(metric), None if error_column is None else column(error_column))
 
 
-def _from_result(path: Path, metric: str) -> tuple[Any, float | None]:
+def _from_result(path: Path, metric: str) -> _Result:
     if path.is_dir():
-        found = sorted(path.rglob("results*.json"))
-        if not found:
-            raise ValueError(f"{path}: no results*.json of lm-evaluation-harness in this folder")
-        path = found[-1]
+        path = _latest_result(path)
     if path.suffix == ".jsonl":
-        from linfit.bridge.records import losses_of, read_records
-
-        return losses_of(read_records(path), path), None
-    results = json.loads(path.read_text(encoding="utf-8")).get("results")
-    if not isinstance(results, dict):
+        return _Result(_per_sample(path, metric))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
         raise ValueError(f"{path}: not a result of lm-evaluation-harness, which has an object `results`")
+    return _from_harness(content, metric, path)
+
+
+def _latest_result(folder: Path) -> Path:
+    """The harness writes results_DATE.json into a folder named after the model, one more at every run."""
+    found = sorted(folder.rglob("results*.json"), key=lambda path: path.name)
+    if not found:
+        raise ValueError(f"{folder}: no results*.json of lm-evaluation-harness in this folder")
+    models = sorted({path.parent.name for path in found})
+    if len(models) > 1:
+        raise ValueError(f"{folder}: results of several models ({', '.join(models)}); name the folder of one")
+    return found[-1]
+
+
+def _from_harness(content: dict[str, Any], metric: str, path: Path) -> _Result:
+    """An entry of `results` (or `groups`) maps `NAME,FILTER` to a number and `NAME_stderr,FILTER` to one or "N/A"."""
     task, _, name = metric.rpartition("/")
-    numbers = results.get(task, {})
-    key = next((key for key in numbers if key == name or key.startswith(f"{name},")), None)
-    if key is None:
-        known = [
-            f"{task}/{key.split(',')[0]}" for task, values in results.items() for key in values if "stderr" not in key
-        ]
+    tasks = {**content.get("groups", {}), **content["results"]}
+    numbers = tasks.get(task, {})
+    fitting = [key for key in numbers if key == name or key.startswith(f"{name},")]
+    if not fitting:
+        known = [f"{task}/{key.removesuffix(',none')}" for task in tasks for key in tasks[task] if _is_metric(key)]
         raise ValueError(f"{path}: no metric {metric!r}; there are {', '.join(known[:12])}")
-    head, comma, kind = key.partition(",")
-    error = numbers.get(f"{head}_stderr{comma}{kind}")
-    return float(numbers[key]), float(error) if isinstance(error, int | float) else None
+    if len(fitting) > 1:
+        several = ", ".join(f"{task}/{key}" for key in fitting)
+        raise ValueError(f"{path}: {metric!r} was scored through several filters; name one of {several}")
+    head, comma, kind = fitting[0].partition(",")
+    value, error = numbers[fitting[0]], numbers.get(f"{head}_stderr{comma}{kind}")
+    if not _is_number(value):
+        raise ValueError(f"{path}: {metric!r} must be a finite number, got {value!r}")
+    larger = content.get("higher_is_better", {}).get(task, {}).get(head)
+    return _Result(float(value), float(error) if _is_number(error) else None, larger)
+
+
+def _is_metric(key: str) -> bool:
+    head, comma, _ = key.partition(",")
+    return not head.endswith("_stderr") and (bool(comma) or head not in ("alias", "name", "sample_len", "samples", " "))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _per_sample(path: Path, metric: str) -> np.ndarray:
+    """One number per record, in the order of the documents; of one filter, where the harness applied several."""
+    from linfit.bridge.records import losses_of, read_records
+
+    records = read_records(path)
+    name, _, chosen = metric.rpartition("/")[2].partition(",")
+    filters = sorted({str(record["filter"]) for record in records if "filter" in record})
+    if not chosen and len(filters) > 1:
+        several = ", ".join(f"{name},{kind}" for kind in filters)
+        raise ValueError(f"{path}: {metric!r} was scored through several filters; name one of {several}")
+    if chosen:
+        records = [record for record in records if record.get("filter") == chosen]
+    return losses_of(sorted(records, key=lambda record: record.get("doc_id", 0)), path, name)

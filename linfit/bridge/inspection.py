@@ -131,6 +131,9 @@ def inspect(
     estimated = sum(report.resolved is not None for report in reports)
     if estimated:
         notes.append(f"{estimated} large spectra: top values one by one, the others' distribution to about 1%")
+    low_rank = sum(report.noise_edge == 0 for report in reports)
+    if low_rank:
+        notes.append(f"{low_rank} deltas of low rank show no noise level: their signal share of 1 says nothing")
     if not any(report.delta_norm for report in reports):
         notes.append("base and tuned are identical")
     return Inspection(str(base), [str(path) for path in paths], reports, notes)

@@ -585,7 +585,12 @@ def inner_products(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _label(member: Checkpoint | Adapter) -> str:
-    return member.folder.resolve().name
+    """Folder name; OWNER/NAME@REVISION for a snapshot in the cache of the Hugging Face Hub."""
+    folder = member.folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return f"{repository.removeprefix('models--').replace('--', '/')}@{folder.name}"
+    return folder.name
 
 
 def _card_source(family: Family) -> Path:

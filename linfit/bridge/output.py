@@ -1,6 +1,6 @@
 """Writing checkpoints: a folder that appears whole or not at all, resumes after an interruption, and is checked first.
 
-Everything goes to a hidden folder beside the target, with a journal of finished shards; the last act is one rename.
+Everything goes to a hidden folder beside the target, with a journal of finished shards; the last act is to rename it.
 A second run of the same plan on unchanged inputs goes on after the last finished shard, any other starts clean.
 """
 
@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -123,7 +123,7 @@ def write_checkpoints(
         raise ValueError(f"{out} exists already; choose another output folder, or remove it first")
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
+    with open(partial / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -131,11 +131,11 @@ def write_checkpoints(
         if not partial.exists():
             raise ValueError(f"another run has just finished {out}")
         journal = _Journal(partial, identity)
-        folders = {name: partial / name if len(names) > 1 else partial / "content" for name in names}
+        folders = {name: partial / name if len(names) > 1 else partial for name in names}
         for folder in folders.values():
             folder.mkdir(exist_ok=True)
         started = time.perf_counter()
-        todo = [shard for shard in shards if shard.file_name not in journal.finished]
+        todo = [shard for shard in shards if not journal.has(shard, folders.values())]
         total = sum(shard.file_size for shard in todo) * len(names)
         payload = sum(tensor.byte_size for shard in todo for tensor in shard.tensors) * len(names)
         counter = _Counter(payload, progress)
@@ -145,43 +145,50 @@ def write_checkpoints(
             with ThreadPoolExecutor(max(1, workers)) as pool:
                 for shard in todo:
                     bytes_read += _write_shard(shard, list(folders.values()), pool, max(1, workers), counter)
-                    journal.add(shard.file_name)
+                    journal.add(shard)
         except ValueError:  # will not go away by running again: leave nothing behind
             shutil.rmtree(partial)
             raise
         for name, folder in folders.items():
             _write_index(folder, shards, index_metadata)
             side_files(folder, name)
-        _publish(partial, out, list(folders.values()))
+        _publish(partial, out)
     seconds = time.perf_counter() - started
     final = [out / name for name in names] if len(names) > 1 else [out]
     resumed = len(shards) - len(todo)
     return Outcome(final, list(notes), bytes_read, total, seconds, resumed)
 
 
+LOCK, JOURNAL = ".lock", ".journal.json"
+"""In the hidden folder until it is renamed; no file copied from an input has a name that starts with a dot."""
+
+
 class _Journal:
     """Which shards are finished; whatever an earlier run with another identity left is removed."""
 
     def __init__(self, partial: Path, identity: str):
-        self.path = partial / "journal.json"
+        self.path = partial / JOURNAL
         try:
             state = json.loads(self.path.read_text())
         except (OSError, ValueError):
             state = {}
         if state.get("identity") != identity:
             for entry in partial.iterdir():
-                if entry.name != "lock":
+                if entry.name != LOCK:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             state = {"identity": identity, "finished": []}
         self.state = state
         self._save()
 
-    @property
-    def finished(self) -> list[str]:
-        return self.state["finished"]
+    def has(self, shard: PlannedShard, folders: Iterable[Path]) -> bool:
+        """Finished, and its files are there: a power cut may keep the journal and lose the rename of a file."""
+        paths = [folder / shard.file_name for folder in folders]
+        return shard.file_name in self.state["finished"] and all(
+            path.is_file() and path.stat().st_size == shard.file_size for path in paths
+        )
 
-    def add(self, file_name: str) -> None:
-        self.finished.append(file_name)
+    def add(self, shard: PlannedShard) -> None:
+        self.state["finished"].append(shard.file_name)
         self._save()
 
     def _save(self) -> None:
@@ -285,19 +292,14 @@ def _write_index(folder: Path, shards: Sequence[PlannedShard], metadata: dict[st
     (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def _publish(partial: Path, out: Path, folders: Sequence[Path]) -> None:
+def _publish(partial: Path, out: Path) -> None:
     """One rename makes the output appear; everything in it is on disk by then."""
-    for folder in folders:
-        for path in folder.rglob("*"):
-            _sync(path)
-        _sync(folder)
-    if len(folders) == 1:
-        os.rename(folders[0], out)
-        shutil.rmtree(partial)
-    else:
-        (partial / "journal.json").unlink()
-        (partial / "lock").unlink()
-        os.rename(partial, out)
+    for path in partial.rglob("*"):
+        _sync(path)
+    (partial / JOURNAL).unlink()
+    (partial / LOCK).unlink()
+    _sync(partial)
+    os.rename(partial, out)
     _sync(out.parent)
 
 

@@ -43,13 +43,13 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
 # Weights ------------------------------------------------------------------------------------------------------------
 
 
-def losses_of(records: Sequence[Record], path: str | Path = "records") -> np.ndarray:
-    """The field `loss` of every record (n,); null is NaN."""
+def losses_of(records: Sequence[Record], path: str | Path = "records", field: str = "loss") -> np.ndarray:
+    """The field `loss` (or another one) of every record (n,); null is NaN."""
     losses = []
     for number, record in enumerate(records, start=1):
-        value = record.get("loss", record)
+        value = record.get(field, record)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{path}, record {number}: needs a number `loss`, found {', '.join(record)}")
+            raise ValueError(f"{path}, record {number}: needs a number `{field}`, found {', '.join(record)}")
         losses.append(np.nan if value is None else value)
     return np.array(losses, float)
 

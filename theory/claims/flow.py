@@ -17,6 +17,7 @@ from theory.flow import (
     fixed_point_coefficient,
     flow_iterates,
     heavy_tailed_stall,
+    lognormal_sizes,
     mean_weight,
     median_temperature,
     residual_variance,
@@ -151,9 +152,7 @@ def _predicted_speeds(sampled: Sampled) -> np.ndarray:
 
 
 def _predicted_heavy_speeds(sampled: Sampled) -> np.ndarray:
-    nodes, masses = np.polynomial.hermite_e.hermegauss(80)
-    scales = np.exp(sampled.tail * nodes - sampled.tail**2 / 2)
-    heavy = heavy_tailed_stall(1.0, sampled.noise_std, sampled.temperature, scales, masses)
+    heavy = heavy_tailed_stall(1.0, sampled.noise_std, sampled.temperature, *lognormal_sizes(sampled.tail))
     tau = float(fixed_point_coefficient(sampled.noise_std, sampled.temperature))
     return _speeds(sampled, float(heavy.speed), float(heavy.rate), float(heavy.speed * heavy.rate) * tau)
 

@@ -495,13 +495,13 @@ def claims() -> tuple[Claim, ...]:
         ),
         Claim(
             id="T2.more",
-            statement="With few samples S3FT can forget more than SFT: targets in part own, in part gold, are rough.",
-            formula=R"n < p:\ \max_c R_\mathrm{pre}(c) > R_\mathrm{pre}(\mathrm{SFT})",
+            statement="With few samples and little noise S3FT can forget more than SFT: mixed targets are rough.",
+            formula=R"n < p:\ \max_c R_\mathrm{pre}(c) > 1.01\,R_\mathrm{pre}(\mathrm{SFT})",
             source="ours",
             kind="existence",
-            parameters=contest | {"noise_variance": Parameter(1e-3, 10.0, "log")},
+            parameters=contest | {"noise_variance": Parameter(1e-3, 0.1, "log", highest=10.0)},
             instance=_contest,
-            predict=_zero,
+            predict=_noticeably,
             measure=_more_forgotten,
         ),
     )
@@ -509,3 +509,8 @@ def claims() -> tuple[Claim, ...]:
 
 def _zero(_: Any) -> float:
     return 0.0
+
+
+def _noticeably(_: Any) -> float:
+    """At the strictest tolerance S3FT is SFT: more than rounding is needed."""
+    return 0.01
