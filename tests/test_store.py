@@ -312,7 +312,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(path, tmp_path):
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupting_leaves_a_store_to_resume(path, tmp_path, workers):
     file = tmp_path / "toy.toml"
-    axes = 'level = [1, 2, 3.5]\nkind = ["plain", "other"]\ntau = "0:1:5"\npause = 0.03\n'
+    axes = 'level = [1, 2, 3.5]\ntau = "0:1:5"\npause = 0.05\n'
     file.write_text(f'experiment = "{NOISE.name}"\nseeds = 4\nchunk = 1\n[axes]\n{axes}')
     command = [*LINFIT, "sweep", "file", str(file), "--store", str(path), "--workers", str(workers)]
     process = subprocess.Popen(
@@ -325,7 +325,7 @@ def test_interrupting_leaves_a_store_to_resume(path, tmp_path, workers):
     assert errors.endswith("linfit: interrupted\n")
     assert "Traceback" not in errors
     sweep = read_sweep(path)
-    assert 0 < run(sweep, path, resume=True).tasks < 22
+    assert 0 < run(sweep, path, resume=True).tasks < 10
     run(sweep, tmp_path / "whole.zarr")
     assert numbers(path) == numbers(tmp_path / "whole.zarr")
 

@@ -296,9 +296,8 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "overadaptation")) for name in EXPERIMENTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_and_repeats_itself(name):
     sweep = sweep_over(name, SMALL.get(name), seeds=3)
     result = measure(sweep, Task((), 0, 3))

@@ -190,7 +190,11 @@ def _weight_at(modes: _Modes, scale: Array, finetune: Array) -> Array:
         def gap(log_weight: Array, target: Array) -> Array:
             return _risks(modes, jnp.exp(log_weight)).finetune - target
 
-        solver: optimistix.AbstractRootFinder = optimistix.Bisection(rtol=1e-14, atol=1e-14)  # type: ignore[call-arg]
+        solver: optimistix.AbstractRootFinder = optimistix.Bisection(  # type: ignore[call-arg]
+            rtol=1e-14,
+            atol=1e-14,
+            flip=False,  # R_ft rises with κ; to look at both ends would fail where rounding puts a root beyond them
+        )
         options = {"lower": lowest, "upper": highest}
         inside = jnp.clip(target, *bounds)
         solution: optimistix.Solution = optimistix.root_find(

@@ -20,6 +20,7 @@ SECTIONS = (
     "theory.claims.flow",
     "theory.claims.overtraining",
     "theory.claims.s3ft",
+    "theory.claims.frontier",
 )
 """Modules that have claims, in the order of the docs."""
 

@@ -1,0 +1,104 @@
+"""From key press to new curve: the explorer in a real browser, every slider of every page, one step at a time.
+
+    OPENBLAS_NUM_THREADS=1 NPROC=4 python -m benchmarks.bench_explorer [--page NAME]... [--presses N]
+
+A press is timed in the browser, from the time stamp of the key event until every plot of the page that shows new
+numbers has been painted. `kernel` is the page's function alone, called in this process; `empty` is a page whose
+function takes no time: sending a key, a slider and two numbers back and forth, and painting.
+"""
+
+import argparse
+import statistics
+import time
+from contextlib import suppress
+
+import jax
+import numpy as np
+from playwright.sync_api import Browser, TimeoutError
+
+from figures.explorer.page import Mark, Page, Plot, Slider
+from figures.explorer.session import pages
+from tests.explorer_browser import browsing, opened, serving
+
+LISTEN = """([page, plots, tables]) => {
+  const bokeh = Bokeh.documents[0];
+  let pressed = null, arrived = false, painted = new Set();
+  addEventListener("keydown", (event) => {
+    [pressed, arrived, painted, window.lag] = [event.timeStamp, false, new Set(), null];
+  }, true);
+  for (const table of tables)
+    bokeh.get_model_by_name(page + "/table/" + table).properties.data.change.connect(() => { arrived = true; });
+  for (const plot of plots) {
+    const view = Bokeh.index.find_one(bokeh.get_model_by_name(page + "/box/" + plot).children[0]);
+    const repaint = view.repaint.bind(view);
+    view.repaint = () => {
+      repaint();
+      if (arrived && !painted.has(plot)) window.lag = performance.now() - pressed;
+      if (arrived) painted.add(plot);
+    };
+  }
+}"""
+
+
+def empty(*, x: float) -> dict[str, dict[str, np.ndarray]]:
+    """Numbers that cost nothing."""
+    return {"now": {"x": np.array([x]), "y": np.array([2 * x])}}
+
+
+EMPTY = Page(
+    "empty", "Empty", "", "", (Slider("x", "x", "a number", 0, 1, 0.01, 0.5),), empty,
+    (Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),)),), (), (),
+)  # fmt: skip
+
+
+def milliseconds_of(browser: Browser, url: str, page: Page, presses: int) -> list[float]:
+    """One number for every press that changes the curves; each slider goes up and down in turn."""
+    tab = opened(browser, url, page.name)
+    tables = list({item.table for plot in page.plots for item in plot.items})
+    tab.evaluate(LISTEN, [page.name, [plot.name for plot in page.plots], tables])
+    handles = tab.locator(".noUi-handle:visible")
+    lags = []
+    for index in range(handles.count()):
+        handles.nth(index).focus()
+        for press in range(presses):
+            tab.keyboard.press("ArrowLeft" if press % 2 else "ArrowRight")
+            with suppress(TimeoutError):  # a slider of the overlay alone
+                tab.wait_for_function("lag !== null", timeout=1000)
+                tab.wait_for_timeout(100)  # until all plots are painted
+                lags.append(tab.evaluate("lag"))
+    tab.close()
+    return lags
+
+
+def kernel_milliseconds(page: Page) -> float:
+    """The function of the page at its first parameters, compiled."""
+    seconds = []
+    for _ in range(15):
+        start = time.perf_counter()
+        page.compute(page.defaults())
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds)
+
+
+def main() -> None:
+    """One line for each page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="append")
+    parser.add_argument("--presses", type=int, default=10, help="of each slider")
+    arguments = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    shown = [page for page in (EMPTY, *pages()) if not arguments.page or page.name in arguments.page]
+    print(f"{'page':16} {'presses':>8} {'median':>9} {'p90':>9} {'kernel':>9}   (milliseconds)")
+    for page in shown:
+        page.compute(page.defaults())  # compiles
+    with serving(shown) as url, browsing() as browser:
+        for page in shown:
+            milliseconds_of(browser, url, page, 2)  # compiles what the first moves compile
+            lags = milliseconds_of(browser, url, page, arguments.presses)
+            median, tail = np.quantile(lags, [0.5, 0.9])
+            kernel = kernel_milliseconds(page)
+            print(f"{page.name:16} {len(lags):8} {median:9.1f} {tail:9.1f} {kernel:9.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""A page for the store of a sweep (`linfit sweep`): its outputs along one axis, a slider for each of the others."""
+
+import html
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from figures.explorer.page import Choice, Line, Page, Plot, Suggestion
+from sims.store import read, read_sweep
+
+SHADES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
+
+
+def curves(data: xr.Dataset, *, along: str, **at: float | int | str) -> dict[str, dict[str, np.ndarray]]:
+    """Mean and one standard error either way of every output along one axis, the other axes held at `at`."""
+    held = {axis: value for axis, value in at.items() if axis != along}
+    values = data[along].values
+    table = {"x": values if np.issubdtype(values.dtype, np.number) else np.arange(float(values.size))}
+    for name in data.data_vars:
+        if f"{name}_error" not in data:
+            continue
+        mean, error = (
+            np.broadcast_to(
+                variable.sel({axis: value for axis, value in held.items() if axis in variable.dims}).values,
+                values.shape,
+            ).astype(float)
+            for variable in (data[name], data[f"{name}_error"])
+        )
+        table |= {str(name): mean, f"{name}_low": mean - error, f"{name}_high": mean + error}
+    return {"x": table}
+
+
+def store_page(path: Path) -> Page:
+    """The page of a store; ValueError if it is none, or if no axis of it has two values."""
+    sweep, data = read_sweep(path), read(path).load()
+    axes = [axis for axis, size in {**sweep.task_dims, **sweep.batched_dims}.items() if size > 1]
+    if not axes:
+        raise ValueError(f"{path} has no axis with more than one value to explore")
+    outputs = list(sweep.experiment.outputs)
+    keep = [name for output in outputs for name in (output, f"{output}_error")]
+    data = data[keep]
+
+    def options(axis: str) -> tuple:
+        values = data[axis].values if axis in data.coords else np.arange(data.sizes[axis])
+        return tuple(value.item() for value in values)
+
+    helps = {
+        name: f"{parameter.help}, in units of {parameter.units}."
+        for name, parameter in sweep.experiment.parameters.items()
+    }
+    plots = tuple(
+        Plot(
+            output, output.replace("_", " "), "values of the chosen axis", output.replace("_", " "),
+            lines=(
+                Line("x", "x", output, "mean", SHADES[index % 4]),
+                Line("x", "x", f"{output}_low", "± one standard error", SHADES[index % 4], "dotted"),
+                Line("x", "x", f"{output}_high", "", SHADES[index % 4], "dotted"),
+            ),
+        )
+        for index, output in enumerate(outputs)
+    )  # fmt: skip
+    return Page(
+        name="store",
+        title="Sweep",
+        source=f"{sweep.seeds} replicates of every point, seed {sweep.seed}; what is not finished is left out.",
+        introduction=f"<b>{html.escape(path.name)}</b>: a sweep of the experiment {html.escape(sweep.experiment.name)}.",
+        controls=(
+            Choice("along", "along", "The axis to draw along.", tuple(axes), axes[-1]),
+            *(
+                Choice(axis, axis, helps.get(axis, "Point of the Sobol design."), options(axis), options(axis)[0], True)
+                for axis in axes
+            ),
+        ),
+        curves=curves,
+        plots=plots,
+        readings=(),
+        suggestions=tuple(Suggestion(f"along {axis}", {"along": axis}) for axis in axes[:3]),
+        data=data,
+        data_source=f"from pathlib import Path\n\nfrom sims.store import read\n\ndata = read(Path({str(path)!r}))[{keep!r}]",
+    )

@@ -1,0 +1,208 @@
+"""The tab for a user's own features: an .npz as `linfit select` takes it, explored over λ and τ by leave-one-out."""
+
+import base64
+import binascii
+import html
+import io
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from bokeh.document import Document
+from bokeh.models import Column, CustomJS, Div, FileInput
+
+from figures.explorer.latest import Latest
+from figures.explorer.page import Choice, Line, Mark, Page, Plot, Reading, Slider, Suggestion, Surface
+from figures.explorer.view import TEXT_CSS, PageView
+from figures.selection import load_arrays
+from figures.style import COLOURS
+from linfit import Selection, select
+
+LIMIT = 32 * 2**20
+"""Largest file, in bytes."""
+EXPANDED_LIMIT = 8 * LIMIT
+"""Largest sum of its arrays; a small archive can hold a very large array of zeros."""
+SAMPLE_LIMIT = 3000
+"""Rows: the kernel matrix is decomposed, and the surface is kept for every row."""
+
+REFUSE_LARGE_FILES = """
+const view_type = input.constructor.prototype.default_view.prototype;
+if (!view_type.linfit_limit) {
+  view_type.linfit_limit = true;
+  const load = view_type.load_files;
+  view_type.load_files = async function (files) {
+    if (files.length > 0 && files[0].size > limit)
+      message.setv({text: "<div class='warning'>The file is larger than " + limit / 2 ** 20 + " MB.</div>", visible: true});
+    else await load.call(this, files);
+  };
+}
+"""
+"""Before anything is sent: too large a message would end the connection instead of in an answer."""
+
+
+def read_upload(name: str, content: str) -> dict[str, np.ndarray]:
+    """The arrays of an uploaded .npz, given in base64; nothing is unpickled. ValueError says what is wrong with it."""
+    shown = f"“{Path(name).name[:60]}”"
+    if len(content) * 3 / 4 > LIMIT + 3:
+        raise ValueError(f"{shown} must be at most {LIMIT // 2**20} MB")
+    try:
+        data = base64.b64decode(content, validate=True)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (binascii.Error, zipfile.BadZipFile, ValueError, OSError):
+        raise ValueError(f"{shown} must be an .npz of plain numeric arrays") from None
+    if size > EXPANDED_LIMIT:
+        raise ValueError(f"{shown} must expand to at most {EXPANDED_LIMIT // 2**20} MB, got {size // 2**20} MB")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "upload.npz")
+        file.write_bytes(data)
+        try:
+            arrays = load_arrays(file)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(file), shown)) from None
+        except (MemoryError, zipfile.error, NotImplementedError, RuntimeError):
+            raise ValueError(f"{shown} must be an .npz of plain numeric arrays") from None
+    if arrays["X"].ndim == 2 and arrays["X"].shape[0] > SAMPLE_LIMIT:
+        raise ValueError(
+            f"X must have at most {SAMPLE_LIMIT} rows here, got {arrays['X'].shape[0]}; linfit select takes more"
+        )
+    return arrays
+
+
+def curves(data: Selection, *, penalty: float, tau: float) -> dict[str, dict[str, np.ndarray]]:
+    """Exact leave-one-out error of θ₁ + τ(θ̂_λ − θ₁) (docs, S5), over both, along τ, and along λ."""
+    row, column = int(np.argmin(abs(data.penalties - penalty))), int(np.argmin(abs(data.taus - tau)))
+    mean, error = data.mean_squared_error, data.standard_error
+    positive = data.penalties > 0
+    return {
+        "tau": {"tau": data.taus, "error": mean[row], "low": (mean - error)[row], "high": (mean + error)[row]},
+        "penalty": {
+            "penalty": data.penalties[positive],
+            "full": mean[positive, int(np.argmin(abs(data.taus - 1)))],
+            "at_tau": mean[positive, column],
+            "at_best_tau": mean[positive].min(axis=1),
+        },
+        "surface": {
+            "penalty": np.tile(data.penalties[positive], data.taus.size),
+            "tau": np.repeat(data.taus, int(positive.sum())),
+            "error": mean[positive].T.ravel(),
+        },
+        "now": {
+            "penalty": np.maximum(data.penalties[[row]], data.penalties[positive][0]),
+            "tau": data.taus[[column]],
+            "error": mean[[row], column],
+            "standard_error": error[[row], column],
+        },
+        "best": {
+            "penalty": np.array([data.best_penalty]),
+            "shown_penalty": np.array([max(data.best_penalty, data.penalties[positive][0])]),
+            "tau": np.array([data.best_tau]),
+            "tau_error": np.array([data.best_tau_error]),
+            "error": np.array([data.best_mean_squared_error]),
+            "pretrained": np.array([data.pretrained_mean_squared_error]),
+            "gain": np.array([data.gain_over_full]),
+            "gain_error": np.array([data.gain_over_full_error]),
+        },
+    }
+
+
+def features_page(name: str, selection: Selection) -> Page:
+    """The page of one user's features."""
+    closest = min(selection.penalties, key=lambda penalty: abs(penalty - selection.best_penalty))
+    tau = float(selection.taus[int(np.argmin(abs(selection.taus - selection.best_tau)))])
+    step = float(selection.taus[1] - selection.taus[0])
+    shown = html.escape(Path(name).name[:60])
+    return Page(
+        name="data",
+        title="Your features",
+        source="Ensemble and penalty: Hao et al., ICML 2025, arXiv 2506.01901. Exact leave-one-out: ours (docs, S5).",
+        introduction=(
+            f"<b>{shown}</b>: the leave-one-out error of every average of your pretrained head with a ridge fine-tuned one. "
+            "It includes the label noise, and its minimum over many (λ, τ) is slightly optimistic."
+        ),
+        controls=(
+            Choice("penalty", "penalty λ", "Ridge towards the pretrained head. In units of the eigenvalues of XXᵀ/n.",
+                   tuple(float(value) for value in selection.penalties), float(closest), True),
+            Slider("tau", "ensemble coefficient τ", "0 is the pretrained head, 1 the fine-tuned one. No unit.",
+                   float(selection.taus[0]), float(selection.taus[-1]), step, tau),
+        ),
+        curves=curves,
+        plots=(
+            Plot("tau", "Error along the ensemble", "ensemble coefficient τ", "leave-one-out error (units of y²)",
+                 lines=(Line("tau", "tau", "error", "error at λ", COLOURS["ridge"]), Line("tau", "tau", "low", "± one standard error", COLOURS["ridge"], "dotted"),
+                        Line("tau", "tau", "high", "", COLOURS["ridge"], "dotted")),
+                 marks=(Mark("now", "tau", "error", "sliders", COLOURS["ridge"]), Mark("best", "tau", "error", "best", COLOURS["ridge"], "star"))),
+            Plot("surface", "Error over λ and τ", "penalty λ", "ensemble coefficient τ",
+                 marks=(Mark("now", "penalty", "tau", "sliders", "#ffffff"), Mark("best", "shown_penalty", "tau", "best pair", "#ffffff", "star")),
+                 surface=Surface("surface", "penalty", "tau", "error", "leave-one-out error"), x_logarithmic=True),
+            Plot("penalty", "Error along the penalty", "penalty λ", "leave-one-out error (units of y²)",
+                 lines=(Line("penalty", "penalty", "full", "τ = 1", COLOURS["fine-tuned"]), Line("penalty", "penalty", "at_tau", "τ of the slider", COLOURS["ridge"], "dashed"),
+                        Line("penalty", "penalty", "at_best_tau", "best τ at each λ", COLOURS["ensemble"], "dotdash")), x_logarithmic=True),
+        ),
+        readings=(
+            Reading("best λ", "Least leave-one-out error.", "best", "penalty"),
+            Reading("best τ", "Exact for that λ.", "best", "tau"),
+            Reading("± one standard error", "Of the best τ, over samples.", "best", "tau_error"),
+            Reading("error there", "Mean squared leave-one-out error.", "best", "error"),
+            Reading("pretrained (τ = 0)", "Mean squared error of the pretrained head.", "best", "pretrained"),
+            Reading("gain over τ = 1", "At the best λ; positive is overadaptation.", "best", "gain"),
+            Reading("± one standard error", "Of the gain, paired over samples.", "best", "gain_error"),
+        ),
+        suggestions=(Suggestion("Fine-tune fully: λ = 0, τ = 1", {"penalty": 0.0, "tau": 1.0}), Suggestion("Do not fine-tune", {"tau": 0.0})),
+        data=selection,
+        data_source=(
+            "from linfit import select\n\n"
+            f"arrays = np.load({Path(name).name!r})\n"
+            'data = select(arrays["X"], arrays["y"], arrays["theta_1"])'
+        ),
+    )  # fmt: skip
+
+
+class UploadView:
+    """The tab before and after a file has been given."""
+
+    def __init__(self, document: Document, changed: Callable[[], None]):
+        self._document, self._changed = document, changed
+        self.view: PageView | None = None
+        self._message = Div(name="data/message", visible=False, stylesheets=[TEXT_CSS], sizing_mode="stretch_width")
+        self._input = FileInput(title="an .npz file", accept=".npz", name="data/file")
+        self._input.on_change("value", lambda _, __, value: self._given(value))
+        guard = CustomJS(args={"input": self._input, "message": self._message, "limit": LIMIT}, code=REFUSE_LARGE_FILES)
+        document.js_on_event("document_ready", guard)
+        text = Div(
+            text="The last-layer features of your fine-tuning set, the targets and the pretrained head, as <code>linfit select</code> "
+            f"takes them: an .npz with X (n, p), y (n,) and theta_1 (p,), at most {LIMIT // 2**20} MB and {SAMPLE_LIMIT} rows. "
+            "It is read by the machine that serves this page, without pickle, and forgotten with the session.",
+            stylesheets=[TEXT_CSS],
+            sizing_mode="stretch_width",
+        )
+        self._box = Column(Div(visible=False), sizing_mode="stretch_width")
+        self.layout = Column(text, self._input, self._message, self._box, sizing_mode="stretch_width")
+        self._latest = Latest(document, self._select, self._show, self._fail)
+
+    # The name of the file arrives just after its content.
+    def _given(self, content: str) -> None:
+        if content:
+            self._say("reading …")
+            self._document.add_next_tick_callback(lambda: self._latest.ask((self._input.filename, content)))
+
+    @staticmethod
+    def _select(request: tuple[str, str]) -> Page:
+        name, content = request
+        arrays = read_upload(name, content)
+        return features_page(name, select(arrays["X"], arrays["y"], arrays["theta_1"]))
+
+    def _show(self, _: object, page: Page) -> None:
+        self._message.visible = False
+        self.view = PageView(self._document, page, self._changed)
+        self._box.children = [self.view.layout]
+        self.view.start()
+
+    def _fail(self, _: object, error: Exception) -> None:
+        known = isinstance(error, ValueError)
+        self._say(str(error) if known else f"The file could not be read ({type(error).__name__}).")
+
+    def _say(self, message: str) -> None:
+        self._message.update(text=f"<div class='warning'>{html.escape(message)}</div>", visible=True)

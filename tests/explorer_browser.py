@@ -1,0 +1,111 @@
+"""A server of the explorer and a browser on it; `python -m tests.explorer_browser docs` takes the screenshots."""
+
+import asyncio
+import shutil
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+WIDTHS = {1280: 800, 390: 844}
+TABLES = """([page, tables]) => {
+  const found = {};
+  for (const table of tables) {
+    const source = Bokeh.documents[0].get_model_by_name(page + "/table/" + table);
+    found[table] = Object.fromEntries(Object.entries(source.data).map(([name, values]) => [name, Array.from(values)]));
+  }
+  return found;
+}"""
+READY = """(page) => {
+  const bokeh = window.Bokeh && Bokeh.documents[0];
+  const readings = bokeh && bokeh.get_model_by_name(page + "/status");
+  return readings && !readings.visible;
+}"""
+
+
+@contextmanager
+def serving(tabs):
+    """The explorer with these tabs on a thread of its own; its address."""
+    from figures.explorer.server import serve
+
+    ready, found = threading.Event(), {}
+
+    def run():
+        asyncio.set_event_loop(asyncio.new_event_loop())
+        server = serve("127.0.0.1", 0, tabs=tabs)
+        server.start()
+        found["server"] = server
+        ready.set()
+        server.io_loop.start()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    ready.wait(60)
+    server = found["server"]
+    yield f"http://127.0.0.1:{server.port}/"
+    server.io_loop.add_callback(server.stop)
+    server.io_loop.add_callback(server.io_loop.stop)
+    thread.join(10)
+
+
+@contextmanager
+def browsing():
+    """Debian's chromium, without a window."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        raise RuntimeError("the tests of the explorer need a browser: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def tables_in(page, name, tables):
+    """What the browser plots: {table: {column: array}} of a page of the explorer."""
+    found = page.evaluate(TABLES, [name, list(tables)])
+    return {
+        table: {column: np.array(values, float) for column, values in columns.items()}
+        for table, columns in found.items()
+    }
+
+
+def opened(browser, url, name, width=1280, **parameters):
+    """A tab of the browser that shows a page of the explorer, curves drawn."""
+    from urllib.parse import urlencode
+
+    page = browser.new_page(viewport={"width": width, "height": WIDTHS[width]})
+    page.goto(url + "?" + urlencode({"tab": name, **parameters}))
+    page.wait_for_function(READY, arg=name, timeout=120_000)
+    return page
+
+
+def take_screenshots(folder: Path) -> None:
+    """Every tab at both widths, as small PNGs."""
+    from PIL import Image
+
+    from figures.explorer.session import pages
+
+    tabs = pages()
+    with serving(tabs) as url, browsing() as browser:
+        for tab in tabs:
+            for width in WIDTHS:
+                page = opened(browser, url, tab.name, width)
+                page.wait_for_timeout(1500)
+                file = folder / f"explorer_{tab.name}_{width}.png"
+                page.screenshot(path=str(file), full_page=True)
+                Image.open(file).convert("RGB").quantize(
+                    256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+                ).save(file, optimize=True)
+                page.close()
+                print(file, file.stat().st_size)
+
+
+if __name__ == "__main__":
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    take_screenshots(Path(sys.argv[1]))

@@ -1,0 +1,496 @@
+"""The explorer without a browser: pages, links, scripts, uploads, the latest-value-wins loop, who may connect."""
+
+import asyncio
+import base64
+import io
+import re
+import runpy
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+
+pytest.importorskip("bokeh")
+
+import jax
+from bokeh.document import Document
+from bokeh.models import Slider as BokehSlider
+
+from figures.explorer import app
+from figures.explorer.page import Choice, Slider, average
+from figures.explorer.script import script
+from figures.explorer.server import is_loopback, serve
+from figures.explorer.session import pages
+from figures.explorer.upload import LIMIT, curves, features_page, read_upload
+from figures.explorer.view import PageView, as_csv
+from linfit import FixedShift, TwoTaskProblem, power_law_problem, sample_task, select
+
+PAGES = {page.name: page for page in pages()}
+
+pytestmark = pytest.mark.skipif(not jax.config.jax_enable_x64, reason="the explorer runs in double precision")
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """The first screen of every page."""
+    return {name: page.compute(page.defaults()) for name, page in PAGES.items()}
+
+
+# ------------------------------------------------------------------------------------------------- pages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
+def test_everything_a_page_shows_is_in_its_tables(name, tables):
+    page = PAGES[name]
+    for plot in page.plots:
+        for item in plot.items:
+            x, y = tables[name][item.table][item.x], tables[name][item.table][item.y]
+            assert x.shape == y.shape
+            assert x.ndim == 1
+        if plot.surface is not None:
+            columns = [tables[name][plot.surface.table][column] for column in plot.surface[1:4]]
+            assert np.unique(columns[0]).size * np.unique(columns[1]).size == columns[2].size
+    if page.overlay is not None:
+        assert {point.plot for point in page.overlay.points} <= {plot.name for plot in page.plots}
+    for reading in page.readings:
+        assert np.isfinite(tables[name][reading.table][reading.column][0])
+    for control in page.controls:
+        assert len(control.help) > 15
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_three_things_to_try_and_they_are_valid(name):
+    page = PAGES[name]
+    assert len(page.suggestions) == 3
+    controls = {control.name: control for control in page.controls}
+    for suggestion in page.suggestions:
+        for key, value in suggestion.values.items():
+            parsed = controls[key].parse(str(value))
+            assert parsed == value or np.isclose(parsed, value, rtol=0.05)
+
+
+@pytest.mark.slow
+def test_the_first_screen_shows_that_averaging_beats_both_ends(tables):
+    best, ends = tables["overadaptation"]["best"], tables["overadaptation"]["ends"]
+    assert 0.2 < best["tau"][0] < 0.8
+    assert best["finetune"][0] < 0.95 * min(ends["pretrained_finetune"][0], ends["tuned_finetune"][0])
+
+
+@pytest.mark.slow
+def test_overadaptation_shows_the_deterministic_equivalents():
+    from linfit import GradientFlow, MinNorm, Ridge
+    from theory.equivalents import risk
+
+    page = PAGES["overadaptation"]
+    parameters = page.defaults() | {
+        "n": 150,
+        "alignment": 0.3,
+        "noise_variance": 0.7,
+        "penalty": 0.05623,
+        "time": 31.62,
+    }
+    problem = power_law_problem(2000, alignment=0.3, noise_variance=0.7, pretrain_risk=parameters["pretrain_risk"])
+    for fine_tuner, filter in (
+        ("min-norm", MinNorm()),
+        ("ridge", Ridge(0.05623)),
+        ("early stopping", GradientFlow(31.62)),
+    ):
+        tables = page.compute(parameters | {"fine_tuner": fine_tuner})
+        expected = risk(problem, 150, filter, tables["tau"]["tau"])
+        np.testing.assert_allclose(tables["tau"]["bias"], expected.finetune.bias, rtol=1e-6)
+        np.testing.assert_allclose(tables["tau"]["variance"], expected.finetune.variance, rtol=1e-6)
+        np.testing.assert_allclose(tables["tau"]["pretrain"], expected.pretrain.total, rtol=1e-6)
+        now = risk(problem, 150, filter, parameters["tau"]).finetune.total
+        np.testing.assert_allclose(tables["now"]["finetune"], now, rtol=1e-6)
+
+
+def test_flow_without_noise_is_theorem_7_2():
+    from theory.flow import best_averaging, errors, flow_iterates, vanilla_iterates
+
+    tables = PAGES["flow"].compute(PAGES["flow"].defaults() | {"rho": 0.6, "beta": 0.3162, "curvature": 2.0})
+    positions = np.asarray(flow_iterates(0.6, 0.3162, np.arange(61)))
+    np.testing.assert_allclose(tables["steps"]["flow_x"], positions[:, 0], atol=1e-12)
+    np.testing.assert_allclose(tables["steps"]["flow_y"], positions[:, 1], atol=1e-12)
+    expected = errors(positions, 0.6, [[2.0, 0.0], [0.0, 1.0]])
+    np.testing.assert_allclose(tables["steps"]["flow_total"], expected.total, atol=1e-12)
+    vanilla = np.asarray(vanilla_iterates(0.6, np.arange(61)))
+    np.testing.assert_allclose(tables["steps"]["vanilla_y"], vanilla[:, 1], atol=1e-12)
+    np.testing.assert_allclose(tables["now"]["best_averaging"], best_averaging([[2.0, 0.0], [0.0, 1.0]]), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_overtraining_turns_where_theory_says(tables):
+    from theory.overtraining import inflection_time
+
+    time = tables["overtraining"]["turn"]["time"][0]
+    a = np.arange(1.0, 7.0) ** -1.0
+    np.testing.assert_allclose(time, inflection_time(0.001, a, 0.1, (16, 16, 16)), rtol=1e-12)
+    row = tables["overtraining"]["time"]
+    assert abs(np.log(row["time"][np.argmin(row["perturbed"])] / time)) < 0.1
+
+
+@pytest.mark.slow
+def test_nothing_on_the_compare_page_is_below_the_frontier(tables):
+    from theory.frontier import distance
+
+    page = PAGES["compare"]
+    parameters = page.defaults()
+    problem = sys.modules[page.curves.__module__].problem_of(
+        *(parameters[name] for name in ("p", "decay", "pretrain_decay", "alignment", "noise_variance", "pretrain_risk"))
+    )
+    for table in ("averaging", "ridge", "ridge_averaging", "time", "segment"):
+        points = tables["compare"][table]
+        inside = points["finetune"] > 0
+        assert (np.asarray(distance(problem, points["finetune"][inside], points["pretrain"][inside])) > -1e-9).all()
+    cost = {
+        name: tables["compare"][name]["cost"][0] for name in ("floor", "best", "best_ridge", "best_average", "vanilla")
+    }
+    assert cost["floor"] < cost["best"] <= min(cost["best_ridge"], cost["best_average"]) < cost["vanilla"]
+
+
+@pytest.mark.slow
+def test_s3ft_shares_add_up_and_forget_less(tables):
+    row = tables["s3ft"]["tolerance"]
+    np.testing.assert_allclose(row["own"] + row["paraphrase"] + row["gold"], 1, rtol=1e-12)
+    assert (row["forgetting"][:20] < tables["s3ft"]["supervised"]["forgetting"][0]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["overadaptation", "overtraining", "flow", "s3ft"])
+def test_the_overlay_agrees_with_the_curves(name, tables):
+    """Within 4 standard errors, or 3% for what is only asymptotic."""
+    page = PAGES[name]
+    parameters = page.defaults() | ({"n": 2000} if name in ("flow", "s3ft") else {})
+    overlay = page.overlay
+    simulated = average([overlay.replicate(i, **parameters) for i in range(overlay.replicates)], overlay.axes)
+    pairs = {
+        "overadaptation": ("tau", "tau", "finetune", "finetune"),
+        "overtraining": ("time", "time", "perturbed", "perturbed"),
+        "flow": ("steps", "steps", "total", "flow_total"),
+        "s3ft": ("tolerance", "tolerance", "forgetting", "forgetting"),
+    }
+    table, x, measured, predicted = pairs[name]
+    expected = np.interp(simulated[x], tables[name][table][x], tables[name][table][predicted])
+    gap = abs(simulated[measured] - expected)
+    assert (gap < 4 * simulated[f"{measured}_error"] + 0.03 * abs(expected).max()).all()
+    assert simulated[f"{measured}_error"].max() > 0
+
+
+# -------------------------------------------------------------------------------------- scripts and tables
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "simulated"),
+    [("overadaptation", True), ("overtraining", True), ("flow", True), ("s3ft", True), ("compare", False)],
+)
+def test_the_script_reproduces_every_number_exactly(name, simulated, tmp_path):
+    """One of them is run as a program of its own in test_explorer_browser."""
+    page = PAGES[name]
+    control = next(control for control in page.controls if isinstance(control, Slider))
+    moved = control.value_at(control.position_of(control.value) - control.step)
+    parameters = page.defaults() | {control.name: moved}
+    text = script(page, parameters, simulated=simulated)
+    assert "figures" not in text  # the public API alone
+    file = tmp_path / "copied.py"
+    file.write_text(text, encoding="utf-8")
+    found = runpy.run_path(str(file))["tables"]
+    tables = page.compute(parameters)
+    if simulated:
+        samples = [page.overlay.replicate(index, **parameters) for index in range(page.overlay.replicates)]
+        tables["simulated"] = average(samples, page.overlay.axes)
+    assert found.keys() == tables.keys()
+    for table, columns in tables.items():
+        for column, values in columns.items():
+            np.testing.assert_array_equal(found[table][column], values)
+
+
+@pytest.mark.slow
+def test_csv_gives_back_the_same_floats(tables):
+    text = as_csv(tables["overadaptation"])
+    columns = np.genfromtxt(io.StringIO(text), delimiter=",", names=True, deletechars="")
+    for table, content in tables["overadaptation"].items():
+        for name, values in content.items():
+            np.testing.assert_array_equal(columns[f"{table}.{name}"][: values.size], values)
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+
+def test_a_slider_and_its_value_go_back_and_forth():
+    for page in PAGES.values():
+        for control in page.controls:
+            if isinstance(control, Slider):
+                positions = np.linspace(control.start, control.end, 23)
+                for position in positions:
+                    value = control.value_at(position)
+                    assert control.value_at(control.position_of(value)) == value
+                    assert control.parse(str(value)) == value
+                assert control.value_at(control.position_of(control.value)) == control.value, (page.name, control.name)
+            else:
+                assert [control.parse(label) for label in control.labels] == list(control.options)
+
+
+@pytest.mark.parametrize(
+    ("control", "text", "message"),
+    [
+        (Slider("tau", "τ", "", 0, 1.5, 0.02, 0.6), "2", "tau must be between 0 and 1.5, got 2"),
+        (Slider("tau", "τ", "", 0, 1.5, 0.02, 0.6), "nan", "finite"),
+        (Slider("tau", "τ", "", 0, 1.5, 0.02, 0.6), "<b>", "number"),
+        (Slider("penalty", "λ", "", -5, 2, 0.1, 0.1, True), "-1", "between 1e-05 and 100"),
+        (Slider("penalty", "λ", "", -5, 2, 0.1, 0.1, True), "0", "between"),
+        (Choice("p", "p", "", (10, 20), 10), "30", "one of 10, 20"),
+    ],
+)
+def test_values_that_make_no_sense_are_named(control, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        control.parse(text)
+
+
+# -------------------------------------------------------------------------------------------- the document
+
+
+def test_app_starts_where_it_is_told():
+    document = Document()
+    app({"tab": "flow", "rho": 0.5})(document)
+    assert document.get_model_by_name("flow/rho").value == 0.5
+    assert document.get_model_by_name("tabs").active == 2
+    with pytest.raises(ValueError, match=r"rho must be between 0 and 0\.85"):
+        app({"tab": "flow", "rho": 3})
+    with pytest.raises(ValueError, match="no parameter 'tau'"):
+        app({"tab": "flow", "tau": 1})
+    with pytest.raises(ValueError, match="tab must be one of"):
+        app({"tab": "nothing"})
+
+
+def test_state_of_a_page_reproduces_it():
+    page = PAGES["overadaptation"]
+    first = PageView(Document(), page, lambda: None)
+    first.tables = {item.table: {} for plot in page.plots for item in plot.items}
+    first._set({"tau": 0.9, "penalty": 0.5623, "fine_tuner": "ridge", "p": 1000, "alignment": -0.85})
+    first._set_axes("risks", (False, True))
+    first._set_axes("time", (False, False))
+    first._toggle_freeze()
+    first._overlay_box.active = True
+    first._set({"noise_variance": 1.25})
+    second = PageView(Document(), page, lambda: None)
+    assert second.restore(first.state()) == []
+    assert second.parameters == first.parameters
+    assert second.parameters["penalty"] == 0.5623
+    assert second.state() == first.state()
+    complaints = second.restore({"tau": "x", "frozen": "[1", "penalty": "1"})
+    assert len(complaints) == 2
+    assert second.parameters["penalty"] == 1.0
+
+
+def test_logarithmic_axes_are_drawn_on_the_same_data():
+    view = PageView(Document(), PAGES["overadaptation"], lambda: None)
+    before = view._boxes["risks"].children[0]
+    view._set_axes("risks", (False, True))
+    after = view._boxes["risks"].children[0]
+    assert type(before.y_scale).__name__ == "LinearScale"
+    assert type(after.y_scale).__name__ == "LogScale"
+    assert {r.data_source.id for r in before.renderers} == {r.data_source.id for r in after.renderers}
+
+
+# ------------------------------------------------------------------------------------- latest value wins
+
+
+def settle(page, *, moves, pause, seconds):
+    """A session on a loop of its own: move its first slider `moves` times; seconds until the last value showed."""
+    from bokeh.application import Application
+    from bokeh.application.handlers.function import FunctionHandler
+    from bokeh.server.contexts import ApplicationContext
+
+    async def main():
+        from tornado.ioloop import IOLoop
+
+        context = ApplicationContext(Application(FunctionHandler(app(tabs=[page]))), io_loop=IOLoop.current())
+        session = await context.create_session_if_needed("a" * 44, request=None)
+        document = session.document
+        slider = next(iter(document.select({"type": BokehSlider})))
+        await asyncio.sleep(seconds / 4)
+        for index in range(moves):
+            await session.with_document_locked(setattr, slider, "value", slider.start + slider.step * (index + 1))
+            await asyncio.sleep(pause)
+        released = time.perf_counter()
+        wanted = page.controls[0].value_at(slider.value)
+        message = document.get_model_by_name(f"{page.name}/message")
+        while message.data["numbers"][0][0] != wanted and time.perf_counter() - released < seconds:
+            await asyncio.sleep(0.005)
+        return time.perf_counter() - released
+
+    return asyncio.run(main())
+
+
+def slow_page(delay, computed):
+    """A page that takes `delay` for each point."""
+    from figures.explorer.page import Mark, Page, Plot
+
+    def slow(*, x):
+        time.sleep(delay)
+        computed.append((x, threading.get_ident()))
+        return {"now": {"x": np.array([x]), "y": np.array([2 * x])}}
+
+    plot = Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),))
+    return Page("slow", "slow", "", "", (Slider("x", "x", "a number", 0, 1, 0.01, 0.0),), slow, (plot,), (), ())
+
+
+def test_a_slow_kernel_never_gets_a_backlog():
+    computed = []
+    delay = 0.1
+    lag = settle(slow_page(delay, computed), moves=60, pause=0.01, seconds=8)
+    values = [x for x, _ in computed]
+    assert values[-1] == 0.6
+    assert values == sorted(values)
+    assert len(values) < 20  # of 60 moves
+    assert lag < 2 * delay + 0.3  # one that runs, one for the last value
+
+
+def test_an_error_is_shown_and_the_page_lives_on():
+    page = slow_page(0.0, [])
+    failing = page._replace(curves=lambda *, x: (_ for _ in ()).throw(ValueError(f"no <b>{x}</b>")))
+    view = PageView(Document(), failing, lambda: None)
+    view._fail({}, ValueError("no <b>1</b>"))
+    assert view._status.visible
+    assert "&lt;b&gt;" in view._status.text
+
+
+# --------------------------------------------------------------------------------------------- uploads
+
+
+def encoded(**arrays):
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+@pytest.fixture(scope="module")
+def features():
+    flat = np.ones(60)
+    problem = TwoTaskProblem(flat, flat, FixedShift(0.4 * flat), noise_std=2.0)
+    task = sample_task(jax.random.key(3), problem, 30)
+    return {"X": np.asarray(task.X), "y": np.asarray(task.y), "theta_1": np.asarray(task.theta_1)}
+
+
+@pytest.mark.slow
+def test_an_upload_is_explored_as_select_does(features):
+    arrays = read_upload("mine.npz", encoded(**features))
+    np.testing.assert_array_equal(arrays["X"], features["X"])
+    selection = select(**features)
+    page = features_page("mine.npz", selection)
+    tables = page.compute(page.defaults())
+    assert tables["best"]["tau"][0] == selection.best_tau
+    row = int(np.argmin(abs(selection.penalties - page.defaults()["penalty"])))
+    np.testing.assert_array_equal(tables["tau"]["error"], selection.mean_squared_error[row])
+    full = curves(selection, penalty=0.0, tau=1.0)["now"]["error"][0]
+    from linfit import leave_one_out
+
+    np.testing.assert_allclose(full, np.mean(leave_one_out(**features, penalty=0.0, tau=1.0) ** 2), rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_the_script_of_an_upload_runs(features, tmp_path):
+    page = features_page("/elsewhere/mine.npz", select(**features))
+    np.savez(tmp_path / "mine.npz", **features)
+    parameters = page.defaults() | {"tau": 0.5}
+    text = script(page, parameters) + "np.save('numbers.npy', tables['surface']['error'])\n"
+    (tmp_path / "copied.py").write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, "copied.py"], cwd=tmp_path, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    np.testing.assert_array_equal(np.load(tmp_path / "numbers.npy"), page.compute(parameters)["surface"]["error"])
+
+
+def bomb():
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("X.npy", b"\0" * (9 * LIMIT))
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def pickled():
+    data = io.BytesIO()
+    np.savez(data, X=np.array([{"a": 1}], dtype=object), y=np.ones(1), theta_1=np.ones(1))
+    return base64.b64encode(data.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: "!!!", "must be an .npz"),
+        (lambda: base64.b64encode(b"not a zip").decode(), "must be an .npz"),
+        (lambda: encoded(y=np.ones(3), theta_1=np.ones(2)), "X missing"),
+        (lambda: "A" * (2 * LIMIT), "at most 32 MB"),
+        (bomb, "expand to at most 256 MB, got 288 MB"),
+        (pickled, "plain numeric arrays"),
+        (lambda: encoded(X=np.ones((3001, 2)), y=np.ones(3001), theta_1=np.ones(2)), "at most 3000 rows"),
+    ],
+)
+def test_bad_uploads_are_answered_with_one_line(content, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_upload("dir/<b>mine.npz", content())
+    assert "\n" not in str(error.value)
+    assert "/tmp" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------- the server
+
+
+def test_loopback_is_told_from_the_rest():
+    assert all(map(is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "192.168.1.4", "::", "example.org"]))
+
+
+def test_other_addresses_print_a_warning_and_admit_only_named_origins(capsys):
+    page = slow_page(0.0, [])
+    server = serve("127.0.0.1", 0, tabs=[page])
+    assert "warning" not in capsys.readouterr().err
+    here = {f"127.0.0.1:{server.port}", f"localhost:{server.port}"}
+    assert server._tornado.websocket_origins == here
+    server.stop()
+    server = serve("0.0.0.0", 0, origins=["lab.example:80"], tabs=[page])
+    assert "warning: 0.0.0.0 can be reached from other machines" in capsys.readouterr().err
+    assert "lab.example:80" in server._tornado.websocket_origins
+    assert not any("*" in origin for origin in server._tornado.websocket_origins)
+    server.stop()
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_an_error_of_one_line():
+    server = serve("127.0.0.1", 0, tabs=[slow_page(0.0, [])])
+    command = [sys.executable, "-m", "linfit.command_line"]
+    try:
+        answer = subprocess.run(
+            [*command, "explore", "--port", str(server.port)], capture_output=True, text=True, timeout=120
+        )
+    finally:
+        server.stop()
+    assert answer.returncode == 2
+    assert answer.stderr.strip().splitlines()[-1].startswith("linfit: error:")
+
+
+@pytest.mark.slow
+def test_a_sweep_store_is_explored(tmp_path):
+    from figures.explorer.store import store_page
+
+    with pytest.raises(ValueError, match="not a store"):
+        store_page(tmp_path)
+    pytest.importorskip("zarr")
+    from sims.store import read
+    from sims.sweep import run, sweep_over
+
+    sweep = sweep_over("overadaptation", {"n": [10, 20], "p": 40, "tau": "0:1:3", "penalty": [0.1, 1.0]}, seeds=2)
+    path = tmp_path / "some.zarr"
+    run(sweep, path)
+    page = store_page(path)
+    parameters = page.defaults() | {"along": "tau", "n": 20, "penalty": 1.0}
+    tables = page.compute(parameters)
+    data = read(path)
+    output = page.plots[0].name
+    expected = data[output].sel({axis: parameters[axis] for axis in ("n", "penalty") if axis in data[output].dims})
+    np.testing.assert_array_equal(tables["x"][output], expected.values)
+    np.testing.assert_array_equal(tables["x"]["x"], [0.0, 0.5, 1.0])

@@ -1,0 +1,397 @@
+"""The explorer as a user meets it: in a real browser, by mouse and keyboard."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from urllib.parse import parse_qs, urlsplit
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("bokeh")
+pytest.importorskip("playwright")
+
+from figures.explorer.page import Choice, Mark, Page, Plot, Slider
+from figures.explorer.session import pages
+from tests.explorer_browser import WIDTHS, browsing, opened, serving, tables_in
+
+PAGES = {page.name: page for page in pages()}
+DELAY = {"seconds": 0.1}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("chromium") is None and "CI" not in os.environ,
+        reason="needs the browser chromium (apt-get install chromium)",
+    ),
+    pytest.mark.skipif(not jax.config.jax_enable_x64, reason="the explorer runs in double precision"),
+]
+
+
+def slow(*, x: float) -> dict:
+    """Numbers that take their time."""
+    time.sleep(DELAY["seconds"])
+    return {"now": {"x": np.array([x]), "y": np.array([2 * x])}}
+
+
+SLOW = Page(
+    "slow", "Slow", "", "", (Slider("x", "x", "a number", 0, 1, 0.01, 0.0),), slow,
+    (Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),)),), (), (),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def url():
+    with serving([*PAGES.values(), SLOW]) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browsing() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def open_page(browser, url):
+    """Opens pages of the explorer; at the end no script has failed and no request has left the machine."""
+    shown, hosts, failures = [], set(), []
+
+    def open_one(name, width=1280, **parameters):
+        context = browser.new_context(viewport={"width": width, "height": WIDTHS[width]}, accept_downloads=True)
+        context.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+        context.on("weberror", lambda error: failures.append(str(error.error)))
+        page = opened(Context(context, hosts), url, name, width, **parameters)
+        shown.append(context)
+        return page
+
+    yield open_one
+    for context in shown:
+        context.close()
+    assert failures == []
+    assert hosts <= {"127.0.0.1", None}  # None: data: and blob:
+    assert "127.0.0.1" in hosts
+
+
+class Context:
+    """A browser context whose pages also report the hosts of their websockets."""
+
+    def __init__(self, context, hosts):
+        self.context, self.hosts = context, hosts
+
+    def new_page(self, viewport):
+        page = self.context.new_page()
+        page.on("websocket", lambda socket: self.hosts.add(urlsplit(socket.url).hostname))
+        return page
+
+
+def plotted(page):
+    """Names of the tables that a page of the explorer plots."""
+    return {item.table for plot in page.plots for item in plot.items}
+
+
+def wait_for(page, name, parameters, seconds=90):
+    """Until the browser plots, bit for bit, what the function of the page gives at these parameters."""
+    explored = PAGES[name]
+    expected = explored.compute(parameters)
+    end = time.perf_counter() + seconds
+    while True:
+        found = tables_in(page, name, plotted(explored))
+        wrong = [
+            (table, column)
+            for table in found
+            for column, values in expected[table].items()
+            if not np.array_equal(found[table].get(column), values, equal_nan=True)
+        ]
+        if not wrong:
+            return found
+        assert time.perf_counter() < end, f"{name}: {wrong} do not show {parameters}"
+        page.wait_for_timeout(20)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_control_moves_the_curves_to_what_the_api_gives(open_page, name):
+    """By keyboard: each slider one step, each list to another option."""
+    explored, page = PAGES[name], open_page(name)
+    parameters = explored.defaults()
+    wait_for(page, name, parameters)
+    handles, lists = page.locator(".noUi-handle:visible"), page.locator("select:visible")
+    at_slider = at_list = 0
+    for control in explored.controls:
+        if isinstance(control, Choice):
+            other = next(option for option in control.options if option != parameters[control.name])
+            lists.nth(at_list).select_option(control.label_of(other))
+            parameters[control.name], at_list = other, at_list + 1
+        else:
+            position = control.position_of(parameters[control.name])
+            up = position + control.step <= control.end + 1e-9
+            handles.nth(at_slider).focus()
+            page.keyboard.press("ArrowRight" if up else "ArrowLeft")
+            parameters[control.name] = control.value_at(position + (control.step if up else -control.step))
+            at_slider += 1
+        wait_for(page, name, parameters)
+    assert at_slider == handles.count()
+    assert at_list == lists.count()
+
+
+def test_a_link_reproduces_the_view(open_page):
+    first = open_page("overadaptation", tau=0.3)
+    first.locator(".noUi-handle:visible").first.focus()
+    first.keyboard.press("ArrowRight")
+    first.get_by_role("button", name="freeze these curves").click()
+    first.keyboard.press("Tab")
+    first.locator(".noUi-handle:visible").nth(4).focus()
+    first.keyboard.press("ArrowLeft")
+    first.get_by_role("button", name="log y").first.click()
+    first.wait_for_function("window.location.search.includes('axes.risks')")
+    first.wait_for_timeout(600)
+    query = parse_qs(urlsplit(first.url).query)
+    assert query["tau"] == ["0.32"]
+    assert "frozen" in query
+    assert query["axes.risks"] == ["y"]
+    parameters = PAGES["overadaptation"].defaults() | {"tau": 0.32}
+    decay = next(control for control in PAGES["overadaptation"].controls if control.name == "decay")
+    parameters["decay"] = decay.parse(query["decay"][0])
+    assert parameters["decay"] != decay.value
+    wait_for(first, "overadaptation", parameters)
+
+    second = open_page(**{name: values[0] for name, values in query.items() if name != "tab"}, name="overadaptation")
+    wait_for(second, "overadaptation", parameters)
+    second.wait_for_function("Bokeh.documents[0].get_model_by_name('overadaptation/frozen/tau').data.tau.length > 0")
+    frozen = "Array.from(Bokeh.documents[0].get_model_by_name('overadaptation/frozen/tau').data.finetune)"
+    assert second.evaluate(frozen) == first.evaluate(frozen)
+    scale = "Bokeh.documents[0].get_model_by_name('overadaptation/box/risks').children[0].y_scale.type"
+    assert second.evaluate(scale) == first.evaluate(scale) == "LogScale"
+
+
+def test_a_bad_link_says_so_and_shows_the_rest(open_page):
+    page = open_page("flow", rho="<img src=x>", beta=0.5, colour="red")
+    message = page.evaluate("Bokeh.documents[0].get_model_by_name('message').text")
+    assert "rho must be a number" in message
+    assert "<img" not in message
+    assert "colour" in message
+    beta = next(control for control in PAGES["flow"].controls if control.name == "beta")
+    wait_for(page, "flow", PAGES["flow"].defaults() | {"beta": beta.parse("0.5")})
+
+
+def test_copied_python_agrees_with_the_page(open_page, tmp_path):
+    page = open_page("flow", rho=0.4)
+    page.get_by_role("button", name="copy as Python").click()
+    area = "Bokeh.documents[0].get_model_by_name('flow/script_text').value"
+    page.wait_for_function(f"{area}.length > 100")
+    text = page.evaluate(area)
+    save = 'np.savez("numbers.npz", **{f"{t}/{c}": v for t, columns in tables.items() for c, v in columns.items()})\n'
+    (tmp_path / "copied.py").write_text(text + save, encoding="utf-8")
+    subprocess.run([sys.executable, "copied.py"], cwd=tmp_path, check=True, timeout=240, stdout=subprocess.DEVNULL)
+    found = tables_in(page, "flow", plotted(PAGES["flow"]))
+    with np.load(tmp_path / "numbers.npz") as numbers:
+        for table, columns in found.items():
+            for column, values in columns.items():
+                np.testing.assert_array_equal(numbers[f"{table}/{column}"], values)
+
+
+def test_csv_and_svg_come_down(open_page):
+    page = open_page("s3ft")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="data as CSV").click()
+    lines = download.value.path().read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("tolerance.tolerance,tolerance.own")
+    assert float(lines[1].split(",")[1]) == PAGES["s3ft"].compute(PAGES["s3ft"].defaults())["tolerance"]["own"][0]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="SVG").first.click()
+    assert download.value.suggested_filename == "s3ft_trade.svg"
+    text = download.value.path().read_text(encoding="utf-8")
+    assert text.startswith("<svg")
+    assert "Trade-off" in text
+    with page.expect_download() as download:
+        page.locator(".bk-tool-icon-save, [title='Save as PNG']").first.click()
+    assert download.value.path().read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_overlay_is_drawn_with_progress_and_dropped_when_a_slider_moves(open_page):
+    page = open_page("overtraining")
+    simulated = "Array.from(Bokeh.documents[0].get_model_by_name('overtraining/table/simulated').data.perturbed)"
+    page.locator("input[type=checkbox]:visible").check()
+    page.wait_for_function(f"{simulated}.length > 0", timeout=60_000)
+    progress = "Bokeh.documents[0].get_model_by_name('overtraining/progress').text"
+    page.wait_for_function(f"{progress}.startsWith('8 of 8')", timeout=60_000)
+    before = page.evaluate(simulated)
+    page.locator(".noUi-handle:visible").nth(1).focus()  # γ
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"!{progress}.startsWith('8 of 8')")
+    page.wait_for_function(f"{progress}.startsWith('8 of 8')", timeout=60_000)
+    after = page.evaluate(simulated)
+    assert len(after) == len(before)
+    assert after != before
+
+
+def test_numbers_show_on_hover_and_the_legend_hides_curves(open_page):
+    page = open_page("flow")
+    place = """(() => {
+      const view = Bokeh.index.find_one(Bokeh.documents[0].get_model_by_name("flow/box/errors").children[0]);
+      const {steps, flow_total} = Bokeh.documents[0].get_model_by_name("flow/table/now").data;
+      const box = view.el.getBoundingClientRect();
+      const {x_scale, y_scale} = view.frame;
+      return [box.left + x_scale.compute(steps[0]), box.top + y_scale.compute(flow_total[0])];
+    })()"""
+    page.wait_for_timeout(300)
+    x, y = page.evaluate(place)
+    page.mouse.move(x - 20, y - 20)
+    page.mouse.move(x, y)
+    page.get_by_text("error in units of").first.wait_for(state="visible")
+    page.get_by_text("K of the slider").nth(1).wait_for(state="visible")  # the first is the legend's
+
+    drawn = """Bokeh.documents[0].get_model_by_name("flow/box/plane").children[0].renderers
+      .filter((renderer) => renderer.data_source.name == "flow/table/stalled").map((renderer) => renderer.visible)"""
+    assert page.evaluate(drawn) == [True]
+    page.get_by_text("stalled direction", exact=True).click()
+    page.wait_for_function(f"!({drawn})[0]")
+    page.get_by_text("stalled direction", exact=True).click()
+    page.wait_for_function(f"({drawn})[0]")
+
+
+def test_symbols_are_explained_on_hover_and_by_keyboard(open_page):
+    page = open_page("flow")
+    page.locator(".bk-help-button, .bk-btn:has(.bk-icon-help), .controls button").first.hover()
+    explanation = page.get_by_text("Fine-tuning covariance I + ρ")
+    explanation.first.wait_for(state="visible")
+    assert "arXiv 2502.02797" in explanation.first.inner_text()
+
+
+def move(page, name):
+    """Seconds from a key press to the new value in the page."""
+    return page.evaluate(
+        """async ([name, step]) => {
+          const model = Bokeh.documents[0].get_model_by_name("slow/x");
+          const source = Bokeh.documents[0].get_model_by_name("slow/table/now");
+          const wanted = Math.round(100 * model.value + step) / 100;
+          const start = performance.now();
+          model.value = wanted;
+          while (source.data.x[0] != wanted) await new Promise((done) => setTimeout(done, 2));
+          return (performance.now() - start) / 1000;
+        }""",
+        [name, 1],
+    )
+
+
+def test_a_drag_over_a_slow_kernel_settles_at_once(open_page):
+    """Kernel of 0.1 s: under 0.3 s after release, or on a busy machine two kernels and three empty round trips."""
+    DELAY["seconds"] = 0.1
+    page = open_page("slow")
+    overhead = sorted(move(page, "slow") - 0.1 for _ in range(5))[2]
+    handle = page.locator(".noUi-handle:visible").first.bounding_box()
+    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for index in range(80):
+        page.mouse.move(x + 2 * index, y)
+    page.mouse.up()
+    lag = page.evaluate(
+        """async () => {
+          const model = Bokeh.documents[0].get_model_by_name("slow/x");
+          const source = Bokeh.documents[0].get_model_by_name("slow/table/now");
+          const start = performance.now();
+          while (Math.abs(source.data.x[0] - model.value) > 1e-9) await new Promise((done) => setTimeout(done, 2));
+          return (performance.now() - start) / 1000;
+        }"""
+    )
+    assert page.evaluate("Bokeh.documents[0].get_model_by_name('slow/x').value") > 0.3
+    assert lag < max(0.3, 0.2 + 3 * overhead)
+
+
+def test_a_slow_session_does_not_hold_up_another(open_page):
+    DELAY["seconds"] = 3.0
+    try:
+        waiting = open_page("slow", x=0.1)
+        other = open_page("s3ft")
+        waiting.locator(".noUi-handle:visible").first.focus()
+        waiting.keyboard.press("ArrowRight")
+        start = time.perf_counter()
+        other.locator(".noUi-handle:visible").first.focus()
+        other.keyboard.press("ArrowRight")
+        wait_for(other, "s3ft", PAGES["s3ft"].defaults() | {"tolerance": 1.1})
+        seconds = time.perf_counter() - start
+        assert tables_in(waiting, "slow", ["now"])["now"]["x"][0] == 0.1  # still at it
+        assert seconds < 2.5
+    finally:
+        DELAY["seconds"] = 0.1
+
+
+def test_an_upload_is_read_and_bad_ones_are_answered(open_page, tmp_path):
+    generator = np.random.default_rng(0)
+    X = generator.standard_normal((25, 40))
+    np.savez(tmp_path / "mine.npz", X=X, y=X @ np.full(40, 0.2) + generator.standard_normal(25), theta_1=np.zeros(40))
+    (tmp_path / "bad.npz").write_bytes(b"no archive")
+    (tmp_path / "large.npz").write_bytes(b"0" * (33 * 2**20))
+    page = open_page("s3ft")
+    page.get_by_text("Your features", exact=True).click()
+    chooser = page.locator("input[type=file]")
+    message = "Bokeh.documents[0].get_model_by_name('data/message').text"
+    chooser.set_input_files(tmp_path / "bad.npz")
+    page.wait_for_function(f"{message}.includes('must be an .npz')")
+    chooser.set_input_files(tmp_path / "large.npz")
+    page.wait_for_function(f"{message}.includes('larger than 32 MB')")
+    chooser.set_input_files(tmp_path / "mine.npz")
+    page.wait_for_function(
+        "Bokeh.documents[0].get_model_by_name('data/table/best')?.data.tau.length == 1", timeout=90_000
+    )
+    from linfit import select
+
+    with np.load(tmp_path / "mine.npz") as arrays:
+        expected = select(arrays["X"], arrays["y"], arrays["theta_1"])
+    assert tables_in(page, "data", ["best"])["best"]["tau"][0] == expected.best_tau
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_is_wider_than_the_screen(open_page, name, width):
+    page = open_page(name, width)
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for plot in PAGES[name].plots:
+        box = page.evaluate(
+            f"(() => {{ const box = Bokeh.documents[0].get_model_by_name('{name}/box/{plot.name}');"
+            " const b = Bokeh.index.find_one(box.children[0]).bbox;"
+            " return [b.width, b.height]; })()"
+        )
+        assert box[0] > 250
+        assert box[1] > 250
+
+
+def test_without_its_own_server_the_address_is_left_alone(browser):
+    """As in a notebook, where the page belongs to somebody else."""
+    import asyncio
+    import threading
+
+    from bokeh.server.server import Server
+
+    from figures.explorer import app
+
+    found, ready = {}, threading.Event()
+
+    def run():
+        asyncio.set_event_loop(asyncio.new_event_loop())
+        server = Server({"/": app({"tab": "s3ft", "tolerance": 2.0})}, address="127.0.0.1", port=0)
+        server.start()
+        found["server"] = server
+        ready.set()
+        server.io_loop.start()
+
+    threading.Thread(target=run, daemon=True).start()
+    ready.wait(30)
+    server = found["server"]
+    page = browser.new_page()
+    page.goto(f"http://localhost:{server.port}/")
+    page.wait_for_function(
+        "window.Bokeh && Bokeh.documents[0]?.get_model_by_name('s3ft/table/now')?.data.own.length == 1"
+    )
+    page.locator(".noUi-handle:visible").first.focus()
+    page.keyboard.press("ArrowRight")
+    wait_for(page, "s3ft", PAGES["s3ft"].defaults() | {"tolerance": 2.1})
+    page.wait_for_timeout(600)
+    assert urlsplit(page.url).query == ""
+    page.close()
+    server.io_loop.add_callback(server.io_loop.stop)
