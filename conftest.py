@@ -1,5 +1,10 @@
 """Tests run in float64; `--float32` runs the numerical suite in single precision, with its own tolerances."""
 
+import os
+
+# Several processes share the cores (-n auto): two BLAS threads each fight for them. Read when numpy and scipy load.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +18,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     jax.config.update("jax_enable_x64", not config.getoption("--float32"))
     jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs():
+    """Those of one file are dropped after it: all of them together take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

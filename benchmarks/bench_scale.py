@@ -1,17 +1,22 @@
-"""Time and memory of one streamed design against n and p, each size in a process of its own.
+"""Time and memory of one streamed design against n and p, each size in a process of its own; and of sweeps.
 
     OPENBLAS_NUM_THREADS=1 NPROC=4 python benchmarks/bench_scale.py [--size N P]...
+    python benchmarks/bench_scale.py --sweep
 
 A design is drawn in column blocks and reduced to both risk forms, then 60 penalties × 101 τ are evaluated. The problem
 has Σ₁ = Σ₂ diagonal, an isotropic shift and a pretraining error, so two Gram matrices and three projections are needed.
 The model fitted to the processor time is  seconds = a + b·np + c·n²p + d·n³ : compiling, drawing, Gram matrices,
 eigendecomposition; no term is negative.
+
+--sweep prints the share of the workers' time that is spent in kernels, and the processor time of the driver per task.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from json import dumps, loads
 from pathlib import Path
@@ -54,12 +59,51 @@ def measure(n: int, p: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+def measure_sweeps() -> None:
+    """Sweeps of a surface in this process and on local workers, between their fourth task and their last."""
+    from sims.experiments import SETTINGS
+
+    os.environ.update(SETTINGS)
+    from sims import cluster
+    from sims.sweep import Watcher, run, sweep_over
+
+    class Clock(Watcher):
+        """Of every task: when it was stored, the processor time of this process until then, time in the kernel."""
+
+        def __init__(self) -> None:
+            self.rows: list[tuple[float, float, float]] = []
+
+        def finished(self, seconds: np.ndarray, failures: list) -> None:
+            self.rows.append((time.perf_counter(), time.process_time(), seconds.sum()))
+
+    axes = {"n": 300, "p": 3000, "penalty": "1e-4:1e2:60:log", "tau": "0:1:101", "noise": [0.1, 0.5, 1.0]}
+    for chunk in (4, 16):
+        sweep = sweep_over("overadaptation", axes, seeds=20 * chunk, chunk=chunk)
+        for workers in (0, 1, 2):
+            clock = Clock()
+            with tempfile.TemporaryDirectory() as folder:
+                executor = cluster.local(workers) if workers else None
+                run(sweep, f"{folder}/a.zarr", executor=executor, watcher=clock)
+            stored, used, kernels = np.array(clock.rows[3:]).T
+            share = kernels[1:].sum() / (stored[-1] - stored[0]) / max(workers, 1)
+            driver = f", driver {1e3 * np.diff(used).mean():.0f} ms a task" if workers else ""
+            print(
+                f"{chunk:3} replicates a task, {workers} workers: {1e3 * kernels.mean() / chunk:.0f} ms a kernel, "
+                f"share {share:.2f}{driver}; load {os.getloadavg()[0]:.1f}",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Print one line for each size, then the fitted model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, nargs=2, action="append", metavar=("N", "P"))
     parser.add_argument("--one", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--sweep", action="store_true", help="measure sweeps instead")
     arguments = parser.parse_args()
+    if arguments.sweep:
+        measure_sweeps()
+        return
     if arguments.one:
         print(dumps(measure(*arguments.one)))
         return

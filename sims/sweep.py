@@ -271,7 +271,7 @@ def sobol_points(
 
 
 def sweep_from_toml(path: Path) -> tuple[Sweep, Path | None]:
-    """A sweep described by a TOML file, and its store if the file names one.
+    """A sweep described by a TOML file, and its store if the file names one. ::
 
         experiment = "overadaptation"
         store = "runs/oa.zarr"

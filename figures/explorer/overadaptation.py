@@ -17,11 +17,12 @@ from figures.explorer.page import (
     Surface,
 )
 from figures.style import COLOURS
-from linfit import GradientFlow, MinNorm, RandomShift, Ridge, TwoTaskProblem, risk_forms, sample_design, spectra
-from theory.equivalents import tau_forms
+from linfit import GradientFlow, MinNorm, RandomShift, Ridge, Risk, TwoTaskProblem, risk_forms, sample_design, spectra
+from theory.equivalents import TauForm, tau_forms
 
 PENALTIES = np.logspace(-5, 2, 57)
-TIMES = np.logspace(0, 4, 33)
+TIMES = np.logspace(0.125, 4, 32)
+"""Four decades: `tau_forms` shares its work within each."""
 TAUS = np.linspace(0, 1.5, 76)
 
 
@@ -42,6 +43,14 @@ def problem_of(
     return TwoTaskProblem(s, s, RandomShift(spread / (spread @ s)), noise_variance**0.5, error)
 
 
+_along = jax.jit(lambda form, taus: form(taus[:, None]))
+
+
+def along(form: TauForm, taus: np.ndarray) -> Risk:
+    """Bias² and variance, one row for each τ."""
+    return jax.device_get(_along(form, taus))
+
+
 def curves(
     *,
     fine_tuner: str,
@@ -58,26 +67,30 @@ def curves(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Both risks of every filter, predicted without sampling a design (docs, D1–D4)."""
     problem = problem_of(p, spectrum, decay, alignment, noise_variance, pretrain_risk)
-    # Column 0 is λ = 0 (min-norm) or t = 0, column 1 the λ or t of its slider, the others a path.
-    ridge = tau_forms(problem, n, Ridge(np.concatenate([[0.0, penalty], PENALTIES])))
-    flow = tau_forms(problem, n, GradientFlow(np.concatenate([[0.0, time], TIMES])))
+    # Column 1 is the λ or t of its slider, column 0 min-norm (λ = 0) or the same t again, the others a path.
+    ridge, flow = jax.device_get(
+        (
+            tau_forms(problem, n, Ridge(np.concatenate([[0.0, penalty], PENALTIES]))),
+            tau_forms(problem, n, GradientFlow(np.concatenate([[time, time], TIMES]))),
+        )
+    )
     forms, chosen = {"min-norm": (ridge, 0), "ridge": (ridge, 1), "early stopping": (flow, 1)}[fine_tuner]
-    best_tau = float(forms.finetune.optimal_tau[chosen])
+    best_tau = forms.finetune.optimal_tau[chosen]
 
     taus = np.concatenate([[0.0, 1.0, tau, best_tau], TAUS])
     (ridge_finetune, ridge_pretrain), (flow_finetune, flow_pretrain) = (
-        [np.asarray(form(taus[:, None]).total) for form in pair] for pair in (ridge, flow)
+        [along(form, taus).total for form in pair] for pair in (ridge, flow)
     )
     finetune, pretrain = (flow_finetune, flow_pretrain) if forms is flow else (ridge_finetune, ridge_pretrain)
-    parts = forms.finetune(TAUS[:, None])
-    ridge_best, flow_best = (np.asarray(pair.finetune.optimal_risk) for pair in (ridge, flow))
+    parts = along(forms.finetune, TAUS)
+    ridge_best, flow_best = (pair.finetune.optimal_risk for pair in (ridge, flow))
     best, best_pair = int(np.argmin(ridge_finetune[1, 2:])), int(np.argmin(ridge_best[2:]))
     return {
         "tau": {
             "tau": TAUS,
             "finetune": finetune[4:, chosen],
-            "bias": np.asarray(parts.bias)[:, chosen],
-            "variance": np.asarray(parts.variance)[:, chosen],
+            "bias": parts.bias[:, chosen],
+            "variance": parts.variance[:, chosen],
             "pretrain": pretrain[4:, chosen],
         },
         "average": {  # τ from 0 to 1
@@ -118,7 +131,7 @@ def curves(
             "penalty": PENALTIES[[best]],
             "penalty_finetune": ridge_finetune[[1], 2 + best],
             "pair_penalty": PENALTIES[[best_pair]],
-            "pair_tau": np.asarray(ridge.finetune.optimal_tau)[[2 + best_pair]],
+            "pair_tau": ridge.finetune.optimal_tau[[2 + best_pair]],
             "pair_finetune": ridge_best[[2 + best_pair]],
         },
         "ends": {
@@ -189,7 +202,7 @@ PAGE = Page(
         ),
         Slider(
             "time", "training time t", "Gradient flow on (1/2n)‖y−Xθ‖²: step size × steps. In units of 1/eigenvalue. Ours.",
-            0, 4, 0.125, 10.0, True,
+            0.125, 4, 0.125, 10.0, True,
         ),
         Slider(
             "n", "samples n", f"Number of fine-tuning samples; below p, so that interpolation is possible. {PAPER}.",

@@ -142,7 +142,7 @@ PAGE = Page(
                     Line("tolerance", "tolerance", "style_drift", "style drift", COLOURS["variance"], "dotdash"),
                     Line("supervised", "tolerance", "forgetting", "forgetting of SFT", "#777777", "dotted")),
              marks=(Mark("now", "tolerance", "forgetting", "c of the slider", COLOURS["pretrained"]),)),
-        Plot("coefficients", "S3FT as an ensemble: one τ for content, one for style", "judge's tolerance c", "equivalent τ",
+        Plot("coefficients", "Two averages: τ of content, τ of style", "judge's tolerance c", "equivalent τ",
              lines=(Line("tolerance", "tolerance", "content", "content", COLOURS["fine-tuned"]), Line("tolerance", "tolerance", "style", "style", COLOURS["variance"], "dashed")),
              marks=(Mark("now", "tolerance", "content", "c of the slider", COLOURS["fine-tuned"]), Mark("now", "tolerance", "style", "c of the slider (style)", COLOURS["variance"]))),
     ),
