@@ -305,7 +305,10 @@ def _measure(content: bytes, task: Task) -> Result:
 
 @contextmanager
 def _dask_settings(**more: Any) -> Iterator[None]:
-    """One task at a time on a worker, so that a task that kills it takes no other along; as few reruns as promised."""
+    """One task at a time on a worker, so that a task that kills it takes no other along; as few reruns as promised.
+
+    Afterwards Dask is as it was, even where a client that could not connect has made itself the default.
+    """
     import dask.config
 
     with dask.config.set(
@@ -313,6 +316,7 @@ def _dask_settings(**more: Any) -> Iterator[None]:
             "distributed.scheduler.allowed-failures": RERUNS,
             "distributed.scheduler.worker-saturation": 1.0,
             "distributed.worker.daemon": True,
+            "scheduler": dask.config.get("scheduler", None),
             **more,
         }
     ):

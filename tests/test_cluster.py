@@ -177,6 +177,7 @@ def test_bad_executors_are_refused(tmp_path):
             call()
     with pytest.raises(ValueError, match="no Dask scheduler answers at nonsense://1"):
         run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr", executor=cluster.remote("nonsense://1"))
+    assert "scheduler" not in dask.config.config  # Dask is as it was
 
 
 def test_one_worker_per_gpu(monkeypatch):

@@ -7,7 +7,6 @@ import pytest
 import scipy.optimize
 
 from figures import compare as figures
-from figures.report import write_picture
 from linfit import FixedShift, RandomShift, TwoTaskProblem, power_law_problem
 from sims import compare as sims
 from sims.compare import RECIPES, Samples, compare, draw, measure, rank
@@ -384,23 +383,6 @@ def test_no_method_of_the_zoo_is_below_the_frontier_on_200_random_problems(seed)
         wrong = np.asarray(sum(w * r for w, r in zip((1, kappa), pareto(swapped, kappa), strict=True)))
         caught["swapped"] += ((points[:, :1] + kappa * points[:, 1:]) / wrong).min() < 1
     assert all(count > 20 for count in caught.values()), caught
-
-
-@pytest.mark.slow
-def test_every_picture_is_drawn_and_none_of_its_numbers_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(figures, "QUICK", figures.Setting(8, 20, 3, 2, 4, (4, 10), 6))
-    pictures = {picture.name: picture for picture in figures.pictures(jax.random.key(3), quick=True)}
-    assert set(pictures) == {"equivalent_coefficients", "methods_plane", "methods_table"}
-    for picture in pictures.values():
-        assert "seed 3" in picture.caption.lower()
-        write_picture(picture, tmp_path)
-        assert (tmp_path / f"{picture.name}.png").stat().st_size > 20_000
-    table = pictures["methods_table"].data
-    assert set(table.estimator.values) == set(RECIPES)
-    assert table.sizes["world"] == 6
-    assert np.isfinite(table.criterion).all()
-    assert (table.margin.min("estimator") == 0).all()
-    assert (table.criterion_error.sel(estimator="vanilla") > 0).all()
 
 
 # ------------------------------------------------------------------------------------------- ensembles in disguise

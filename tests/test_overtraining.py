@@ -107,6 +107,13 @@ def test_perturbed_loss_is_that_of_the_matrices(imbalance):
     np.testing.assert_allclose(ours.total, ours.loss + ours.sensitivity)
 
 
+def test_the_sizes_may_be_traced():
+    def total(m, h, k):
+        return theory.perturbed_loss(0.02, [2.0, 1.0], [0.0, 0.8, 3.0], 0.2, (m, h, k)).total
+
+    np.testing.assert_allclose(jax.jit(total)(4, 5, 3), total(4, 5, 3), rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------- N3
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from figures import s3ft as figures
 from linfit import (
     FixedShift,
     GradientFlow,
@@ -263,6 +262,30 @@ def test_without_noise_the_judge_is_certain(generator):
         np.testing.assert_allclose(exact, nearly, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("content", [np.array([True, True, False]), np.diag([1.0, 1.0, 0.0])])
+def test_all_but_the_content_may_be_traced(content):
+    procedure = Procedure(np.array([0.0, 1.0, 2.0]), 0.5)
+
+    def outcome(size, noise_std):
+        return theory.population(
+            VectorProblem(np.ones(3), size**2 * np.ones(3), size * np.eye(3), content, noise_std), procedure
+        )
+
+    jax.tree.map(
+        lambda traced, eager: np.testing.assert_allclose(traced, eager, rtol=1e-5),
+        jax.jit(outcome)(1.5, 0.3),
+        outcome(1.5, 0.3),
+    )
+    with pytest.raises(ValueError, match="content must not be traced: its rank is a size"):
+        jax.jit(lambda content: vector(shift=np.ones((3, 3)), content=content).noise_std)(content)
+
+
+def test_a_problem_may_cross_a_trace():
+    problem = vector()
+    forgetting = jax.jit(lambda problem: theory.population(problem, Procedure(1.0)).forgetting)(problem)
+    np.testing.assert_allclose(forgetting, theory.population(problem, Procedure(1.0)).forgetting, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_float32_stays_float32():
     single = jnp.float32
@@ -377,21 +400,6 @@ def test_digits_forget_less_with_paraphrases():
     trained = data.sel(procedure=["SFT", "S3FT", "S3FT without paraphrase"])
     np.testing.assert_allclose(trained.own + trained.paraphrase + trained.gold, 1)
     np.testing.assert_array_equal(data.content_risk.sel(style_dimension=0), data.content_risk.sel(style_dimension=10))
-
-
-@pytest.mark.slow
-def test_figures_at_tiny_size(monkeypatch):
-    tiny = figures.QUICK._replace(
-        n=10, p=40, designs=1, replicates=3, points=7, population=100, population_replicates=2,
-        digits={"p": 256, "n_pretrain": 150},
-    )  # fmt: skip
-    monkeypatch.setattr(figures, "QUICK", tiny)
-    pictures = list(figures.pictures(jax.random.key(3), quick=True))
-    assert len({picture.name for picture in pictures}) == 6
-    for picture in pictures:
-        assert picture.name.startswith("s3ft_")
-        assert "seed 3" in picture.caption.lower()
-        assert all(np.isfinite(picture.data[name]).any() for name in picture.data)
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -179,17 +179,17 @@ def test_claims_fail_outside_their_assumptions(id, values):
 
 @pytest.mark.slow
 def test_a_correct_registry_passes(seed):
-    """All claims of all sections but the slowest; `--seed` is that of the test run."""
-    claims = [claim for claim in select([]) if claim.kind != "asymptotic"]
+    """All claims of all sections that are not random; `--seed` is that of the test run. The others follow."""
+    claims = [claim for claim in select([]) if claim.kind not in ("statistical", "asymptotic")]
     assert [verdict.claim.id for verdict in verify(claims, 2, seed) if not verdict.holds] == []
 
 
 @pytest.mark.slow
-def test_random_claims_pass_for_a_hundred_seeds():
+def test_random_claims_pass_for_many_seeds():
     """All that is a test, one instance a seed; and p-values at most uniform, so that it is no accident."""
     claims = [claim for claim in select([]) if claim.kind == "statistical"]
     p_values = []
-    for seed in range(100):
+    for seed in range(40):
         verdicts = verify(claims, 1, seed)
         assert all(verdict.holds for verdict in verdicts)
         p_values += [outcome.p_value for verdict in verdicts for outcome in verdict.outcomes]

@@ -419,6 +419,8 @@ def _shape(shape: Shape) -> Shape:
         m, h, k = shape
     except (TypeError, ValueError):
         raise ValueError(f"shape must be (m, h, k), got {shape!r}") from None
+    if not is_concrete(shape):
+        return shape
     return count("shape[0]", m), count("shape[1]", h), count("shape[2]", k)
 
 

@@ -15,6 +15,7 @@ Array([0.607, 0.303, 0.   ], dtype=float64)
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
@@ -239,7 +240,8 @@ class VectorProblem(eqx.Module):
     Covariances Σ₁, Σ₂ as in `linfit.TwoTaskProblem`; `shift` δ (p, m); `content` the orthogonal projector P (m, m), or
     the outputs that are content as a mask (m,); gold answers y = xᵀθ₂* + ε, Var ε = σ²P + σ_s²(I−P) with σ `noise_std`
     and σ_s `style_noise_std`, σ by default; `pretrain_error` u = θ₁ − θ₁* (p, m), zero if None. Risks are
-    sums over outputs, in squared units of y. Raises ValueError for sizes that do not fit, NaN or Inf, negative σ.
+    sums over outputs, in squared units of y. All but `content`, whose rank is a size, may be traced. Raises ValueError
+    for sizes that do not fit, NaN or Inf, negative σ.
 
     >>> problem = VectorProblem([1.0, 1.0], [1.0, 1.0], [[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]], [1, 1, 0], noise_std=0.5)
     >>> problem.content_rank, problem.style_dimension
@@ -253,6 +255,8 @@ class VectorProblem(eqx.Module):
     noise_std: Array
     style_noise_std: Array
     pretrain_error: Array
+    content_rank: int = eqx.field(static=True)
+    """k = tr P."""
 
     def __init__(
         self,
@@ -270,9 +274,13 @@ class VectorProblem(eqx.Module):
         p, m = self.shift.shape
         same_size("pretrain_covariance", self.pretrain_covariance.size, "shift", p)
         same_size("finetune_covariance", self.finetune_covariance.size, "shift", p)
-        self.content = as_projector("content", content)
+        if not is_concrete(content):
+            raise ValueError("content must not be traced: its rank is a size")
+        with jax.ensure_compile_time_eval():
+            self.content = as_projector("content", content)
+            self.content_rank = round(float(jnp.trace(self.content)))
         same_size("content", self.content.shape[0], "the columns of shift", m)
-        if is_concrete(self.content) and self.content_rank < 1:
+        if self.content_rank < 1:
             raise ValueError("content must have rank at least 1, got 0: without content there is nothing to judge")
         self.noise_std = non_negative("noise_std", noise_std, ndim=0)
         style_noise_std = noise_std if style_noise_std is None else style_noise_std
@@ -281,11 +289,6 @@ class VectorProblem(eqx.Module):
         if error.shape != self.shift.shape:
             raise ValueError(f"pretrain_error must have the shape of shift, {self.shift.shape}, got {error.shape}")
         self.pretrain_error = error
-
-    @property
-    def content_rank(self) -> int:
-        """k = tr P."""
-        return round(float(jnp.trace(self.content)))
 
     @property
     def style_dimension(self) -> int:

@@ -10,7 +10,7 @@ from jax import Array
 
 from figures.explorer.page import Choice, Line, Mark, Overlay, Page, Plot, Reading, Simulated, Slider, Suggestion
 from figures.style import COLOURS
-from linfit import GradientFlow, Ridge, TwoTaskProblem, power_law_problem, spectra
+from linfit import GradientFlow, Ridge, Risk, TwoTaskProblem, power_law_problem, spectra
 from sims.compare import RECIPES, compare
 from theory import flow, s3ft
 from theory.equivalents import tau_forms
@@ -38,6 +38,14 @@ def problem_of(
     return TwoTaskProblem(
         pretrain, problem.finetune_covariance, problem.shift, problem.noise_std, problem.pretrain_error
     )
+
+
+@jax.jit
+def samples(problem: TwoTaskProblem, n: Array) -> list[list[Risk]]:
+    """Risks of ridge at λ = 0 (min-norm) and along λ and of gradient flow (docs, D1–D4); rows τ = 1, then TAUS."""
+    with jax.ensure_compile_time_eval():  # times that are known share their work
+        forms = tau_forms(problem, n, Ridge(np.append(0.0, PENALTIES))), tau_forms(problem, n, GradientFlow(TIMES))
+    return [[form(np.append(1.0, TAUS)[:, None]) for form in pair] for pair in forms]
 
 
 @jax.jit
@@ -79,19 +87,16 @@ def curves(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Risks on n samples by deterministic equivalents (docs, D1–D4), with unlimited data (E1), and the frontier (E2)."""
     problem = problem_of(p, decay, pretrain_decay, alignment, noise_variance, pretrain_risk)
-    ridge = tau_forms(problem, n, Ridge(np.concatenate([[0.0], PENALTIES])))
-    gradient_flow = tau_forms(problem, n, GradientFlow(TIMES))
-    (ridge_ft, ridge_pre), (flow_ft, flow_pre) = (
-        [np.asarray(form(np.concatenate([[1.0], TAUS])[:, None]).total) for form in forms]
-        for forms in (ridge, gradient_flow)
+    limited, limit = jax.device_get(
+        (samples(problem, n), unlimited(problem, weight, temperature, threshold, noise_variance))
     )
+    (ridge_ft, ridge_pre), (flow_ft, flow_pre) = ([risk.total for risk in pair] for pair in limited)
     # What minimises R_ft + κR_pre among the methods that theory predicts: (table of both risks, name).
     cost = ridge_ft + weight * ridge_pre
     best = np.unravel_index(np.argmin(cost), cost.shape)
     early_cost = flow_ft[0] + weight * flow_pre[0]
     lone, early = int(np.argmin(cost[0])), int(np.argmin(early_cost))
     average = int(np.argmin(cost[1:, 0]))
-    limit = jax.device_get(unlimited(problem, weight, temperature, threshold, noise_variance))
     frontier, chosen, segment, ends, taus = (limit[name] for name in ("frontier", "chosen", "segment", "ends", "taus"))
     excess = jax.device_get(gap(problem, ridge_ft[best], ridge_pre[best]))
 

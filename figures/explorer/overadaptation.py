@@ -1,7 +1,9 @@
 """The page of the overadaptation paper: risks along the ensemble, the trade-off plane, the surface over λ and τ."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from figures.explorer.page import (
     Choice,
@@ -18,7 +20,7 @@ from figures.explorer.page import (
 )
 from figures.style import COLOURS
 from linfit import GradientFlow, MinNorm, RandomShift, Ridge, Risk, TwoTaskProblem, risk_forms, sample_design, spectra
-from theory.equivalents import TauForm, tau_forms
+from theory.equivalents import TauForms, tau_forms
 
 PENALTIES = np.logspace(-5, 2, 57)
 TIMES = np.logspace(0.125, 4, 32)
@@ -43,12 +45,20 @@ def problem_of(
     return TwoTaskProblem(s, s, RandomShift(spread / (spread @ s)), noise_variance**0.5, error)
 
 
-_along = jax.jit(lambda form, taus: form(taus[:, None]))
+@jax.jit
+def forms_of(problem: TwoTaskProblem, n: Array, penalty: Array, time: Array) -> tuple[TauForms, TauForms]:
+    """Ridge at λ = 0 (min-norm), at `penalty` and along a path, gradient flow twice at `time` and along a path."""
+    ridge = tau_forms(problem, n, Ridge(jnp.concatenate([jnp.stack([0.0, penalty]), PENALTIES])))
+    flow = tau_forms(problem, n, GradientFlow(time))
+    with jax.ensure_compile_time_eval():  # times that are known share their work
+        path = tau_forms(problem, n, GradientFlow(TIMES))
+    return ridge, jax.tree.map(lambda one, more: jnp.concatenate([jnp.stack([one, one]), more]), flow, path)
 
 
-def along(form: TauForm, taus: np.ndarray) -> Risk:
-    """Bias² and variance, one row for each τ."""
-    return jax.device_get(_along(form, taus))
+@jax.jit
+def along(forms: tuple[TauForms, ...], taus: Array) -> list[list[Risk]]:
+    """Bias² and variance of all forms, one row for each τ."""
+    return [[form(taus[:, None]) for form in pair] for pair in forms]
 
 
 def curves(
@@ -67,30 +77,23 @@ def curves(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Both risks of every filter, predicted without sampling a design (docs, D1–D4)."""
     problem = problem_of(p, spectrum, decay, alignment, noise_variance, pretrain_risk)
-    # Column 1 is the λ or t of its slider, column 0 min-norm (λ = 0) or the same t again, the others a path.
-    ridge, flow = jax.device_get(
-        (
-            tau_forms(problem, n, Ridge(np.concatenate([[0.0, penalty], PENALTIES]))),
-            tau_forms(problem, n, GradientFlow(np.concatenate([[time, time], TIMES]))),
-        )
-    )
+    ridge, flow = jax.device_get(forms_of(problem, n, penalty, time))
     forms, chosen = {"min-norm": (ridge, 0), "ridge": (ridge, 1), "early stopping": (flow, 1)}[fine_tuner]
     best_tau = forms.finetune.optimal_tau[chosen]
 
     taus = np.concatenate([[0.0, 1.0, tau, best_tau], TAUS])
-    (ridge_finetune, ridge_pretrain), (flow_finetune, flow_pretrain) = (
-        [along(form, taus).total for form in pair] for pair in (ridge, flow)
-    )
+    risks = jax.device_get(along((ridge, flow), taus))
+    (ridge_finetune, ridge_pretrain), (flow_finetune, flow_pretrain) = ([risk.total for risk in pair] for pair in risks)
     finetune, pretrain = (flow_finetune, flow_pretrain) if forms is flow else (ridge_finetune, ridge_pretrain)
-    parts = along(forms.finetune, TAUS)
+    parts = risks[1 if forms is flow else 0][0]
     ridge_best, flow_best = (pair.finetune.optimal_risk for pair in (ridge, flow))
     best, best_pair = int(np.argmin(ridge_finetune[1, 2:])), int(np.argmin(ridge_best[2:]))
     return {
         "tau": {
             "tau": TAUS,
             "finetune": finetune[4:, chosen],
-            "bias": parts.bias[:, chosen],
-            "variance": parts.variance[:, chosen],
+            "bias": parts.bias[4:, chosen],
+            "variance": parts.variance[4:, chosen],
             "pretrain": pretrain[4:, chosen],
         },
         "average": {  # τ from 0 to 1

@@ -1,5 +1,7 @@
 """The page of the overtraining paper: features one after another, the perturbed loss, fine-tuning checkpoints."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Reading, Simu
 from figures.style import COLOURS
 from theory.overtraining import (
     FineTuning,
+    PerturbedLoss,
     fine_tuning,
     inflection_time,
     mode_inflection_times,
@@ -28,13 +31,37 @@ def targets_of(decay: float, stretch: float) -> tuple[np.ndarray, np.ndarray]:
     return a, stretch * a
 
 
+class Predicted(NamedTuple):
+    """What theory says along pretraining."""
+
+    turn: Array
+    """When more pretraining starts to hurt, at each γ."""
+    own: Array
+    """The same of each mode alone, (γ, mode)."""
+    perturbed: PerturbedLoss
+    """At the turn, then at each time."""
+    modes: Array
+    """Singular values (time, mode)."""
+    tuned: FineTuning
+    """With the penalty and without, (2, time)."""
+
+
 @jax.jit
-def checkpoints(
-    initial: Array, a: Array, b: Array, times: Array, rate: Array, penalty: Array
-) -> tuple[Array, FineTuning]:
-    """Singular values at `times`, and losses of fine-tuning from there with the penalty and without, in one kernel."""
+def predict(
+    initial: Array, a: Array, b: Array, times: Array, gammas: Array, rate: Array, penalty: Array, size: int
+) -> Predicted:
+    """Inflections, perturbed loss at the first γ, singular values and fine-tuning (docs, N1–N4), in one kernel."""
+    shape = (size, size, size)
+    turn = inflection_time(initial, a, gammas, shape)
+    turning = jnp.clip(turn[:1], TIMES[0], TIMES[-1])
     penalties = jnp.stack([penalty, 0.0])[:, None]
-    return singular_values(initial, a, times), fine_tuning(initial, a, b, times, STEPS * rate, penalties, steps=STEPS)
+    return Predicted(
+        turn,
+        mode_inflection_times(initial, a, gammas, shape),
+        perturbed_loss(initial, a, jnp.concatenate([turning, times]), gammas[0], shape),
+        singular_values(initial, a, times),
+        fine_tuning(initial, a, b, times, STEPS * rate, penalties, steps=STEPS),
+    )
 
 
 def curves(
@@ -42,15 +69,11 @@ def curves(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Singular values, perturbed loss and losses after fine-tuning along pretraining, in closed form (docs, N1–N4)."""
     a, b = targets_of(decay, stretch)
-    shape = (size, size, size)
     times = np.concatenate([[time], TIMES])
     gammas = np.concatenate([[gamma], GAMMAS])
-    turn = np.asarray(inflection_time(initial, a, gammas, shape))
-    own = np.asarray(mode_inflection_times(initial, a, gammas, shape))
+    turn, own, both, modes, losses = jax.device_get(predict(initial, a, b, times, gammas, rate, penalty, size))
     turning = np.clip(turn[:1], TIMES[0], TIMES[-1])
-    both = jax.device_get(perturbed_loss(initial, a, np.concatenate([turning, times]), gamma, shape))
     loss, perturbed, at_turn = both.loss[1:], both.total[1:], both.total[:1]
-    modes, losses = jax.device_get(checkpoints(initial, a, b, times, rate, penalty))
     tuned, plain = np.swapaxes(losses, 0, 1)
     worst = int(np.argmin(tuned[1][1:]))
     return {

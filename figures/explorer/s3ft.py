@@ -1,31 +1,62 @@
 """The page of the S3FT paper in its linear form: shares of targets, what is learned and what is forgotten."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Reading, Simulated, Slider, Suggestion
 from figures.style import COLOURS
 from linfit import MinNorm, sample_design
-from theory.s3ft import SUPERVISED, Procedure, VectorProblem, coefficients, conditional, population
+from theory.s3ft import (
+    SUPERVISED,
+    Coefficients,
+    Outcome,
+    Procedure,
+    VectorProblem,
+    coefficients,
+    conditional,
+    population,
+)
 
 TOLERANCES = np.linspace(0, 6, 61)
 TAUS = np.linspace(0, 1, 51)
 CONTENT = 2
 
 
-def problem_of(style_dimension: int, style_signal: float, noise_variance: float) -> VectorProblem:
+def problem_of(style_dimension: int, style_signal: Array | float, noise_variance: Array | float) -> VectorProblem:
     """Two outputs of content, each with signal 1, others of style; Σ₁ = Σ₂ = I, a feature for each output."""
     outputs = CONTENT + style_dimension
-    size = np.where(np.arange(outputs) < CONTENT, 1.0, style_signal**0.5)
-    flat = np.ones(outputs)
-    return VectorProblem(flat, flat, np.diag(size), np.arange(outputs) < CONTENT, noise_variance**0.5, 0.0)
+    content, flat = np.arange(outputs) < CONTENT, np.ones(outputs)
+    size = jnp.where(content, 1.0, style_signal**0.5)
+    return VectorProblem(flat, flat, jnp.diag(size), content, noise_variance**0.5, 0.0)
 
 
 def procedure_of(
-    tolerance: float | np.ndarray, false_accept: float, false_reject: float, paraphrase: float, sampling_std: float
+    tolerance: Array | np.ndarray,
+    false_accept: Array | float,
+    false_reject: Array | float,
+    paraphrase: Array | float,
+    sampling_std: Array | float,
 ) -> Procedure:
     """How targets are made, for one tolerance or many."""
     return Procedure(tolerance, paraphrase, false_accept, false_reject, sampling_std)
+
+
+@partial(jax.jit, static_argnames="style_dimension")
+def predict(
+    procedure: Procedure, style_dimension: int, style_signal: Array, noise_variance: Array
+) -> tuple[Outcome, Outcome, Outcome, Coefficients]:
+    """Outcome of the procedure, of the same without paraphrases and of supervised fine-tuning, and coefficients."""
+    problem = problem_of(style_dimension, style_signal, noise_variance)
+    return (
+        population(problem, procedure),
+        population(problem, procedure._replace(paraphrase_success=0.0)),
+        population(problem, SUPERVISED),
+        coefficients(procedure, CONTENT, (1 + noise_variance) ** 0.5),
+    )
 
 
 def curves(
@@ -41,24 +72,22 @@ def curves(
     n: int,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Shares, coefficients and risks with unlimited data (docs, T2; ours)."""
-    problem = problem_of(style_dimension, style_signal, noise_variance)
     tolerances = np.concatenate([[tolerance], TOLERANCES])
     procedure = procedure_of(tolerances, false_accept, false_reject, paraphrase, sampling_std)
-    outcome = population(problem, procedure)
-    without = population(problem, procedure._replace(paraphrase_success=0.0))
-    supervised = population(problem, SUPERVISED)
-    learned = coefficients(procedure, CONTENT, (1 + noise_variance) ** 0.5)
+    outcome, without, supervised, learned = jax.device_get(
+        predict(procedure, style_dimension, style_signal, noise_variance)
+    )
     columns = {
-        **{name: np.asarray(share) for name, share in outcome.shares._asdict().items()},
-        "content": np.asarray(learned.content),
-        "style": np.asarray(learned.style),
-        "content_risk": np.asarray(outcome.content_risk),
-        "style_drift": np.asarray(outcome.style_drift),
-        "forgetting": np.asarray(outcome.forgetting),
-        "content_risk_without": np.asarray(without.content_risk),
-        "forgetting_without": np.asarray(without.forgetting),
+        **outcome.shares._asdict(),
+        "content": learned.content,
+        "style": learned.style,
+        "content_risk": outcome.content_risk,
+        "style_drift": outcome.style_drift,
+        "forgetting": outcome.forgetting,
+        "content_risk_without": without.content_risk,
+        "forgetting_without": without.forgetting,
     }
-    forgotten = float(supervised.forgetting)
+    forgotten = supervised.forgetting
     return {
         "tolerance": {"tolerance": TOLERANCES, **{name: values[1:] for name, values in columns.items()}},
         "now": {"tolerance": tolerances[:1], **{name: values[:1] for name, values in columns.items()}},
@@ -66,7 +95,7 @@ def curves(
         "supervised": {
             "tolerance": TOLERANCES[[0, -1]],
             "forgetting": np.full(2, forgotten),
-            "content_risk": np.full(2, float(supervised.content_risk)),
+            "content_risk": np.full(2, supervised.content_risk),
         },
     }
 

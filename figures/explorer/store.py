@@ -37,7 +37,7 @@ def store_page(path: Path) -> Page:
     axes = [axis for axis, size in {**sweep.task_dims, **sweep.batched_dims}.items() if size > 1]
     if not axes:
         raise ValueError(f"{path} has no axis with more than one value to explore")
-    outputs = list(sweep.experiment.outputs)
+    outputs = sweep.experiment.outputs
     keep = [name for output in outputs for name in (output, f"{output}_error")]
     data = data[keep]
 
@@ -51,20 +51,21 @@ def store_page(path: Path) -> Page:
     }
     plots = tuple(
         Plot(
-            output, output.replace("_", " "), "values of the chosen axis", output.replace("_", " "),
+            name, name.replace("_", " "), "values of the chosen axis", name if output.units == "1" else output.units,
             lines=(
-                Line("x", "x", output, "mean", SHADES[index % 4]),
-                Line("x", "x", f"{output}_low", "± one standard error", SHADES[index % 4], "dotted"),
-                Line("x", "x", f"{output}_high", "", SHADES[index % 4], "dotted"),
+                Line("x", "x", name, "mean", SHADES[index % 4]),
+                Line("x", "x", f"{name}_low", "± one standard error", SHADES[index % 4], "dotted"),
+                Line("x", "x", f"{name}_high", "", SHADES[index % 4], "dotted"),
             ),
         )
-        for index, output in enumerate(outputs)
+        for index, (name, output) in enumerate(outputs.items())
     )  # fmt: skip
+    meanings = "; ".join(f"<b>{name.replace('_', ' ')}</b>: {output.help}" for name, output in outputs.items())
     return Page(
         name="store",
         title="Sweep",
         source=f"{sweep.seeds} replicates of every point, seed {sweep.seed}; what is not finished is left out.",
-        introduction=f"<b>{html.escape(path.name)}</b>: a sweep of the experiment {html.escape(sweep.experiment.name)}.",
+        introduction=f"A sweep of the experiment {html.escape(sweep.experiment.name)}, {html.escape(path.name)}. {meanings}.",
         controls=(
             Choice("along", "along", "The axis to draw along.", tuple(axes), axes[-1]),
             *(

@@ -44,6 +44,10 @@ PAGE_CSS = f"""
   display: grid !important; grid-template-columns: 290px repeat(2, minmax(0, 1fr)); gap: 6px 16px; align-items: start;
 }}
 :host > .controls {{ grid-column: 1; grid-row: 1 / span 3; }}
+@media (min-width: {NARROW + 1}px) {{ /* in two columns, also below the controls */
+  :host > :nth-child(odd of .panel) {{ grid-column: 2; }}
+  :host > :nth-child(even of .panel) {{ grid-column: 3; }}
+}}
 @media (max-width: {NARROW}px) {{
   :host {{ grid-template-columns: minmax(0, 1fr); }}
   :host > .controls {{ grid-row: 2; }}
