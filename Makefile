@@ -11,7 +11,7 @@ test: $(VENV)/test
 	$(RUN)python -m pytest -n auto
 	$(RUN)python -m pytest -n auto --float32 -m numerical
 
-# Tests that finish in about two minutes, for everyday work.
+# Everything but the slow tests, for everyday work.
 quick: $(VENV)/test
 	$(RUN)python -m pytest -n auto -m "not slow"
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,22 +139,34 @@ def test_errors_are_one_line_with_exit_code_two(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.slow
-def test_quick_overadaptation_figures(tmp_path):
-    answer = run("figures", "overadaptation", "--quick", "--out", tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    names = {path.stem for path in tmp_path.glob("*.png")}
-    assert len(names) == 7
-    for name in names:
+def test_figures_are_written_with_their_numbers_and_a_report(tmp_path, monkeypatch):
+    """A room of two pictures; `.ci/run` draws the real ones."""
+    from figures import commands
+    from figures.style import Picture, canvas
+
+    def pictures(key, quick):
+        for name in ("first", "second"):
+            figure, axes = canvas(1)
+            axes[0].plot([0, 1], [0, 1])
+            caption = f"{name}: bars ± one standard error & <all>; {'quick' if quick else 'full'}"
+            yield Picture(name, f"The {name}", caption, figure, xr.Dataset({"y": ("x", [0.0, 1.0])}))
+
+    monkeypatch.setitem(sys.modules, "toy_room", SimpleNamespace(pictures=pictures))
+    monkeypatch.setattr(commands, "ROOMS", {"toy": "toy_room"})
+    commands.figures(("toy",), out=tmp_path, quick=True)
+    endings = ("png", "pdf", "nc")
+    written = {f"{name}.{ending}" for name in ("first", "second") for ending in endings} | {"index.html"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+    for name in ("first", "second"):
         assert (tmp_path / f"{name}.pdf").stat().st_size > 5000
         with xr.open_dataset(tmp_path / f"{name}.nc") as numbers:
-            assert numbers.attrs["caption"]
-            assert all(np.isfinite(numbers[v]).any() for v in numbers if numbers[v].dtype.kind == "f")
+            assert numbers.attrs["caption"].endswith("quick")
+            assert numbers.y.values.tolist() == [0, 1]
     report = (tmp_path / "index.html").read_text()
-    assert report.count("data:image/png;base64") == 7
+    assert report.count("data:image/png;base64") == 2
     assert "http" not in report.replace("http-equiv", "")
-    assert "standard errors of their difference" in report
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert "&amp; &lt;all&gt;" in report
+    assert "linfit figures toy --quick --seed 0" in report
 
 
 def test_a_failing_write_leaves_nothing_behind(tmp_path):
