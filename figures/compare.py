@@ -12,9 +12,8 @@ from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from figures.style import PAGE, Picture, canvas, panel_letters
+from figures.style import PAGE, Picture, canvas, panel_letters, readable_ticks
 from linfit import FixedShift, GradientFlow, TwoTaskProblem, spectra
 from sims.compare import DISGUISES, RECIPES, Samples, disguised, frontier, knob, measure, rank, worlds
 from theory.flow import trajectory
@@ -268,9 +267,7 @@ def planes(samples: Measured, setting: Setting, seed: int) -> Picture:
         axis.set_xlim(0.5 * float(data.pretrain.min()), 1.5 * float(data.pretrain.max()))
         axis.set_ylim(0.7 * float(data.finetune.min()), 1.2 * float(data.finetune.max()))
         for direction in (axis.xaxis, axis.yaxis):
-            direction.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            direction.set_major_formatter("{x:g}")
-            direction.set_minor_formatter(NullFormatter())
+            readable_ticks(direction)
         axis.set_xlabel(R"forgetting: pretraining risk $R_\mathrm{pre}$")
         _name_points(axis, data)
         runs.append(data.merge(edge.rename(finetune="frontier_finetune", pretrain="frontier_pretrain")))

@@ -10,10 +10,9 @@ import numpy as np
 import xarray as xr
 from jax import Array
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 
-from figures.style import Picture, canvas, panel_letters
+from figures.style import Picture, canvas, panel_letters, readable_ticks
 from sims import overtraining as sims
 from theory import overtraining as theory
 
@@ -179,13 +178,6 @@ def fine_tuned(key: Array, target: Array, times: np.ndarray, setting: Setting) -
 
 
 SHOWN_RATES = (0.004, 0.008, 0.016, 0.064)
-
-
-def readable_ticks(axis: Axis) -> None:
-    """1, 2, 5 per decade on a logarithmic axis, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def mark_inflection(axis: Axes, curve: xr.DataArray, colour: object) -> None:

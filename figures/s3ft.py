@@ -10,8 +10,7 @@ import numpy as np
 import xarray as xr
 from jax import Array
 
-from figures.overtraining import readable_ticks
-from figures.style import COLOURS, COLUMN, Picture, canvas, panel_letters
+from figures.style import COLOURS, COLUMN, Picture, canvas, panel_letters, readable_ticks
 from linfit import Filter, MinNorm, Ridge
 from sims import s3ft as sims
 from sims.overadaptation import designs

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLUMN, PAGE = 3.4, 7.0
 """Widths of one column and of the page, in inches."""
@@ -73,3 +75,10 @@ def panel_letters(axes: list[Axes]) -> None:
     """(a), (b), … in the upper left corner of each panel."""
     for letter, axis in zip("abcdefgh", axes, strict=False):
         axis.set_title(f"({letter})", loc="left", fontweight="bold")
+
+
+def readable_ticks(axis: Axis) -> None:
+    """1, 2, 5 per decade on a logarithmic axis, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -65,6 +65,15 @@ _DECAY = Parameter(1.0, "decay of the spectrum, Σ = diag(j^−decay)")
 _ALIGNMENT = Parameter(0.0, "alignment of the shift, Ω ∝ Σ^alignment with tr ΩΣ = 1; −1 tail, +1 head")
 _PRETRAIN_RISK = Parameter(0.1, "risk of the pretrained weights on their own task", RISK)
 _LAW = Parameter("gaussian", "law of the design's coordinates: gaussian, rademacher, uniform or student")
+_BED = {
+    "n": _N,
+    "p": _P,
+    "decay": _DECAY,
+    "alignment": _ALIGNMENT,
+    "pretrain_risk": _PRETRAIN_RISK,
+    "law": _LAW,
+}
+"""What `_problem` and its design are made of."""
 _PENALTY = Parameter(0.01, "ridge penalty λ", "units of the eigenvalues", batched=True)
 _TIME = Parameter(100.0, "time t of gradient flow", "1 / units of the eigenvalues", batched=True)
 _TAU = Parameter(1.0, "ensemble coefficient τ; 0 is the pretrained model", batched=True)
@@ -121,12 +130,7 @@ OVERADAPTATION = Experiment(
     "Exact risk of fine-tuning and averaging on random designs: ridge and early stopping, both domains.",
     measure_overadaptation,
     {
-        "n": _N,
-        "p": _P,
-        "decay": _DECAY,
-        "alignment": _ALIGNMENT,
-        "pretrain_risk": _PRETRAIN_RISK,
-        "law": _LAW,
+        **_BED,
         "noise": _NOISE,
         "penalty": _PENALTY,
         "time": _TIME,
@@ -155,13 +159,12 @@ def measure_equivalents(key: "Array", parameters: Mapping[str, Any]) -> "dict[st
     from theory.equivalents import risk
 
     filter, tau = Ridge(parameters["penalty"]), parameters["tau"][:, None]
+    problem = _problem(parameters)
+    X = sample_design(key, problem.finetune_covariance, parameters["n"], parameters["law"])
+    forms = risk_forms(X, problem)
     measured, predicted = [], []
-    X = None
     for noise in parameters["noise"]:
         problem = _problem(parameters, noise_variance=noise**2)
-        if X is None:
-            X = sample_design(key, problem.finetune_covariance, parameters["n"], parameters["law"])
-            forms = risk_forms(X, problem)
         measured.append([form.with_noise_std(noise)(filter, tau).total.mT for form in forms])
         predicted.append([prediction.total.mT for prediction in risk(problem, parameters["n"], filter, tau)])
     (finetune, pretrain), (finetune_predicted, pretrain_predicted) = (
@@ -184,12 +187,7 @@ EQUIVALENTS = Experiment(
     "Exact ridge risk on random designs beside its prediction without sampling.",
     measure_equivalents,
     {
-        "n": _N,
-        "p": _P,
-        "decay": _DECAY,
-        "alignment": _ALIGNMENT,
-        "pretrain_risk": _PRETRAIN_RISK,
-        "law": _LAW,
+        **_BED,
         "noise": _NOISE,
         "penalty": _PENALTY,
         "tau": _TAU,
@@ -302,12 +300,7 @@ FLOW = Experiment(
     "Fine-tuning weighted by pretrained losses (FLOW), along the temperature and training time, in both domains.",
     measure_flow,
     {
-        "n": _N,
-        "p": _P,
-        "decay": _DECAY,
-        "alignment": _ALIGNMENT,
-        "pretrain_risk": _PRETRAIN_RISK,
-        "law": _LAW,
+        **_BED,
         "deviation": Parameter("gaussian", "what keeps y from being linear in x: gaussian, outliers or misfit"),
         "noise": _NOISE._replace(batched=False),
         "tilt": Parameter(

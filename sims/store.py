@@ -16,14 +16,13 @@ import csv
 import fcntl
 import json
 import math
-import os
 import shutil
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -31,7 +30,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
 
-from linfit._files import whole_file
+from linfit._files import sync, whole_file
 from sims.cluster import versions
 from sims.experiments import SETTINGS
 from sims.sweep import Result, Sweep, Task, differences, sweep_from_configuration
@@ -297,14 +296,8 @@ def _sync(paths: Iterable[Path]) -> None:
     """Bring files and folders to the disk, all at once; chunks that hold nothing are not there."""
 
     def one(path: Path) -> None:
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with suppress(FileNotFoundError):
+            sync(path)
 
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(one, paths))

@@ -112,7 +112,7 @@ WRONG = {
     "O3.less: by half": ("O3.less", lambda exact: 2 * overadaptation._ensemble_forgets(exact)),
     "O4.bayes: τ* = 0.9": ("O4.bayes", scaled(overadaptation._oracle_and_one, np.array([1, 1, 0.9]))),
     "O4.tail: by 20%": ("O4.tail", lambda _: 0.2),
-    "O4.head: the other way": ("O4.head", overadaptation._zero, overadaptation._regularization_excess),
+    "O4.head: the other way": ("O4.head", overadaptation.zero, overadaptation._regularization_excess),
     "O4.informal: by a factor 10": ("O4.informal", lambda _: 10.0),
     "O5: κ forgotten": (
         "O5",

@@ -103,6 +103,8 @@ class PageView:
         self.simulated: dict[str, np.ndarray] | None = None
         self._frozen: Parameters | None = None
         self._logarithmic = {plot.name: (plot.x_logarithmic, plot.y_logarithmic) for plot in page.plots}
+        self._axes_buttons: dict[str, CheckboxButtonGroup] = {}
+        self._savers: dict[str, Button] = {}
         self._setting = False
         self._downloads = itertools.count()
         self._latest = Latest(document, page.compute, self._show, self._fail)
@@ -259,9 +261,9 @@ class PageView:
         )  # fmt: skip
         axes.on_change("active", lambda _, __, active: self._set_axes(name, (0 in active, 1 in active)))
         axes.disabled = plot.surface is not None
-        self._axes_buttons = getattr(self, "_axes_buttons", {}) | {name: axes}
+        self._axes_buttons[name] = axes
         save = Button(label="SVG", width=50, stylesheets=[BUTTON_CSS], name=f"{page.name}/{name}/svg")
-        self._savers = getattr(self, "_savers", {}) | {name: save}
+        self._savers[name] = save
         self._connect_saver(name)
         return Row(axes, save, stylesheets=[InlineStyleSheet(css=WRAP_CSS)])
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from linfit._files import sync
 from linfit.bridge.checkpoint import INDEX_NAME, Checkpoint, Files, Shard, Tensor, open_files
 from linfit.bridge.numbers import ITEM_SIZE
 
@@ -295,20 +296,12 @@ def _write_index(folder: Path, shards: Sequence[PlannedShard], metadata: dict[st
 def _publish(partial: Path, out: Path) -> None:
     """One rename makes the output appear; everything in it is on disk by then."""
     for path in partial.rglob("*"):
-        _sync(path)
+        sync(path)
     (partial / JOURNAL).unlink()
     (partial / LOCK).unlink()
-    _sync(partial)
+    sync(partial)
     os.rename(partial, out)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(out.parent)
 
 
 # What surrounds the weights -----------------------------------------------------------------------------------------

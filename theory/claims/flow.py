@@ -9,7 +9,7 @@ import scipy.special
 from linfit import FixedShift, GradientDescent, GradientFlow, MinNorm, Ridge, TwoTaskProblem, fine_tune, flow_weights
 from linfit.weighting import robust_weights
 from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import dense_covariance, matrix_of
+from theory.claims.instances import dense_covariance, matrix_of, zero
 from theory.flow import (
     MEDIAN,
     best_averaging,
@@ -434,10 +434,6 @@ def _best_average_by_search(tasks: TwoTasks) -> float:
     return float(least - (after - before) ** 2 / (8 * (after - 2 * least + before)))
 
 
-def _zero(_: Any) -> float:
-    return 0.0
-
-
 def _half(_: Any) -> float:
     return 0.5
 
@@ -545,7 +541,7 @@ def claims() -> tuple[Claim, ...]:
             kind="statistical",
             parameters=DATA | {"tail": Parameter(0.0, 0.7), "noise_tail": GAUSSIAN},
             instance=_sampled,
-            predict=_zero,
+            predict=zero,
             measure=_normal_equations,
         ),
         Claim(
@@ -637,7 +633,7 @@ def claims() -> tuple[Claim, ...]:
             parameters=two_tasks
             | {"rho": Parameter(0.0, 0.95), "coupling": Parameter(-2.0, 2.0, lowest=-10.0, highest=10.0)},
             instance=_two_tasks,
-            predict=_zero,
+            predict=zero,
             measure=_flow_gain,
             tolerance=1e-3,
         ),
@@ -650,7 +646,7 @@ def claims() -> tuple[Claim, ...]:
             kind="inequality",
             parameters=two_tasks,
             instance=_two_tasks,
-            predict=_zero,
+            predict=zero,
             measure=_flow_gain,
         ),
         Claim(

@@ -6,7 +6,7 @@ import numpy as np
 
 from linfit import FixedShift, RandomShift, TwoTaskProblem, fine_tune, flow_weights
 from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import EXACT_PARAMETERS, Exact, exact_instance, matrix_of, moments, totals
+from theory.claims.instances import EXACT_PARAMETERS, Exact, exact_instance, matrix_of, moments, totals, zero
 from theory.flow import fixed_point_coefficient as flow_coefficient
 from theory.frontier import (
     clipping_coefficient,
@@ -152,10 +152,6 @@ def _frontier_by_solving(exact: Exact) -> np.ndarray:
     return np.array(risks)
 
 
-def _zero(_: Any) -> float:
-    return 0.0
-
-
 def _excess_over_frontier(exact: Exact) -> np.ndarray:
     """R_ft + κR_pre of four fine-tuners and of their averages, relative to the frontier's, minus 1: (8, κ)."""
     kappa = exact.extra["weight"] * RATIOS
@@ -265,7 +261,7 @@ def claims() -> tuple[Claim, ...]:
             kind="inequality",
             parameters=exact | {"weight": weight, "average": Parameter(-0.5, 1.5, lowest=-10.0, highest=10.0)},
             instance=_at_weight,
-            predict=_zero,
+            predict=zero,
             measure=_excess_over_frontier,
             tolerance=1e-9,
         ),

@@ -81,6 +81,11 @@ def exact_instance(
     return Exact(X, problem, risk_forms(X, problem), filters, maps, tau, extra)
 
 
+def zero(_: Any) -> float:
+    """What is predicted of a gap that should vanish."""
+    return 0.0
+
+
 def dense_covariance(latent: np.ndarray, decay: float) -> np.ndarray:
     """Eigenvalues j^(−decay) in the basis that QR makes of `latent` (p, p)."""
     basis, _ = np.linalg.qr(latent)

@@ -17,6 +17,7 @@ from theory.claims.instances import (
     moments,
     risk_by_algebra,
     totals,
+    zero,
 )
 from theory.overadaptation import Optimum, bayes_penalty, best_of_each_method, combined, overadaptation_condition
 
@@ -64,10 +65,6 @@ def _aligned(
 
 def _small(normal: Normal, **values: float) -> Aligned:
     return _aligned(normal, shape=SMALL, **values)
-
-
-def _zero(_: Any) -> float:
-    return 0.0
 
 
 def _overadaptation(aligned: Aligned) -> float:
@@ -286,7 +283,7 @@ def claims() -> tuple[Claim, ...]:
                 "noise_variance": Parameter(1e-3, 10.0, "log", lowest=1e-9, highest=1e3),
             },
             instance=_small,
-            predict=_zero,
+            predict=zero,
             measure=_overadaptation,
         ),
         Claim(
@@ -313,7 +310,7 @@ def claims() -> tuple[Claim, ...]:
                 "adversarial": Parameter(0.0, 0.0, highest=1.0),
             },
             instance=_falling,
-            predict=_zero,
+            predict=zero,
             measure=_initial_fall,
         ),
         Claim(
@@ -374,7 +371,7 @@ def claims() -> tuple[Claim, ...]:
                 "noise_variance": Parameter(1e-3, 10.0, "log", lowest=1e-6, highest=1e3),
             },
             instance=_contest,
-            predict=_zero,
+            predict=zero,
             measure=_regularization_excess,
         ),
         Claim(
@@ -389,7 +386,7 @@ def claims() -> tuple[Claim, ...]:
                 "noise_variance": Parameter(1e-3, 10.0, "log", lowest=1e-6, highest=1e3),
             },
             instance=_contest,
-            predict=_zero,
+            predict=zero,
             measure=_closeness_to_oracle,
         ),
         Claim(
@@ -405,7 +402,7 @@ def claims() -> tuple[Claim, ...]:
                 "noise_variance": Parameter(0.5, 10.0, "log", lowest=1e-4, highest=1e3),
             },
             instance=_contest,
-            predict=_zero,
+            predict=zero,
             measure=_averaging_excess,
         ),
         Claim(
@@ -432,7 +429,7 @@ def claims() -> tuple[Claim, ...]:
             kind="existence",
             parameters=contest,
             instance=_contest,
-            predict=_zero,
+            predict=zero,
             measure=_ridge_excess,
         ),
         Claim(

@@ -8,6 +8,7 @@ import scipy.linalg
 import scipy.optimize
 
 from theory.claims import Claim, Normal, Parameter
+from theory.claims.instances import zero
 from theory.overtraining import (
     fine_tuned_singular_values,
     fine_tuning,
@@ -257,10 +258,6 @@ def _delay_and_cost(instance: FineTuned) -> np.ndarray:
     return np.append(cost, delay / times[-1])
 
 
-def _zero(_: Any) -> float:
-    return 0.0
-
-
 def claims() -> tuple[Claim, ...]:
     """N1–N4."""
     gamma = Parameter(0.02, 0.5, "log")
@@ -305,7 +302,7 @@ def claims() -> tuple[Claim, ...]:
             kind="inequality",
             parameters=START | {"initial": Parameter(1e-4, 0.9, "log", highest=5.0), "time": time},
             instance=_trained,
-            predict=_zero,
+            predict=zero,
             measure=_growing_sensitivity,
             tolerance=1e-9,
         ),
@@ -329,7 +326,7 @@ def claims() -> tuple[Claim, ...]:
             kind="inequality",
             parameters=START | sizes | {"gamma": gamma},
             instance=_inflection,
-            predict=_zero,
+            predict=zero,
             measure=_nowhere_lower,
             tolerance=1e-9,
         ),
@@ -341,7 +338,7 @@ def claims() -> tuple[Claim, ...]:
             kind="inequality",
             parameters=START | sizes | {"gamma": Parameter(0.02, 0.5, "log")},
             instance=_inflection,
-            predict=_zero,
+            predict=zero,
             measure=_rise_at_last,
         ),
         Claim(
@@ -352,7 +349,7 @@ def claims() -> tuple[Claim, ...]:
             kind="inequality",
             parameters=START | sizes | {"gamma": gamma},
             instance=_inflection,
-            predict=_zero,
+            predict=zero,
             measure=_earlier,
             tolerance=1e-9,
         ),
@@ -383,7 +380,7 @@ def claims() -> tuple[Claim, ...]:
             parameters=START
             | {"stretch": Parameter(0.2, 1.0, highest=3.0), "finetune_time": Parameter(0.1, 3.0, "log")},
             instance=_fine_tuned,
-            predict=_zero,
+            predict=zero,
             measure=_falls,
             tolerance=1e-9,
         ),
@@ -400,7 +397,7 @@ def claims() -> tuple[Claim, ...]:
                 "penalty": Parameter(0.05, 5.0, "log"),
             },
             instance=_fine_tuned,
-            predict=_zero,
+            predict=zero,
             measure=_delay_and_cost,
             tolerance=1e-6,
         ),

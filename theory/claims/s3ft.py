@@ -9,7 +9,7 @@ import scipy.stats
 from linfit import FixedShift, MinNorm, Ridge, TwoTaskProblem, risk_forms, s3ft_targets
 from linfit.targets import Source
 from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import matrix_of
+from theory.claims.instances import matrix_of, zero
 from theory.s3ft import (
     SUPERVISED,
     Procedure,
@@ -489,7 +489,7 @@ def claims() -> tuple[Claim, ...]:
             kind="inequality",
             parameters=contest | {"noise_variance": Parameter(0.1, 10.0, "log", lowest=1e-4)},
             instance=_contest,
-            predict=_zero,
+            predict=zero,
             measure=_selecting_against_averaging,
             tolerance=1e-9,
         ),
@@ -505,10 +505,6 @@ def claims() -> tuple[Claim, ...]:
             measure=_more_forgotten,
         ),
     )
-
-
-def _zero(_: Any) -> float:
-    return 0.0
 
 
 def _noticeably(_: Any) -> float:
