@@ -1,6 +1,7 @@
 """Merging two 1.5 GB bfloat16 checkpoints on a RAM disk, against the same bytes copied by two workers.
 
     python benchmarks/bench_bridge.py [--bytes 1.5e9] [--folder /dev/shm] [--repeats 5]
+    python benchmarks/bench_bridge.py --folder . --cold       # on a disk, the inputs dropped from the page cache first
 
 The floor reads every byte that the merge reads and writes every byte that it writes (two inputs, one output), with
 two threads and the same pread/pwrite, and computes nothing. Copies and merges alternate; ratios are of medians. The
@@ -83,6 +84,15 @@ def copy(base: Path, tuned: Path, out: Path) -> None:
                 os.close(descriptor)
 
 
+def forget(folders: tuple[Path, ...]) -> None:
+    """Drop the files of these folders from the page cache, so that they are read from the disk."""
+    for path in (path for folder in folders for path in folder.iterdir()):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)  # only clean pages can be dropped
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def timed(action: Callable[[], object], out: Path) -> tuple[float, float]:
     """(wall seconds, processor seconds); what it wrote is removed."""
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
@@ -109,6 +119,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=float, default=1.5e9)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each action")
     arguments = parser.parse_args()
     root = arguments.folder / f"linfit-bench-{os.getpid()}"
     root.mkdir()
@@ -123,6 +134,8 @@ def main() -> None:
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
         for _ in range(arguments.repeats + 1):  # the first round warms up
             for name, action in actions.items():
+                if arguments.cold:
+                    forget((base, tuned))
                 times[name].append(timed(action, out))
         floor = statistics.median(wall for wall, _ in times["copy, two workers"][1:])
         work = statistics.median(used for _, used in times["copy, two workers"][1:])

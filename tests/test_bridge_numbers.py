@@ -1,12 +1,14 @@
 """Stored formats: bits against ml_dtypes, torch and exact integer arithmetic."""
 
+import sys
 from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from linfit.bridge.numbers import FLOATS, ITEM_SIZE, decode, encode, stored_dtype, weighted_sum
+from linfit.bridge import numbers as stored_numbers
+from linfit.bridge.numbers import CHUNK_BYTES, FLOATS, ITEM_SIZE, decode, encode, stored_dtype, weighted_sum
 
 ORACLE = {
     "F32": np.float32,
@@ -84,9 +86,17 @@ def random_raw(generator, dtype: str, size: int) -> np.ndarray:
     return encode((generator.standard_normal(size) * 0.1).astype(np.float32), dtype)
 
 
-@pytest.mark.parametrize("size", [4, 6, 1000, 65_537])
-def test_bfloat16_path_equals_the_general_one(size, generator):
-    """Bit for bit, on any patterns, NaN and infinity included; three terms and signs."""
+@pytest.mark.parametrize(
+    ("size", "compiled"),
+    [(4, False), (6, False), (1000, False), (65_537, False), (CHUNK_BYTES // 2, False), (CHUNK_BYTES // 2, True)],
+)
+def test_bfloat16_path_equals_the_general_one(size, compiled, generator, monkeypatch):
+    """Bit for bit, on any patterns, subnormals, NaN and infinity included; three terms and signs."""
+    if compiled:
+        pytest.importorskip("numba")
+        monkeypatch.setattr(stored_numbers, "_bfloat16_sum", None)  # the compiled twin does it alone
+    else:
+        monkeypatch.setattr(stored_numbers, "_compiled_bfloat16_sum", lambda: None)
     raws = [generator.integers(0, 1 << 16, size).astype(np.uint16).view(np.uint8) for _ in range(3)]
     weights = [0.3, -0.75, 1.45]
     with np.errstate(all="ignore"):
@@ -100,6 +110,31 @@ def test_bfloat16_path_equals_the_general_one(size, generator):
     assert numbers.mean() > 0.5
     np.testing.assert_array_equal(got.view(np.uint16)[numbers], expected.view(np.uint16)[numbers])
     assert np.isnan(got.astype(np.float32)[~numbers]).all()
+
+
+@pytest.mark.parametrize("size", [4, 2048, 2052, 10_000])
+@pytest.mark.parametrize("terms", [1, 2, 5])
+def test_compiled_sum_equals_the_numpy_one(size, terms, generator):
+    """Blocks cut at their edge; NaN apart, whose payload depends on which operand a processor takes it from."""
+    compiled = pytest.importorskip("linfit.bridge.compiled", exc_type=ImportError).bfloat16_sum
+    raws = [generator.integers(0, 1 << 16, size).astype(np.uint16) for _ in range(terms)]
+    weights = generator.standard_normal(terms).astype(np.float32)
+    got = np.empty(size, np.uint16)
+    compiled(weights, tuple(raws), got)
+    expected = stored_numbers._bfloat16_sum([(w, raw.view(np.uint8)) for w, raw in zip(weights, raws)]).view(np.uint16)
+    numbers = ~np.isnan(decode(expected.view(np.uint8), "BF16"))
+    np.testing.assert_array_equal(got[numbers], expected[numbers])
+    assert np.isnan(decode(got.view(np.uint8), "BF16")[~numbers]).all()
+
+
+def test_without_numba_large_sums_still_work(monkeypatch, generator):
+    raws = [random_raw(generator, "BF16", CHUNK_BYTES // 2) for _ in range(2)]
+    with_numba = weighted_sum([0.3, 0.7], raws, ["BF16"] * 2, "BF16").copy()
+    monkeypatch.setitem(sys.modules, "linfit.bridge.compiled", None)  # importing it fails
+    stored_numbers._compiled_bfloat16_sum.cache_clear()
+    without = weighted_sum([0.3, 0.7], raws, ["BF16"] * 2, "BF16").copy()
+    stored_numbers._compiled_bfloat16_sum.cache_clear()
+    np.testing.assert_array_equal(with_numba, without)
 
 
 @pytest.mark.parametrize("dtype", [name for name in FLOATS if name in ORACLE])

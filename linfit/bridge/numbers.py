@@ -2,11 +2,12 @@
 
 Everything is computed in float32 (float64 if a float64 tensor takes part), in the order written, and rounded once,
 to nearest even, to the stored format. bfloat16 has a path of its own on the bit patterns, because that is what
-checkpoints are made of; it gives the same bits as the general one.
+checkpoints are made of, compiled where the extra `fast` is installed; it gives the same bits as the general one.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ _NAMES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
-CHUNK_BYTES = 1 << 19
+CHUNK_BYTES = 1 << 20
 """Bytes of the largest operand handled at once, so that a chunk and its temporaries stay in cache."""
 
 
@@ -137,7 +138,9 @@ def weighted_sum(weights: Sequence[float], raws: Sequence[np.ndarray], dtypes: S
     if len(terms) == 1 and terms[0][0] == 1 and terms[0][2] == out:
         return terms[0][1]
     if out == "BF16" and all(dtype == "BF16" for _, _, dtype in terms) and terms[0][1].size % 4 == 0:
-        return _bfloat16_sum([(w, raw) for w, raw, _ in terms])
+        large = terms[0][1].size >= CHUNK_BYTES  # small models do not repay compilation
+        compiled = _compiled_bfloat16_sum() if large else None
+        return (compiled or _bfloat16_sum)([(w, raw) for w, raw, _ in terms])
     precision = np.float64 if any(dtype == "F64" for _, _, dtype in terms) else np.float32
     with np.errstate(all="ignore"):
         total = precision(terms[0][0]) * decode(terms[0][1], terms[0][2])
@@ -179,3 +182,20 @@ def _bfloat16_sum(terms: list[tuple[float, np.ndarray]]) -> np.ndarray:
     np.right_shift(even, shift, out=even)
     np.bitwise_or(odd, even, out=odd)
     return odd.view(np.uint8)
+
+
+@cache
+def _compiled_bfloat16_sum() -> Callable[[list[tuple[float, np.ndarray]]], np.ndarray] | None:
+    """The same in one pass over memory; None without numba, or without a folder where it can keep what it compiled."""
+    try:
+        from linfit.bridge.compiled import bfloat16_sum
+    except (ImportError, RuntimeError):
+        return None
+
+    def total(terms: list[tuple[float, np.ndarray]]) -> np.ndarray:
+        weights, raws = zip(*terms)
+        out = np.empty(raws[0].size // 2, np.uint16)
+        bfloat16_sum(np.array(weights, np.float32), tuple(raw.view(np.uint16) for raw in raws), out)
+        return out.view(np.uint8)
+
+    return total
