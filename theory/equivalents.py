@@ -205,12 +205,16 @@ def _norm(error: Array) -> Array:
     return jnp.max(jnp.abs(error)).astype(jnp.result_type(float))
 
 
+def _inverse(real: Array, imaginary: Array) -> Array:
+    """1/(a + ib) in real arithmetic, which XLA vectorises and complex division it does not."""
+    square = real**2 + imaginary**2
+    return jax.lax.complex(real / square, -imaginary / square)
+
+
 def _reciprocal(s: Array, kappa: Array) -> Array:
-    """1/(s+κ), 0 where both vanish; in real arithmetic, which XLA vectorises and complex division it does not."""
+    """1/(s+κ), 0 where both vanish."""
     if jnp.iscomplexobj(kappa):
-        real, imaginary = s + kappa.real, kappa.imag
-        square = real**2 + imaginary**2
-        return jax.lax.complex(real / square, -imaginary / square)
+        return _inverse(s + kappa.real, kappa.imag)
     total = s + kappa
     return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
@@ -602,8 +606,7 @@ def _tables(population: _Population, penalties: Array) -> tuple[Array, Array]:
     columns = [jnp.concatenate([x, x.conj()], axis=-1) for x in rows] if jnp.iscomplexobj(kappa) else rows
     product = rows[0][:, None] * columns[0]
     double = _divided_difference(*rows, *columns)
-    denominator = 1 - double[5] / n
-    gain = double[2:4] / (n * denominator)
+    gain = _divide(double[2:4], n - double[5])
     moved = product * double[4]
     fluctuation = jnp.where(moved == 0, 0, gain * moved)  # at the peak rank = n, λ = 0 the gain is infinite
     return linear.T, jnp.concatenate([double[:2] + fluctuation, gain])
@@ -615,6 +618,10 @@ def _dot(weights: Array, r: Array) -> Array:
     return weights @ r
 
 
+def _divide(a: Array, b: Array) -> Array:
+    return a * _inverse(b.real, b.imag) if jnp.iscomplexobj(b) else a / b
+
+
 def _divided_difference(
     kappa: Array, value: Array, derivative: Array, others: Array, other_value: Array, other_derivative: Array
 ) -> Array:
@@ -622,5 +629,5 @@ def _divided_difference(
     gap = kappa[:, None] - others
     root = float(jnp.finfo(gap.dtype).eps) ** (1 / 3)
     close = jnp.abs(gap) <= root * jnp.abs(kappa[:, None])
-    difference = (other_value[:, None, :] - value[:, :, None]) / jnp.where(close, 1, gap)
+    difference = _divide(other_value[:, None, :] - value[:, :, None], jnp.where(close, 1, gap))
     return jnp.where(close, (derivative[:, :, None] + other_derivative[:, None, :]) / 2, difference)

@@ -8,6 +8,7 @@ from bokeh.events import LegendItemClick
 from bokeh.models import (
     BasicTicker,
     ColorBar,
+    Column,
     ColumnDataSource,
     CustomJS,
     Div,
@@ -17,7 +18,7 @@ from bokeh.models import (
     LinearColorMapper,
     SaveTool,
 )
-from bokeh.palettes import Cividis256
+from bokeh.palettes import cividis
 from bokeh.plotting import figure
 
 from figures.explorer.page import Line, Mark, Page, Plot, Surface, Tables
@@ -31,20 +32,18 @@ const glyph = drawn[legend.items.indexOf(cb_obj.item)];
 glyph.visible = !glyph.visible;
 """
 PUT_IN_PLACE = """
-if (message.data.layout.length == 0) return;
-const {sizes, surfaces, readings: text} = JSON.parse(message.data.layout[0]);
-const numbers = Float64Array.from(message.data.numbers[0]);
+const numbered = message.data;
+if (numbered.layout.length == 0) return;
+const {sizes, surfaces, readings: text} = JSON.parse(numbered.layout[0]);
+const numbers = Float64Array.from(numbered.numbers[0]);
 const quietly = {sync: false};
+const later = boxes.slice(1).map((box) => box.children[0]);
+for (const plot of later) plot.setv({hold_render: true}, quietly);
 let start = 0;
 for (const [table, columns] of Object.entries(sizes)) {
   const data = {};
   for (const [column, size] of Object.entries(columns)) data[column] = numbers.slice(start, start += size);
   tables[table].setv({data}, quietly);
-}
-for (const [name, {x, y, dw, dh, low, high}] of Object.entries(surfaces)) {
-  mappers[name].setv({low, high}, quietly);
-  const image = message.data["image " + name];
-  images[name].setv({data: {image, x: [x], y: [y], dw: [dw], dh: [dh]}}, quietly);
 }
 const view = Bokeh.index.find_one(readings);
 if (readings.text == "" || !view) readings.setv({text}, quietly);
@@ -52,6 +51,15 @@ else { // without a new layout of the whole page
   readings.setv({text}, {...quietly, silent: true});
   view.markup_el.innerHTML = text;
 }
+// The frame in which the first plot is painted is shown before the others are.
+const release = () => {
+  for (const [name, {x, y, dw, dh, low, high}] of Object.entries(surfaces)) {
+    mappers[name].setv({low, high}, {...quietly, silent: true}); // the image takes them up
+    images[name].setv({data: {image: numbered["image " + name], x: [x], y: [y], dw: [dw], dh: [dh]}}, quietly);
+  }
+  for (const plot of later) plot.setv({hold_render: false}, quietly);
+};
+requestAnimationFrame(() => setTimeout(release, 0));
 """
 
 
@@ -79,14 +87,18 @@ class Sources:
                 self.images[plot.name] = ColumnDataSource(
                     {name: [] for name in ("image", "x", "y", "dw", "dh")}, name=f"{page.name}/image/{plot.name}"
                 )
-                self.mappers[plot.name] = LinearColorMapper(palette=Cividis256)
+                self.mappers[plot.name] = LinearColorMapper(palette=cividis(64))
         self.clear_simulated()
         self._message = ColumnDataSource({"layout": [], "numbers": []}, name=f"{page.name}/message")
         places = {"tables": self.tables, "images": self.images, "mappers": self.mappers, "readings": readings}
-        put = CustomJS(args={"message": self._message, **places}, code=PUT_IN_PLACE)
-        self._message.js_on_change("data", put)
-        document.js_on_event("document_ready", put)  # the first numbers may be there before the browser is
+        self._put = CustomJS(args={"message": self._message, "boxes": [], **places}, code=PUT_IN_PLACE)
+        self._message.js_on_change("data", self._put)
+        document.js_on_event("document_ready", self._put)  # the first numbers may be there before the browser is
         readings.tags = [self._message]  # which makes it part of the document
+
+    def paint_in(self, boxes: list[Column]) -> None:
+        """The boxes of the plots, that of the first plot first."""
+        self._put.args = {**self._put.args, "boxes": boxes}
 
     def show(self, tables: Tables, readings: str) -> None:
         """Replace every curve, mark and surface, and the readings, in one message."""
@@ -190,15 +202,9 @@ def draw(page: Page, plot: Plot, sources: Sources, logarithmic: tuple[bool, bool
         if point.plot == plot.name:
             low, high = f"{point.measured}_low", f"{point.measured}_high"
             ends = (low, point.y, high, point.y) if point.sideways else (point.x, low, point.x, high)
-            axes.segment(*ends, source=sources.simulated, color=point.colour, line_width=2, level="overlay")
+            axes.segment(*ends, source=sources.simulated, color=point.colour, line_width=2)
             dots = axes.scatter(
-                point.x,
-                point.y,
-                source=sources.simulated,
-                size=6,
-                color=point.colour,
-                line_color=WHITE,
-                level="overlay",
+                point.x, point.y, source=sources.simulated, size=6, color=point.colour, line_color=WHITE
             )
             error = ("standard error", f"@{{{point.measured}_error}}{{0.0000}}")
             _hover(axes, dots, point.label, plot, point.x, point.y, [error])
@@ -244,7 +250,6 @@ def _draw_mark(axes: figure, plot: Plot, mark: Mark, sources: Sources):  # type:
         fill_color=mark.colour,
         line_color="black" if mark.colour == WHITE else WHITE,
         line_width=1.2,
-        level="overlay",
     )
     _hover(axes, glyph, mark.label, plot, mark.x, mark.y)
     return glyph

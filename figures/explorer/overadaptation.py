@@ -1,5 +1,7 @@
 """The page of the overadaptation paper: risks along the ensemble, the trade-off plane, the surface over λ and τ."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +22,13 @@ from figures.explorer.page import (
 )
 from figures.style import COLOURS
 from linfit import GradientFlow, MinNorm, RandomShift, Ridge, Risk, TwoTaskProblem, risk_forms, sample_design, spectra
-from theory.equivalents import TauForms, tau_forms
+from theory.equivalents import tau_forms
 
 PENALTIES = np.logspace(-5, 2, 57)
 TIMES = np.logspace(0.125, 4, 32)
 """Four decades: `tau_forms` shares its work within each."""
 TAUS = np.linspace(0, 1.5, 76)
+FINE_TUNERS = ("min-norm", "ridge", "early stopping")
 
 
 def problem_of(
@@ -45,20 +48,37 @@ def problem_of(
     return TwoTaskProblem(s, s, RandomShift(spread / (spread @ s)), noise_variance**0.5, error)
 
 
+class Predicted(NamedTuple):
+    """Ridge at λ = 0 (min-norm), at `penalty` and along a path; gradient flow twice at `time` and along a path."""
+
+    taus: Array
+    """0, 1, the τ of the slider, the best τ of the chosen fine-tuner, and `TAUS`."""
+    ridge: list[Risk]
+    """On both domains, one row for each of `taus`."""
+    flow: list[Risk]
+    ridge_best: tuple[Array, Array]
+    """Best τ, and the fine-tuning risk there."""
+    flow_best: tuple[Array, Array]
+
+
 @jax.jit
-def forms_of(problem: TwoTaskProblem, n: Array, penalty: Array, time: Array) -> tuple[TauForms, TauForms]:
-    """Ridge at λ = 0 (min-norm), at `penalty` and along a path, gradient flow twice at `time` and along a path."""
+def predicted(problem: TwoTaskProblem, n: Array, penalty: Array, time: Array, tau: Array, tuner: Array) -> Predicted:
+    """Risks without sampling a design (docs, D1–D4); `tuner` is the place of the chosen one in `FINE_TUNERS`."""
     ridge = tau_forms(problem, n, Ridge(jnp.concatenate([jnp.stack([0.0, penalty]), PENALTIES])))
     flow = tau_forms(problem, n, GradientFlow(time))
     with jax.ensure_compile_time_eval():  # times that are known share their work
         path = tau_forms(problem, n, GradientFlow(TIMES))
-    return ridge, jax.tree.map(lambda one, more: jnp.concatenate([jnp.stack([one, one]), more]), flow, path)
-
-
-@jax.jit
-def along(forms: tuple[TauForms, ...], taus: Array) -> list[list[Risk]]:
-    """Bias² and variance of all forms, one row for each τ."""
-    return [[form(taus[:, None]) for form in pair] for pair in forms]
+    flow = jax.tree.map(lambda one, more: jnp.concatenate([jnp.stack([one, one]), more]), flow, path)
+    best_taus = ridge.finetune.optimal_tau, flow.finetune.optimal_tau
+    best_tau = jnp.stack([best_taus[0][0], best_taus[0][1], best_taus[1][1]])[tuner]
+    taus = jnp.concatenate([jnp.stack([0.0, 1.0, tau, best_tau]), TAUS])
+    return Predicted(
+        taus,
+        [form(taus[:, None]) for form in ridge],
+        [form(taus[:, None]) for form in flow],
+        (best_taus[0], ridge.finetune.optimal_risk),
+        (best_taus[1], flow.finetune.optimal_risk),
+    )
 
 
 def curves(
@@ -77,16 +97,16 @@ def curves(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Both risks of every filter, predicted without sampling a design (docs, D1–D4)."""
     problem = problem_of(p, spectrum, decay, alignment, noise_variance, pretrain_risk)
-    ridge, flow = jax.device_get(forms_of(problem, n, penalty, time))
-    forms, chosen = {"min-norm": (ridge, 0), "ridge": (ridge, 1), "early stopping": (flow, 1)}[fine_tuner]
-    best_tau = forms.finetune.optimal_tau[chosen]
-
-    taus = np.concatenate([[0.0, 1.0, tau, best_tau], TAUS])
-    risks = jax.device_get(along((ridge, flow), taus))
-    (ridge_finetune, ridge_pretrain), (flow_finetune, flow_pretrain) = ([risk.total for risk in pair] for pair in risks)
-    finetune, pretrain = (flow_finetune, flow_pretrain) if forms is flow else (ridge_finetune, ridge_pretrain)
-    parts = risks[1 if forms is flow else 0][0]
-    ridge_best, flow_best = (pair.finetune.optimal_risk for pair in (ridge, flow))
+    tuner = FINE_TUNERS.index(fine_tuner)
+    found: Any = jax.device_get(predicted(problem, n, penalty, time, tau, tuner))
+    best_tau = found.taus[3]
+    ridge_finetune, ridge_pretrain, flow_finetune, flow_pretrain = (risk.total for risk in found.ridge + found.flow)
+    (ridge_best_tau, ridge_best), (_, flow_best) = found.ridge_best, found.flow_best
+    chosen = min(tuner, 1)  # ridge and early stopping have the second place in their family
+    family, finetune, pretrain = (
+        (found.flow, flow_finetune, flow_pretrain) if tuner == 2 else (found.ridge, ridge_finetune, ridge_pretrain)
+    )
+    parts = family[0]
     best, best_pair = int(np.argmin(ridge_finetune[1, 2:])), int(np.argmin(ridge_best[2:]))
     return {
         "tau": {
@@ -134,7 +154,7 @@ def curves(
             "penalty": PENALTIES[[best]],
             "penalty_finetune": ridge_finetune[[1], 2 + best],
             "pair_penalty": PENALTIES[[best_pair]],
-            "pair_tau": ridge.finetune.optimal_tau[[2 + best_pair]],
+            "pair_tau": ridge_best_tau[[2 + best_pair]],
             "pair_finetune": ridge_best[[2 + best_pair]],
         },
         "ends": {
@@ -193,7 +213,7 @@ PAGE = Page(
         Choice(
             "fine_tuner", "fine-tuned by", "How θ̂ is obtained from θ₁: minimum-norm interpolation, ridge towards θ₁ with "
             f"penalty λ, or gradient flow stopped at time t. {PAPER}; early stopping in this form: ours.",
-            ("min-norm", "ridge", "early stopping"), "min-norm",
+            FINE_TUNERS, "min-norm",
         ),
         Slider(
             "tau", "ensemble coefficient τ", "θ_τ = (1−τ)θ₁ + τθ̂; 0 is the pretrained model, 1 the fine-tuned one. No unit. "

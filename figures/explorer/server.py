@@ -21,6 +21,9 @@ from figures.explorer.store import store_page
 MESSAGE_LIMIT = 64 * 2**20
 """Largest message from a browser, in bytes: an upload of `upload.LIMIT` bytes in base64, and room to spare."""
 
+SWITCH_INTERVAL = 2e-4
+"""Seconds that a thread may keep Python to itself while others wait: by default 5 ms pass between a key and its kernel."""
+
 
 def serve(
     address: str = "127.0.0.1", port: int = 5006, origins: Sequence[str] = (), tabs: Sequence[Page] | None = None
@@ -47,6 +50,7 @@ def serve(
         allow_websocket_origin=[host if ":" in host else f"{host}:{port}" for host in [*hosts, *origins]],
         websocket_max_message_size=MESSAGE_LIMIT,
     )
+    sys.setswitchinterval(SWITCH_INTERVAL)
     warm_up(shown)
     return server
 

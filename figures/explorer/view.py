@@ -188,6 +188,7 @@ class PageView:
             self._boxes[plot.name] = box
             classes = ["panel"] if panels else ["panel", "first"]
             panels.append(Column(box, self._plot_tools(plot.name), css_classes=classes, sizing_mode="stretch_width"))
+        self._sources.paint_in(list(self._boxes.values()))
         introduction = Div(
             text=f"{page.introduction}<div class='source'>{page.source}</div>",
             stylesheets=[TEXT_CSS],
