@@ -8,12 +8,12 @@ figures: $(VENV)/figures
 	$(RUN)linfit figures --out output
 
 test: $(VENV)/test
-	$(RUN)python -m pytest -n auto
-	$(RUN)python -m pytest -n auto --float32 -m numerical
+	$(RUN)python -m pytest -n auto --dist worksteal
+	$(RUN)python -m pytest -n auto --dist worksteal --float32 -m numerical
 
 # Everything but the slow tests, for everyday work.
 quick: $(VENV)/test
-	$(RUN)python -m pytest -n auto -m "not slow"
+	$(RUN)python -m pytest -n auto --dist worksteal -m "not slow"
 
 bench: $(VENV)/test
 	OPENBLAS_NUM_THREADS=1 NPROC=4 $(RUN)python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name

@@ -1,9 +1,14 @@
 """Tests run in float64; `--float32` runs the numerical suite in single precision, with its own tolerances."""
 
 import os
+from pathlib import Path
 
 # Several processes share the cores (-n auto): two BLAS threads each fight for them. Read when numpy and scipy load.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# What one process has compiled, the others load: workers of pytest and of sweeps, commands, the next run. Read by JAX.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import numpy as np

@@ -530,7 +530,7 @@ print(peak() - before)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensor(tmp_path):
-    """One tensor of 320 MB; well under the 300 MB allowed."""
+    """One tensor of 320 MB; under the 300 MB allowed, numba included."""
     size = 320_000_000
     header = json.dumps({"w": {"dtype": "BF16", "shape": [80_000, 2000], "data_offsets": [0, size]}}).encode()
     for name, bits in (("base", 0x3F80), ("tuned", 0x4000)):
@@ -540,7 +540,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
             file.truncate(8 + len(header) + size)
     command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("base", "tuned", "out"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 1 < float(done.stdout) < 100
+    assert 1 < float(done.stdout) < 200
     bits = np.fromfile(tmp_path / "out" / "model.safetensors", np.uint16, count=1001, offset=8 + len(header))
     np.testing.assert_array_equal(bits, [0x3FA6] * 1000 + [0])  # 0.7 · 1 + 0.3 · 2
 

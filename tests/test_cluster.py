@@ -42,6 +42,7 @@ def running(workers, environment=SETTINGS):
         yield found
 
 
+@pytest.mark.slow
 def test_a_child_and_two_workers_give_the_bits_of_this_process(tmp_path, monkeypatch):
     for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
@@ -115,6 +116,7 @@ def test_killing_workers_loses_nothing(tmp_path, generator, like_a_worker):
     assert len(seen) >= 12  # the kills did hit: the dead were replaced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_task_that_kills_its_worker_is_given_up_and_the_others_finish(tmp_path, workers):
     """Once and three times again, then it is reported, not recorded: resuming tries again."""

@@ -55,6 +55,7 @@ def data(tmp_path):
     return {"X": X, "y": y, "theta_1": np.zeros(60)}, tmp_path / "data.npz"
 
 
+@pytest.mark.slow
 def test_select_prints_a_table_and_draws(data):
     arrays, file = data
     np.savez(file, **arrays)
@@ -64,6 +65,7 @@ def test_select_prints_a_table_and_draws(data):
     assert file.with_suffix(".select.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_select_json_equals_the_library(data):
     from linfit import leave_one_out, select
 

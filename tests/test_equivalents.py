@@ -111,6 +111,7 @@ def test_effective_regularization_at_zero_penalty():
     assert float(slope) == pytest.approx(160 / (160 - 80))
 
 
+@pytest.mark.slow
 def test_atoms_equal_repeated_eigenvalues_and_cost_nothing():
     values, counts = np.array([3.0, 1.0, 0.1]), np.array([2, 40, 300])
     atoms, repeated = Spectrum(values, counts), np.repeat(values, counts)
@@ -302,6 +303,7 @@ def test_risk_by_the_book(filter, kind):
             assert float(got.variance) == pytest.approx(variance, rel=2e-7)
 
 
+@pytest.mark.slow
 def test_ensembles_and_broadcasting():
     problem = two_tasks(150)
     taus, times = jnp.array([[0.3], [1.2]]), jnp.array([0.0, 1.0, 20.0, 400.0, jnp.inf])
@@ -341,6 +343,7 @@ def test_min_norm_on_both_sides_of_the_peak(p):
     assert float(late.total) == pytest.approx(float(result.total), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_multiplicities_stand_for_equal_coordinates():
     small = two_tasks(15, "fixed")
     counts = np.arange(3, 18)  # 150 in all
@@ -393,6 +396,7 @@ def test_descent_tends_to_flow_and_is_exact_for_one_step():
 # Transformations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "points"),
     [
@@ -421,6 +425,7 @@ def test_jit_vmap_and_gradients(make, points):
             assert float(slope[index]) == pytest.approx(difference, rel=1e-4, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_best_penalty_by_descent_on_the_prediction():
     """S = ωI: ridge at λ = σ²/(nω) is Bayes, and its τ* is 1 (O4)."""
     p, n, noise, omega = 150, 60, 0.5, 0.4

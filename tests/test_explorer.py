@@ -341,6 +341,7 @@ def slow_page(delay, computed):
     return Page("slow", "slow", "", "", (Slider("x", "x", "a number", 0, 1, 0.01, 0.0),), slow, (plot,), (), ())
 
 
+@pytest.mark.slow
 def test_a_slow_kernel_never_gets_a_backlog():
     computed = []
     delay = 0.1

@@ -179,6 +179,7 @@ def test_aligned_modes_against_scipy(a, w1, w2):
     np.testing.assert_allclose(ours[0] ** 2 - ours[1] ** 2, w1**2 - w2**2, atol=1e-13)  # the conserved imbalance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("m", "h", "k", "imbalance"),
     [(5, 6, 3, 0.4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 4, 4, 0.0), (3, 3, 5, -0.3)))],

@@ -159,6 +159,7 @@ def test_inflection_comes_earlier_for_larger_perturbations():
     assert times[-1] < times[0] / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imbalance", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_inflection_is_differentiable(imbalance):
     def time(gamma, a):
@@ -240,6 +241,7 @@ def test_degradation_grows_with_pretraining_and_with_the_rate_but_not_without_ex
     assert stretched.argmax() > 200
 
 
+@pytest.mark.slow
 def test_penalty_delays_and_costs():
     times = np.linspace(0, 8, 801)
     runs = [theory.fine_tuning(1e-3, [1.0], [1.5], times, 0.7, penalty) for penalty in (0.0, 0.5, 2.0)]

@@ -117,6 +117,7 @@ def test_the_surface_and_its_standard_errors_equal_refitting(noisy):
     np.testing.assert_allclose(chosen.pretrained_mean_squared_error, np.mean(noisy[1] ** 2), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_minimum_and_its_errors_equal_brute_force(noisy):
     X, y, theta_1 = noisy
     chosen = select(X, y, theta_1)

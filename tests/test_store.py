@@ -309,6 +309,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(path, tmp_path):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupting_leaves_a_store_to_resume(path, tmp_path, workers):
     file = tmp_path / "toy.toml"
@@ -339,6 +340,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_spoils_nothing(path, tmp_path):
     """A limit on the size of files is the full disk that needs no privileges."""
     sweep = sweep_over(NOISE, {"level": [1.0, 2.0], "tau": "0:1:2000"}, seeds=4, chunk=2)
