@@ -302,6 +302,30 @@ def test_a_drag_over_a_slow_kernel_settles_at_once(open_page):
     assert lag < max(0.3, 0.2 + 3 * overhead)
 
 
+STREAM = """async (plots) => { // forty messages, one for every frame, as a fast kernel sends them in a drag
+  const model = (name) => Bokeh.documents[0].get_model_by_name("flow/" + name);
+  const paints = {}, message = model("message"), {numbers, ...rest} = message.data;
+  for (const plot of plots) {
+    const view = Bokeh.index.find_one(model("box/" + plot).children[0]), paint = view._paint_primary.bind(view);
+    paints[plot] = 0;
+    view._paint_primary = (context) => { paint(context); paints[plot] += 1; };
+  }
+  for (let index = 1; index <= 40; index++) {
+    const moved = Array.from(numbers[0], (number) => number * (1 + 0.01 * index));
+    message.setv({data: {...rest, numbers: [moved]}}, {sync: false});
+    await new Promise((done) => requestAnimationFrame(done));
+  }
+  return paints;
+}"""
+
+
+def test_no_plot_is_left_behind_in_a_drag(open_page):
+    """The first plot goes ahead of a single step; while steps follow each other, all keep together."""
+    plots = [plot.name for plot in PAGES["flow"].plots]
+    paints = open_page("flow").evaluate(STREAM, plots)
+    assert min(paints.values()) > 10, paints
+
+
 def test_a_slow_session_does_not_hold_up_another(open_page):
     DELAY["seconds"] = 3.0
     try:

@@ -32,12 +32,15 @@ const glyph = drawn[legend.items.indexOf(cb_obj.item)];
 glyph.visible = !glyph.visible;
 """
 PUT_IN_PLACE = """
-const numbered = message.data;
-if (numbered.layout.length == 0) return;
-const {sizes, surfaces, readings: text} = JSON.parse(numbered.layout[0]);
-const numbers = Float64Array.from(numbered.numbers[0]);
+const content = message.data;
+if (content.layout.length == 0) return;
+const {sizes, surfaces, readings: text} = JSON.parse(content.layout[0]);
+const numbers = Float64Array.from(content.numbers[0]);
 const quietly = {sync: false};
-const later = boxes.slice(1).map((box) => box.children[0]);
+// After a rest, the frame with the first plot is shown before the others are painted; in a drag they keep together.
+const now = performance.now(), rested = now - (message.arrived ?? -Infinity) > 150;
+message.arrived = now;
+const later = rested ? boxes.slice(1).map((box) => box.children[0]) : [];
 for (const plot of later) plot.setv({hold_render: true}, quietly);
 let start = 0;
 for (const [table, columns] of Object.entries(sizes)) {
@@ -51,11 +54,10 @@ else { // without a new layout of the whole page
   readings.setv({text}, {...quietly, silent: true});
   view.markup_el.innerHTML = text;
 }
-// The frame in which the first plot is painted is shown before the others are.
 const release = () => {
   for (const [name, {x, y, dw, dh, low, high}] of Object.entries(surfaces)) {
     mappers[name].setv({low, high}, {...quietly, silent: true}); // the image takes them up
-    images[name].setv({data: {image: numbered["image " + name], x: [x], y: [y], dw: [dw], dh: [dh]}}, quietly);
+    images[name].setv({data: {image: content["image " + name], x: [x], y: [y], dw: [dw], dh: [dh]}}, quietly);
   }
   for (const plot of later) plot.setv({hold_render: false}, quietly);
 };

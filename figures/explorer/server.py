@@ -22,7 +22,7 @@ MESSAGE_LIMIT = 64 * 2**20
 """Largest message from a browser, in bytes: an upload of `upload.LIMIT` bytes in base64, and room to spare."""
 
 SWITCH_INTERVAL = 2e-4
-"""Seconds that a thread may keep Python to itself while others wait: by default 5 ms pass between a key and its kernel."""
+"""Seconds that a thread keeps Python while others wait; with the usual 5 ms a key waits that long for its kernel."""
 
 
 def serve(
