@@ -2,10 +2,10 @@
 
     OPENBLAS_NUM_THREADS=1 NPROC=4 python -m benchmarks.bench_explorer [--page NAME]... [--presses N]
 
-A press is timed in the browser, from the time stamp of the key event until every plot of the page that shows new
-numbers has been painted; `first` is the median time until one of them has. `kernel` is the page's function alone,
-called in this process; `empty` is a page whose function takes no time: sending a key, a slider and two numbers back
-and forth, and painting.
+A press is timed in the browser, from the time stamp of the key event until the frame in which the last plot with new
+numbers is painted; `first` is the median time until the frame of the first one. `kernel` is the page's function
+alone, called in this process; `empty` is a page whose function takes no time: sending a key, a slider and two
+numbers back and forth, and painting.
 """
 
 import argparse

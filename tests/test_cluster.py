@@ -117,7 +117,7 @@ def test_killing_workers_loses_nothing(tmp_path, generator, like_a_worker):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_task_that_kills_its_worker_is_given_up_and_the_others_finish(tmp_path, workers):
     """Once and three times again, then it is reported, not recorded: resuming tries again."""
     diary, executor = tmp_path / "diary", cluster.local(workers) if workers else cluster.in_a_child

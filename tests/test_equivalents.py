@@ -401,8 +401,8 @@ def test_descent_tends_to_flow_and_is_exact_for_one_step():
     ("make", "points"),
     [
         (Ridge, [0.01, 0.5]),
-        pytest.param(GradientFlow, [0.3, 40.0], marks=pytest.mark.slow),
-        pytest.param(lambda x: GradientDescent(x, 30), [0.01, 0.2], marks=pytest.mark.slow),
+        (GradientFlow, [0.3, 40.0]),
+        (lambda x: GradientDescent(x, 30), [0.01, 0.2]),
     ],
     ids=["ridge", "flow", "descent"],
 )

@@ -160,7 +160,7 @@ def test_inflection_comes_earlier_for_larger_perturbations():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("imbalance", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
+@pytest.mark.parametrize("imbalance", [0.0, 0.3])
 def test_inflection_is_differentiable(imbalance):
     def time(gamma, a):
         return theory.inflection_time(0.01, a, gamma, (10, 10, 10), imbalance)

@@ -310,7 +310,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_interrupting_leaves_a_store_to_resume(path, tmp_path, workers):
     file = tmp_path / "toy.toml"
     axes = 'level = [1, 2, 3.5]\ntau = "0:1:5"\npause = 0.05\n'

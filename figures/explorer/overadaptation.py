@@ -28,7 +28,8 @@ PENALTIES = np.logspace(-5, 2, 57)
 TIMES = np.logspace(0.125, 4, 32)
 """Four decades: `tau_forms` shares its work within each."""
 TAUS = np.linspace(0, 1.5, 76)
-FINE_TUNERS = ("min-norm", "ridge", "early stopping")
+FINE_TUNERS = {"min-norm": (0, 0), "ridge": (0, 1), "early stopping": (1, 1)}
+"""Family of each, ridge or gradient flow, and its column there."""
 
 
 def problem_of(
@@ -49,36 +50,33 @@ def problem_of(
 
 
 class Predicted(NamedTuple):
-    """Ridge at λ = 0 (min-norm), at `penalty` and along a path; gradient flow twice at `time` and along a path."""
+    """Of ridge, at λ = 0 (min-norm), `penalty` and along a path, and of gradient flow, twice at `time` and along a path."""
 
     taus: Array
     """0, 1, the τ of the slider, the best τ of the chosen fine-tuner, and `TAUS`."""
-    ridge: list[Risk]
+    risks: list[list[Risk]]
     """On both domains, one row for each of `taus`."""
-    flow: list[Risk]
-    ridge_best: tuple[Array, Array]
-    """Best τ, and the fine-tuning risk there."""
-    flow_best: tuple[Array, Array]
+    best_taus: list[Array]
+    best_risks: list[Array]
+    """On the fine-tuning domain, at the best τ."""
 
 
 @jax.jit
-def predicted(problem: TwoTaskProblem, n: Array, penalty: Array, time: Array, tau: Array, tuner: Array) -> Predicted:
-    """Risks without sampling a design (docs, D1–D4); `tuner` is the place of the chosen one in `FINE_TUNERS`."""
+def predicted(
+    problem: TwoTaskProblem, n: Array, penalty: Array, time: Array, tau: Array, family: Array, column: Array
+) -> Predicted:
+    """Risks without sampling a design (docs, D1–D4); `family` and `column` as in `FINE_TUNERS`."""
     ridge = tau_forms(problem, n, Ridge(jnp.concatenate([jnp.stack([0.0, penalty]), PENALTIES])))
     flow = tau_forms(problem, n, GradientFlow(time))
     with jax.ensure_compile_time_eval():  # times that are known share their work
         path = tau_forms(problem, n, GradientFlow(TIMES))
     flow = jax.tree.map(lambda one, more: jnp.concatenate([jnp.stack([one, one]), more]), flow, path)
-    best_taus = ridge.finetune.optimal_tau, flow.finetune.optimal_tau
-    best_tau = jnp.stack([best_taus[0][0], best_taus[0][1], best_taus[1][1]])[tuner]
+    families = ridge, flow
+    best_taus = [forms.finetune.optimal_tau for forms in families]
+    best_tau = jnp.stack([found[:2] for found in best_taus])[family, column]
     taus = jnp.concatenate([jnp.stack([0.0, 1.0, tau, best_tau]), TAUS])
-    return Predicted(
-        taus,
-        [form(taus[:, None]) for form in ridge],
-        [form(taus[:, None]) for form in flow],
-        (best_taus[0], ridge.finetune.optimal_risk),
-        (best_taus[1], flow.finetune.optimal_risk),
-    )
+    risks = [[form(taus[:, None]) for form in forms] for forms in families]
+    return Predicted(taus, risks, best_taus, [forms.finetune.optimal_risk for forms in families])
 
 
 def curves(
@@ -97,16 +95,13 @@ def curves(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Both risks of every filter, predicted without sampling a design (docs, D1–D4)."""
     problem = problem_of(p, spectrum, decay, alignment, noise_variance, pretrain_risk)
-    tuner = FINE_TUNERS.index(fine_tuner)
-    found: Any = jax.device_get(predicted(problem, n, penalty, time, tau, tuner))
-    best_tau = found.taus[3]
-    ridge_finetune, ridge_pretrain, flow_finetune, flow_pretrain = (risk.total for risk in found.ridge + found.flow)
-    (ridge_best_tau, ridge_best), (_, flow_best) = found.ridge_best, found.flow_best
-    chosen = min(tuner, 1)  # ridge and early stopping have the second place in their family
-    family, finetune, pretrain = (
-        (found.flow, flow_finetune, flow_pretrain) if tuner == 2 else (found.ridge, ridge_finetune, ridge_pretrain)
-    )
-    parts = family[0]
+    family, chosen = FINE_TUNERS[fine_tuner]
+    found: Any = jax.device_get(predicted(problem, n, penalty, time, tau, family, chosen))
+    best_tau, parts = found.taus[3], found.risks[family][0]
+    totals = [[risk.total for risk in risks] for risks in found.risks]
+    (ridge_finetune, ridge_pretrain), (flow_finetune, flow_pretrain) = totals
+    finetune, pretrain = totals[family]
+    ridge_best, flow_best = found.best_risks
     best, best_pair = int(np.argmin(ridge_finetune[1, 2:])), int(np.argmin(ridge_best[2:]))
     return {
         "tau": {
@@ -154,7 +149,7 @@ def curves(
             "penalty": PENALTIES[[best]],
             "penalty_finetune": ridge_finetune[[1], 2 + best],
             "pair_penalty": PENALTIES[[best_pair]],
-            "pair_tau": ridge_best_tau[[2 + best_pair]],
+            "pair_tau": found.best_taus[0][[2 + best_pair]],
             "pair_finetune": ridge_best[[2 + best_pair]],
         },
         "ends": {
@@ -213,7 +208,7 @@ PAGE = Page(
         Choice(
             "fine_tuner", "fine-tuned by", "How θ̂ is obtained from θ₁: minimum-norm interpolation, ridge towards θ₁ with "
             f"penalty λ, or gradient flow stopped at time t. {PAPER}; early stopping in this form: ours.",
-            FINE_TUNERS, "min-norm",
+            tuple(FINE_TUNERS), "min-norm",
         ),
         Slider(
             "tau", "ensemble coefficient τ", "θ_τ = (1−τ)θ₁ + τθ̂; 0 is the pretrained model, 1 the fine-tuned one. No unit. "
