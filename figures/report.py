@@ -18,7 +18,7 @@ import jax
 import matplotlib as mpl
 
 from figures.style import SETTINGS, Picture
-from linfit._files import whole_file
+from linfit.internal.files import whole_file
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }

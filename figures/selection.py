@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from figures.report import prepare_folder
 from figures.style import COLOURS, SETTINGS, canvas
 from linfit import Selection, select
-from linfit._files import whole_file
+from linfit.internal.files import whole_file
 
 ARRAYS, VALIDATION = ("X", "y", "theta_1"), ("X_val", "y_val")
 ENDINGS = (".png", ".pdf", ".svg")

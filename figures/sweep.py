@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from figures.style import SETTINGS, canvas
-from linfit._files import whole_file
+from linfit.internal.files import whole_file
 from sims.store import read, read_sweep
 from sims.sweep import Sweep
 from sims.sweep_report import best_points

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import ArrayLike, is_concrete, non_negative, real_array
-from linfit._linear_algebra import gram
+from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array
+from linfit.internal.linear_algebra import gram
 
 
 class Covariance(eqx.Module):

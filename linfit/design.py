@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import ArrayLike, count
 from linfit.covariance import Covariance, Diagonal, as_covariance
+from linfit.internal.checks import ArrayLike, count
 from linfit.problem import TwoTaskProblem
 
 STUDENT_DEGREES_OF_FREEDOM = 8

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import ArrayLike, broadcastable, is_concrete, non_negative, positive, real_array
-from linfit._linear_algebra import rank_cutoff
+from linfit.internal.checks import ArrayLike, broadcastable, is_concrete, non_negative, positive, real_array
+from linfit.internal.linear_algebra import rank_cutoff
 
 
 class Filter(eqx.Module):

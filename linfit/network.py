@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
+from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
 
 
 class TwoLayer(NamedTuple):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from linfit import spectra
-from linfit._checks import ArrayLike, is_concrete, non_negative, real_array, same_size
 from linfit.covariance import Covariance, as_covariance
+from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array, same_size
 
 
 class RandomShift(eqx.Module):

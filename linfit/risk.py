@@ -26,7 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import (
+from linfit.covariance import Covariance, Diagonal, Product, inner_product, product
+from linfit.filters import Filter, Tabulated
+from linfit.internal.checks import (
     ArrayLike,
     broadcastable,
     is_concrete,
@@ -35,9 +37,7 @@ from linfit._checks import (
     require_finite,
     same_size,
 )
-from linfit._linear_algebra import eigh, gram, on_host, solve_semidefinite
-from linfit.covariance import Covariance, Diagonal, Product, inner_product, product
-from linfit.filters import Filter, Tabulated
+from linfit.internal.linear_algebra import eigh, gram, on_host, solve_semidefinite
 from linfit.problem import TwoTaskProblem
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import scipy.optimize
 from jax import Array
 
-from linfit._checks import ArrayLike, broadcastable, non_negative, real_array
-from linfit._linear_algebra import eigh, gram, rank_cutoff
 from linfit.filters import Ridge
+from linfit.internal.checks import ArrayLike, broadcastable, non_negative, real_array
+from linfit.internal.linear_algebra import eigh, gram, rank_cutoff
 from linfit.solve import check_data
 
 

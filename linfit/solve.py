@@ -8,9 +8,9 @@ import numpy as np
 import scipy.linalg
 from jax import Array
 
-from linfit._checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
-from linfit._linear_algebra import eigh, gram
 from linfit.filters import Filter
+from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
+from linfit.internal.linear_algebra import eigh, gram
 
 Tree = TypeVar("Tree")
 

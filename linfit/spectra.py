@@ -12,7 +12,7 @@ Array([1.        , 0.5       , 0.33333333, 0.25      ], dtype=float64)
 import jax.numpy as jnp
 from jax import Array
 
-from linfit._checks import ArrayLike, count, is_concrete, non_negative, positive
+from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive
 
 
 def _normalised(eigenvalues: Array, trace: ArrayLike | None) -> Array:

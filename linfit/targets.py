@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import ArrayLike, is_concrete, non_negative, real_array, same_size
+from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array, same_size
 
 
 class Source(IntEnum):

@@ -35,9 +35,9 @@ from linfit import (
     sample_task,
     spectra,
 )
-from linfit._checks import ArrayLike, count, non_negative
 from linfit.covariance import Empirical
 from linfit.design import Task
+from linfit.internal.checks import ArrayLike, count, non_negative
 from sims.estimate import mean_and_error, progress
 from theory.flow import fixed_point_coefficient as flow_coefficient
 from theory.frontier import Frontier, clipping_coefficient, pareto, trimming_ratio, weight_at, weighting_coefficient

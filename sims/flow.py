@@ -30,10 +30,10 @@ from linfit import (
     sample_task,
 )
 from linfit import gradient_descent as descend
-from linfit._checks import count, non_negative
-from linfit._linear_algebra import eigh, gram
 from linfit.covariance import Covariance
 from linfit.design import Task
+from linfit.internal.checks import count, non_negative
+from linfit.internal.linear_algebra import eigh, gram
 from linfit.weighting import effective_sample_size, effective_step, median_temperature, robust_weights
 from sims.estimate import mean_and_error, progress, replicate
 from sims.real_data import CLASSES, digits_split, leave_one_out_penalty

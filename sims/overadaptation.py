@@ -19,8 +19,8 @@ from linfit import (
     sample_design,
     sample_task,
 )
-from linfit._checks import ArrayLike
 from linfit.covariance import Covariance
+from linfit.internal.checks import ArrayLike
 from sims.estimate import mean_and_error, progress, replicate
 from theory.overadaptation import best_of_each_method
 

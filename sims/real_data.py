@@ -16,7 +16,7 @@ import xarray as xr
 from jax import Array
 
 from linfit import MinNorm, Ridge, fine_tune, leave_one_out
-from linfit._checks import count, non_negative
+from linfit.internal.checks import count, non_negative
 from linfit.selection import default_penalties
 from sims.estimate import mean_and_error, progress
 

@@ -13,8 +13,8 @@ import xarray as xr
 from jax import Array
 
 from linfit import Filter, MinNorm, Ridge, fine_tune, interpolate, s3ft_targets, sample_design, spectra
-from linfit._checks import count, non_negative
 from linfit.covariance import Covariance
+from linfit.internal.checks import count, non_negative
 from linfit.targets import Source, Targets, content_within, noisy
 from sims.estimate import mean_and_error, progress, replicate
 from sims.overadaptation import standardised_gap

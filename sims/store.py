@@ -30,7 +30,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
 
-from linfit._files import sync, whole_file
+from linfit.internal.files import sync, whole_file
 from sims.cluster import versions
 from sims.experiments import SETTINGS
 from sims.sweep import Result, Sweep, Task, differences, sweep_from_configuration

@@ -172,7 +172,7 @@ def test_figures_are_written_with_their_numbers_and_a_report(tmp_path, monkeypat
 
 
 def test_a_failing_write_leaves_nothing_behind(tmp_path):
-    from linfit._files import whole_file
+    from linfit.internal.files import whole_file
 
     path = tmp_path / "numbers.nc"
     path.write_text("old")

@@ -37,9 +37,9 @@ import numpy as np
 import optimistix
 from jax import Array
 
-from linfit._checks import ArrayLike, is_concrete, non_negative, positive, real_array, same_size
 from linfit.covariance import Covariance, Diagonal
 from linfit.filters import Ensemble, Filter, GradientDescent, GradientFlow, MinNorm, Ridge
+from linfit.internal.checks import ArrayLike, is_concrete, non_negative, positive, real_array, same_size
 from linfit.problem import TwoTaskProblem
 from linfit.risk import Risk
 from theory import rational

@@ -39,10 +39,19 @@ from linfit import (
     Ridge,
     TwoTaskProblem,
 )
-from linfit._checks import ArrayLike, broadcastable, count, is_concrete, non_negative, positive, real_array, same_size
-from linfit._linear_algebra import rank_cutoff
 from linfit.covariance import Covariance, as_covariance
 from linfit.filters import Ensemble
+from linfit.internal.checks import (
+    ArrayLike,
+    broadcastable,
+    count,
+    is_concrete,
+    non_negative,
+    positive,
+    real_array,
+    same_size,
+)
+from linfit.internal.linear_algebra import rank_cutoff
 from theory import rational
 from theory.frontier import pareto
 from theory.optimum import minimise_over_logarithm

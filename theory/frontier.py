@@ -32,9 +32,9 @@ from jax import Array
 from jax.scipy.stats import norm
 
 from linfit import FixedShift, TwoTaskProblem
-from linfit._checks import ArrayLike, broadcastable, non_negative, positive, real_array
-from linfit._linear_algebra import rank_cutoff
 from linfit.covariance import Covariance, Diagonal, inner_product
+from linfit.internal.checks import ArrayLike, broadcastable, non_negative, positive, real_array
+from linfit.internal.linear_algebra import rank_cutoff
 
 DECADES = 15.0
 """`weight_at` looks for κ this many decades on either side of trΣ₂/trΣ₁; beyond, κ is 0 or ∞ to all digits."""

@@ -23,7 +23,7 @@ import numpy as np
 import optimistix
 from jax import Array
 
-from linfit._checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
+from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
 from linfit.network import aligned_modes, layer_modes
 
 Shape = tuple[int, int, int]

@@ -23,8 +23,8 @@ from jax import Array
 from jax.scipy.special import gammainc, gammaincc, gammaln, xlogy
 
 from linfit import Filter, fine_tune
-from linfit._checks import ArrayLike, count, is_concrete, non_negative, real_array, same_size
 from linfit.covariance import Covariance, as_covariance
+from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, real_array, same_size
 from linfit.targets import as_projector, probability
 
 # --------------------------------------------------------------------------------------- T1: scalar responses

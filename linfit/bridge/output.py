@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from linfit._files import sync
 from linfit.bridge.checkpoint import INDEX_NAME, Checkpoint, Files, Shard, Tensor, open_files
 from linfit.bridge.numbers import ITEM_SIZE
+from linfit.internal.files import sync
 
 Write = Callable[[int, int, np.ndarray], None]
 """write(output, position, bytes): `position` counts from the start of the tensor."""

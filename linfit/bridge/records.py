@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from linfit._files import whole_file
+from linfit.internal.files import whole_file
 
 Record = dict[str, Any]
 

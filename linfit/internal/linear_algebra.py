@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit._checks import is_concrete
+from linfit.internal.checks import is_concrete
 
 
 def on_host(array: Array) -> bool:

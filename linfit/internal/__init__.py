@@ -1,0 +1,1 @@
+"""What every package here may use and nobody outside should: input checks, files written whole, linear algebra."""
