@@ -242,7 +242,7 @@ def test_harness_samples_are_paired_by_document_and_of_one_filter(tmp_path, gene
 
 
 def test_curve_takes_the_direction_from_the_results(harness, capsys):
-    from linfit.bridge.commands import curve
+    from figures.commands.bridge import curve
 
     curve(tuple(harness), metric="mmlu/acc", json=True)
     printed = capsys.readouterr()

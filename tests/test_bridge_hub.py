@@ -50,7 +50,7 @@ def test_a_dangling_link_is_a_missing_shard(tmp_path):
 
 
 OFFLINE = """
-from linfit.bridge.commands import _local
+from figures.commands.bridge import _local
 print(_local("owner/base"))
 try:
     _local("owner/absent")
@@ -72,7 +72,7 @@ def test_names_are_found_in_the_cache_or_the_error_says_what_to_do(tmp_path):
 
 def test_hub_names_are_fetched_and_folders_are_not(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
-    from linfit.bridge.commands import _local
+    from figures.commands.bridge import _local
 
     folder = write_single(tmp_path / "owner" / "name", {"w": np.ones((2, 2), np.float32)})
     asked = []

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 import numpy as np
 import pytest
 
+from figures.commands import main
 from linfit.bridge import load, merge, perturb
 from linfit.bridge.records import (
     choose_targets,
@@ -20,7 +21,6 @@ from linfit.bridge.records import (
     weigh,
     write_records,
 )
-from linfit.command_line import main
 from tests.bridge_checkpoints import write_single
 
 
@@ -379,7 +379,7 @@ def test_every_command_is_registered_and_light():
     names = {entry.name for entry in entry_points(group="linfit.commands")}
     assert {"merge", "inspect", "curve", "perturb", "weights", "losses", "targets"} <= names
     heavy = ("jax", "numpy", "torch", "rich", "scipy")
-    code = f"import sys, linfit.bridge.commands; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, figures.commands.bridge; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

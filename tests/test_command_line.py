@@ -30,10 +30,10 @@ def test_help_is_quick_and_does_not_import_jax():
     if not os.environ.get("CI"):  # a statement about this project's imports, not about a busy machine
         assert min(seconds) < 1.0
     script = """
-import sys, linfit.command_line
+import sys, figures.commands
 sys.argv = ["linfit", "--help"]
 try:
-    linfit.command_line.main()
+    figures.commands.main()
 except SystemExit:
     print([name for name in ("jax", "numpy", "matplotlib", "xarray") if name in sys.modules])
 """

@@ -463,7 +463,7 @@ def test_other_addresses_print_a_warning_and_admit_only_named_origins(capsys):
 @pytest.mark.slow
 def test_a_port_in_use_is_an_error_of_one_line():
     server = serve("127.0.0.1", 0, tabs=[slow_page(0.0, [])])
-    command = [sys.executable, "-m", "linfit.command_line"]
+    command = [sys.executable, "-m", "figures.commands"]
     try:
         answer = subprocess.run(
             [*command, "explore", "--port", str(server.port)], capture_output=True, text=True, timeout=120

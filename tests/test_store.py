@@ -335,7 +335,7 @@ LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 sys.argv = ["linfit", *sys.argv[2:]]
-from linfit.command_line import main
+from figures.commands import main
 main()
 """
 

@@ -433,7 +433,7 @@ def test_command_runs_shows_plots_exports(tmp_path):
 @pytest.fixture
 def called(monkeypatch, capsys, like_a_worker):
     """The command in this process: exit code, output, errors."""
-    from linfit.command_line import main
+    from figures.commands import main
 
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(Path(__file__).parents[1])
@@ -482,7 +482,9 @@ def test_command_tells_of_failures_by_exit_code(tmp_path, called):
 
 
 def test_commands_are_light():
-    script = "import sys, sims.sweep_commands; print([m for m in ('jax', 'numpy', 'zarr', 'dask') if m in sys.modules])"
+    script = (
+        "import sys, figures.commands.sweep; print([m for m in ('jax', 'numpy', 'zarr', 'dask') if m in sys.modules])"
+    )
     root = Path(__file__).parents[1]
     assert subprocess.check_output([sys.executable, "-c", script], text=True, cwd=root).strip() == "[]"
     script = "import sys, sims.sweep, sims.store, sims.cluster; print('jax' in sys.modules, 'xarray' in sys.modules)"

@@ -13,8 +13,8 @@ import pytest
 import scipy.stats
 
 import sims.verify
+from figures.commands.verify import verify as command
 from linfit import GradientFlow
-from sims.commands import verify as command
 from sims.verdicts import boundaries_text
 from sims.verify import LEVEL, Effort, examine, falsify, holm, normals, points, select, studentised, verify
 from theory.claims import Claim, Parameter, equivalents, overadaptation, spectral
@@ -454,7 +454,9 @@ def test_bad_input(arguments, message):
 
 
 def test_the_command_is_light_until_it_runs():
-    code = "import sys, sims.commands; print([m for m in ('jax', 'numpy', 'scipy', 'rich') if m in sys.modules])"
+    code = (
+        "import sys, figures.commands.verify; print([m for m in ('jax', 'numpy', 'scipy', 'rich') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

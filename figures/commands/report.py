@@ -1,4 +1,4 @@
-"""Subcommands of this floor. Nothing heavy is imported until one of them runs."""
+"""`linfit figures`: which figures there are, and what each needs."""
 
 import sys
 from importlib.util import find_spec
@@ -64,46 +64,3 @@ def figures(
     options = [*names, *(["--quick"] if quick else []), f"--seed {seed}"]
     report = write_report(entries, out, " ".join(["linfit figures", *options]))
     print(f"report: {report}")
-
-
-def select(
-    file: Annotated[Path, tyro.conf.Positional],
-    /,
-    out: Path | None = None,
-    json: bool = False,
-) -> None:
-    """Choose the ensemble coefficient τ and the ridge penalty λ for your own features, by exact leave-one-out.
-
-    Args:
-        file: an .npz with X (n, p), y (n,), theta_1 (p,), and optionally X_val, y_val.
-        out: picture of the error surface (.png, .pdf or .svg); FILE with the ending .select.png if not given.
-        json: print the result as JSON instead of a table.
-    """
-    from figures.selection import report_selection
-
-    report_selection(file, out, json)
-
-
-def explore(
-    store: Path | None = None,
-    address: str = "127.0.0.1",
-    port: int = 5006,
-    origin: tuple[str, ...] = (),
-    show: bool = False,
-) -> None:
-    """Open a page in which the curves of every paper follow sliders; it stays open until Ctrl-C.
-
-    Args:
-        store: the store of a `linfit sweep`, to explore it on a tab of its own.
-        address: where to listen; anything but this machine's own loopback address lets others in.
-        port: any free one if 0.
-        origin: names under which browsers reach another address, as host or host:port.
-        show: open the page in a browser.
-    """
-    if find_spec("bokeh") is None:
-        raise ValueError("explore needs the extra explore: pip install 'linfit[explore]'")
-    if not 0 <= port < 2**16:
-        raise ValueError(f"--port must be between 0 and 65535, got {port}")
-    from figures.explorer.server import run
-
-    run(store, address, port, origin, show)

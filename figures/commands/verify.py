@@ -1,4 +1,4 @@
-"""Subcommands of this floor. Nothing heavy is imported until one of them runs."""
+"""`linfit verify`."""
 
 from typing import Annotated
 

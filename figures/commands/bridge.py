@@ -159,7 +159,9 @@ def inspect(
     else:
         _print_inspection(inspection, by_tensor)
     if plot is not None:
-        _picture("inspect")(inspection.as_dict(), plot)
+        from figures.bridge import draw_inspection
+
+        draw_inspection(inspection.as_dict(), plot)
 
 
 def curve(
@@ -198,7 +200,9 @@ def curve(
     else:
         _print_curves(summary)
     if plot is not None:
-        _picture("curve")(summary, plot)
+        from figures.bridge import draw_curve
+
+        draw_curve(summary, plot)
 
 
 def weights(
@@ -406,16 +410,6 @@ def _report_outcome(outcome: "Outcome", json: bool) -> None:
     print(f"{outcome.bytes_written / 1e9:.3g} GB in {outcome.seconds:.2f} s ({speed / 1e9:.2f} GB/s written)")
     for folder in outcome.folders:
         print(folder)
-
-
-def _picture(name: str) -> Callable[[object, Path], None]:
-    """A picture drawn by an upper floor, found by its entry point: this floor does not know matplotlib."""
-    from importlib.metadata import entry_points
-
-    found = [entry for entry in entry_points(group="linfit.pictures") if entry.name == name]
-    if not found:
-        raise ValueError(f"--plot: no picture named {name} is installed")
-    return found[0].load()
 
 
 _HEADINGS = {

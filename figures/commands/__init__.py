@@ -1,12 +1,22 @@
-"""The `linfit` command.
-
-Each floor registers its subcommands as entry points of the group `linfit.commands`; the modules they
-name import nothing heavy, so that `linfit --help` answers without loading JAX.
-"""
+"""The `linfit` command. No module of this package imports anything heavy, so `linfit --help` answers without JAX."""
 
 import os
 import sys
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
+
+import tyro
+
+from figures.commands.bridge import curve, inspect, losses, merge, perturb, targets, weights
+from figures.commands.explore import explore
+from figures.commands.report import figures
+from figures.commands.select import select
+from figures.commands.sweep import sweep
+from figures.commands.verify import verify
+
+__all__ = ["main"]
+
+COMMANDS = (curve, explore, figures, inspect, losses, merge, perturb, select, sweep, targets, verify, weights)
+"""Every subcommand, by its name."""
 
 
 def main() -> None:
@@ -14,16 +24,13 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"linfit {version('linfit')}")
         return
-    import tyro
-
     # A command owns its process, so it may choose double precision and the thread pools; an import may not.
     # One BLAS thread per worker, and NPROC for XLA's own pool, keep two thread pools from fighting.
     for name, value in {"JAX_ENABLE_X64": "1", "OPENBLAS_NUM_THREADS": "1", "NPROC": "4"}.items():
         os.environ.setdefault(name, value)
-    commands = {command.name: command.load() for command in sorted(entry_points(group="linfit.commands"))}
     try:
         tyro.extras.subcommand_cli_from_dict(
-            commands,
+            {command.__name__: command for command in COMMANDS},
             prog="linfit",
             description="Theory and simulation of fine-tuning in linear models. (linfit --version: the version)",
             config=(tyro.conf.FlagCreatePairsOff,),
@@ -34,7 +41,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("linfit: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 import os
 import sys
 from dataclasses import dataclass, field, make_dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
@@ -157,7 +156,9 @@ def sweep(action: _Action) -> None:
 
         show(action.store, action.json)
     elif isinstance(action, _Plot):
-        _draw(action)
+        from figures.sweep import draw_sweep
+
+        print(draw_sweep(action.store, action.x, action.lines, action.y, action.at, action.out))
     elif isinstance(action, _Export):
         from sims.store import export
 
@@ -222,11 +223,3 @@ def _executor(action: _How) -> "tuple[Executor | None, int]":
     if action.slurm:
         return cluster.slurm(action.workers), action.workers
     return (cluster.local(action.workers), action.workers) if action.workers else (None, 1)
-
-
-def _draw(action: _Plot) -> None:
-    """Through the floor above, found by its entry point: this one does not know matplotlib."""
-    found = [entry for entry in entry_points(group="linfit.pictures") if entry.name == "sweep"]
-    if not found:
-        raise ValueError("plot: no picture named sweep is installed")
-    print(found[0].load()(action.store, action.x, action.lines, action.y, action.at, action.out))
