@@ -37,12 +37,12 @@ def measure(n: int, p: int) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from linfit import Ridge, column_blocks, power_law_problem, risk_forms
+    from linfit import Ridge, aligned_problem, column_blocks, risk_forms, spectra
 
     jax.config.update("jax_enable_x64", True)
     before = peak_bytes()
     start, used = time.perf_counter(), time.process_time()
-    problem = power_law_problem(p, pretrain_risk=0.1)
+    problem = aligned_problem(spectra.power_law(p), pretrain_risk=0.1)
     forms = risk_forms(column_blocks(jax.random.key(0), problem, n), problem)
     jax.block_until_ready(forms)
     reduced, used = time.perf_counter() - start, time.process_time() - used

@@ -15,11 +15,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from figures.style import PAGE, Picture, canvas, panel_letters
+from sims.claims import Claim, all_claims
+from sims.claims.overadaptation import LARGE, SMALL
 from sims.overadaptation import phase_diagram
+from sims.parameters import ALIGNMENT, DECAY, Parameter
 from sims.verdicts import verdict_text, worst_text
 from sims.verify import LEVEL, Verdict, select, verify
-from theory.claims import Claim, Parameter, all_claims
-from theory.claims.overadaptation import LARGE, SMALL
 
 
 class Setting(NamedTuple):
@@ -199,8 +200,8 @@ def scatter_instances(axis: Axes, id: str, setting: Setting, seed: int) -> xr.Da
 def widened(claim: Claim) -> Claim:
     """The claim over the whole map, at decay 1."""
     ranges = {
-        "decay": Parameter(1.0, 1.0),
-        "alignment": Parameter(-1.0, 1.0),
-        "noise_variance": Parameter(1e-3, 10.0, "log"),
+        "decay": DECAY.within(1.0),
+        "alignment": ALIGNMENT.within(-1.0, 1.0),
+        "noise_variance": Parameter(low=1e-3, high=10.0, scale="log"),
     }
     return claim._replace(parameters=claim.parameters | ranges)

@@ -17,7 +17,7 @@ from linfit import (
     RandomShift,
     Ridge,
     TwoTaskProblem,
-    power_law_problem,
+    aligned_problem,
     spectra,
 )
 from sims.equivalents import averaged_risk, convergence
@@ -58,7 +58,7 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
 
 def draw(key: Array, setting: Setting, seed: int) -> Picture:
     """Predicted risks of all filters as lines, through averages over Gaussian and other designs."""
-    problem = power_law_problem(setting.p, alignment=-0.5, pretrain_risk=0.05)
+    problem = aligned_problem(spectra.power_law(setting.p), alignment=-0.5, pretrain_risk=0.05)
     steps = np.unique(np.round(np.logspace(0, 4, 81)))
     shown_steps = np.unique(np.round(np.logspace(0, 4, 8)))
     families = {

@@ -20,12 +20,13 @@ from linfit import (
     RandomShift,
     Ridge,
     TwoTaskProblem,
+    aligned_problem,
     flow_weights,
-    power_law_problem,
+    spectra,
 )
+from linfit.filters import Several
 from linfit.weighting import robust_weights
 from sims import flow as sims
-from sims.overadaptation import Several
 from theory import flow as theory
 from theory.frontier import pareto, pareto_weights
 
@@ -86,8 +87,11 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     yield along_training(keys[0], setting, seed)
     yield stalled(keys[1], setting, seed)
     yield plane()
-    problem = power_law_problem(
-        setting.p, alignment=ALIGNMENT, noise_variance=NOISE_VARIANCE, pretrain_decay=PRETRAIN_DECAY
+    problem = aligned_problem(
+        spectra.power_law(setting.p),
+        alignment=ALIGNMENT,
+        noise_std=NOISE_VARIANCE**0.5,
+        pretrain_spectrum=spectra.power_law(setting.p, PRETRAIN_DECAY),
     )
     few, many = (measure(keys[2], problem, n, setting) for n in (setting.few, setting.many))
     context = f"{PROBLEM_TEXT}, p = {setting.p}; mean of {setting.replicates} draws; seed {seed}."

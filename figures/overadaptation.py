@@ -12,8 +12,19 @@ from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
 from figures.style import COLOURS, COLUMN, MARKERS, Picture, canvas, panel_letters
-from linfit import GradientFlow, MinNorm, Ridge, RiskForm, RiskForms, TwoTaskProblem, power_law_problem, risk_forms
-from sims.overadaptation import designs, monte_carlo, phase_diagram
+from linfit import (
+    GradientFlow,
+    MinNorm,
+    Pair,
+    Ridge,
+    RiskForm,
+    TwoTaskProblem,
+    aligned_problem,
+    risk_forms,
+    sample_designs,
+    spectra,
+)
+from sims.overadaptation import monte_carlo, phase_diagram
 from sims.real_data import digits_along_tau
 from theory.overadaptation import Optimum, best_of_each_method, combined
 
@@ -47,10 +58,10 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     setting = QUICK if quick else FULL
     seed = int(jax.random.key_data(key).ravel()[-1])
     keys = jax.random.split(key, 5)
-    problem = power_law_problem(
-        setting.p, alignment=ALIGNMENT, noise_variance=NOISE_VARIANCE, pretrain_risk=PRETRAIN_RISK
+    problem = aligned_problem(
+        spectra.power_law(setting.p), alignment=ALIGNMENT, noise_std=NOISE_VARIANCE**0.5, pretrain_risk=PRETRAIN_RISK
     )
-    stack = designs(keys[0], problem.finetune_covariance, setting.n, setting.designs)
+    stack = sample_designs(keys[0], problem.finetune_covariance, setting.n, setting.designs)
     forms = risk_forms(stack, problem)
     best = jax.device_get(best_of_each_method(forms.finetune))
     measured = measure_along_tau(keys[1], problem, setting, best)
@@ -116,8 +127,11 @@ def bias_and_variance(key: Array, setting: Setting, seed: int) -> Picture:
     alignments = {-0.5: "shift in the tail", 0.0: "isotropic shift", 0.5: "shift along the head"}
     runs = []
     for alignment in alignments:
-        problem = power_law_problem(
-            setting.p, alignment=alignment, noise_variance=NOISE_VARIANCE, pretrain_risk=PRETRAIN_RISK
+        problem = aligned_problem(
+            spectra.power_law(setting.p),
+            alignment=alignment,
+            noise_std=NOISE_VARIANCE**0.5,
+            pretrain_risk=PRETRAIN_RISK,
         )
         runs.append(
             monte_carlo(
@@ -158,14 +172,14 @@ def averaged(form: RiskForm, filter: object, tau: object = 1.0) -> Array:
     return form(filter, tau).total.mean(axis=0)  # type: ignore[arg-type]
 
 
-def oracle_frontier(forms: RiskForms, weights: Array) -> tuple[Array, Array]:
+def oracle_frontier(forms: Pair, weights: Array) -> tuple[Array, Array]:
     """(R_pre, R_ft) of the spectral filter that minimises R_ft + κR_pre, averaged over designs, for each κ."""
     filters = [combined(forms, weight).oracle_filter() for weight in weights]
     pretrain, finetune = (jnp.stack([averaged(form, filter) for filter in filters]) for form in forms[::-1])
     return pretrain, finetune
 
 
-def trade_off(forms: RiskForms, best: dict[str, Optimum], context: str) -> Picture:
+def trade_off(forms: Pair, best: dict[str, Optimum], context: str) -> Picture:
     """(c) the plane R_pre × R_ft, a curve for each method."""
     tau = jnp.linspace(0, 1, 61)
     penalties, times = jnp.logspace(-6, 3, 91), jnp.logspace(-3, 6, 91)
@@ -218,8 +232,8 @@ def surface(form: RiskForm, best: dict[str, Optimum], context: str) -> Picture:
     levels = MaxNLocator(24).tick_values(risk.min(), min(risk.max(), 1.3))
     filled = axes[0].contourf(penalties, tau, risk, levels=levels, cmap="cividis", extend="max")
     axes[0].plot(optimum.hyperparameter, optimum.tau, "*", color="white", markeredgecolor="black", markersize=10)
-    slope, curvature = (np.asarray(part).mean(0) for part in form.slope_and_curvature(Ridge(penalties)))
-    axes[0].plot(penalties, slope / curvature, color="white", linestyle="--", linewidth=1.2)
+    parabola = form.along(Ridge(penalties)).mean()
+    axes[0].plot(penalties, parabola.optimal_tau, color="white", linestyle="--", linewidth=1.2)
     axes[0].axhline(1, color="white", linewidth=0.8)
     axes[0].set(
         xscale="log", xlabel=R"penalty $\lambda$", ylabel=R"ensemble coefficient $\tau$", ylim=(tau[0], tau[-1])
@@ -235,17 +249,16 @@ def surface(form: RiskForm, best: dict[str, Optimum], context: str) -> Picture:
     return Picture("penalty_and_tau", "Penalty × ensemble", caption, figure, data)
 
 
-def training_time(key: Array, forms: RiskForms, problem: TwoTaskProblem, setting: Setting, context: str) -> Picture:
+def training_time(key: Array, forms: Pair, problem: TwoTaskProblem, setting: Setting, context: str) -> Picture:
     """(e) risk against fine-tuning time, with and without ensembling."""
     times, shown = np.logspace(-1, 4, 101), np.logspace(-1, 4, 11)
     flow = GradientFlow(times)
-    slope, curvature = (np.asarray(part).mean(0) for part in forms.finetune.slope_and_curvature(flow))
-    constant = float(forms.finetune.constant.mean())
-    tau = slope / curvature
+    parabola = forms.finetune.along(flow).mean()
+    tau = parabola.optimal_tau
     at_best_tau = np.asarray(averaged(forms.pretrain, flow, tau))
     curves = {
         "finetune": np.asarray(averaged(forms.finetune, flow)),
-        "finetune_ensemble": constant - slope**2 / curvature,
+        "finetune_ensemble": np.asarray(parabola.optimal_risk),
         "pretrain": np.asarray(averaged(forms.pretrain, flow)),
         "pretrain_ensemble": at_best_tau,
     }
@@ -287,7 +300,7 @@ def training_time(key: Array, forms: RiskForms, problem: TwoTaskProblem, setting
     return Picture("training_time", "Into the overfitting regime", caption, figure, data)
 
 
-def best_oracle(forms: RiskForms) -> Array:
+def best_oracle(forms: Pair) -> Array:
     """Oracle risk on the fine-tuning task, averaged over designs."""
     return forms.finetune.oracle_risk().mean()
 

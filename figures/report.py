@@ -38,14 +38,16 @@ def prepare_folder(out: Path) -> Path:
     return out
 
 
-def write_picture(picture: Picture, out: Path) -> None:
-    """NAME.png, NAME.pdf and NAME.nc (the plotted numbers, caption included) in the folder `out`."""
+def write_picture(picture: Picture, out: Path) -> str:
+    """NAME.png, NAME.pdf and NAME.nc (the plotted numbers, caption included) in the folder `out`; the caption."""
+    figure, caption = picture.draw(picture.data), picture.caption(picture.data)
     for ending in ("png", "pdf"):
         with whole_file(out / f"{picture.name}.{ending}") as path:
             metadata = {"CreationDate": None} if ending == "pdf" else None
-            picture.figure.savefig(path, format=ending, dpi=200, metadata=metadata)
+            figure.savefig(path, format=ending, dpi=200, metadata=metadata)
     with whole_file(out / f"{picture.name}.nc") as path:
-        picture.data.assign_attrs(title=picture.title, caption=picture.caption).to_netcdf(path, engine="scipy")
+        picture.data.assign_attrs(title=picture.title, caption=caption).to_netcdf(path, engine="scipy")
+    return caption
 
 
 class Entry(NamedTuple):
@@ -61,8 +63,8 @@ def draw_room(module: str, seed: int, quick: bool, out: Path) -> list[Entry]:
     start, entries = time.perf_counter(), []
     with mpl.rc_context(SETTINGS):
         for picture in import_module(module).pictures(jax.random.key(seed), quick):
-            write_picture(picture, out)
-            entries.append(Entry(picture.name, picture.title, picture.caption))
+            caption = write_picture(picture, out)
+            entries.append(Entry(picture.name, picture.title, caption))
             print(f"{module}: {picture.name} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
     return entries
 

@@ -11,9 +11,8 @@ import xarray as xr
 from jax import Array
 
 from figures.style import COLOURS, COLUMN, Picture, canvas, panel_letters, readable_ticks
-from linfit import Filter, MinNorm, Ridge
+from linfit import Filter, MinNorm, Ridge, sample_designs
 from sims import s3ft as sims
-from sims.overadaptation import designs
 from theory import s3ft as theory
 from theory.overadaptation import bayes_penalty
 from theory.s3ft import Procedure, VectorProblem
@@ -90,7 +89,7 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     seed = int(jax.random.key_data(key).ravel()[-1])
     keys = jax.random.split(key, 5)
     problem = vector_problem(keys[0], setting)
-    stack = designs(keys[1], problem.finetune_covariance, setting.n, setting.designs)
+    stack = sample_designs(keys[1], problem.finetune_covariance, setting.n, setting.designs)
     context = f"{PROBLEM_TEXT}; {setting}; seed {seed}."
     filter = bayes_ridge(problem, setting.n)
     simulated = measure(keys[2], stack, problem, filter, setting)
@@ -358,7 +357,7 @@ def sample_size(keys: Array, problem: VectorProblem, setting: Setting, context: 
     filters = {"min-norm": lambda n: MinNorm(), "ridge": lambda n: bayes_ridge(problem, n)}
     exact, simulated = [], []
     for filter in filters.values():
-        stacks = {int(n): designs(keys[0], problem.finetune_covariance, int(n), 2) for n in sizes}
+        stacks = {int(n): sample_designs(keys[0], problem.finetune_covariance, int(n), 2) for n in sizes}
         lines = [sims.expected_on(stack, problem, BASE, filter(n)) for n, stack in stacks.items()]
         points = [
             sims.monte_carlo(keys[1], stacks[n], problem, BASE, filter(n), replicates=max(setting.replicates // 4, 2))

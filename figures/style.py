@@ -1,5 +1,6 @@
 """One look for every figure: colour-blind safe (Okabe–Ito), readable in print at column width, one name per method."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -49,16 +50,19 @@ SETTINGS = {
 
 
 class Picture(NamedTuple):
-    """A figure ready to be written: PNG, PDF, its numbers, and a caption that states the setting."""
+    """A picture, its numbers and its words: `draw` and `caption` see the dataset and nothing else.
+
+    Whatever they state, settings and seed included, is in the dataset; so NAME.nc is enough to draw it again.
+    """
 
     name: str
     """File name without ending."""
     title: str
-    caption: str
-    """Plain text: what is shown, the setting, the seeds, the agreement between theory and simulation."""
-    figure: Figure
     data: xr.Dataset
-    """Every plotted number."""
+    """Every plotted number; settings as attributes."""
+    draw: Callable[[xr.Dataset], Figure]
+    caption: Callable[[xr.Dataset], str]
+    """Plain text: what is shown, the setting, the seed, the agreement between theory and simulation."""
 
 
 def canvas(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from linfit.covariance import Empirical as Empirical
     from linfit.design import column_blocks as column_blocks
     from linfit.design import sample_design as sample_design
+    from linfit.design import sample_designs as sample_designs
     from linfit.design import sample_task as sample_task
     from linfit.filters import Filter as Filter
     from linfit.filters import GradientDescent as GradientDescent
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     from linfit.filters import MinNorm as MinNorm
     from linfit.filters import Ridge as Ridge
     from linfit.problem import FixedShift as FixedShift
+    from linfit.problem import Pair as Pair
     from linfit.problem import RandomShift as RandomShift
     from linfit.problem import TwoTaskProblem as TwoTaskProblem
-    from linfit.problem import power_law_problem as power_law_problem
+    from linfit.problem import aligned_problem as aligned_problem
+    from linfit.reduction import risk_forms as risk_forms
+    from linfit.risk import Parabola as Parabola
     from linfit.risk import Risk as Risk
     from linfit.risk import RiskForm as RiskForm
-    from linfit.risk import RiskForms as RiskForms
-    from linfit.risk import risk_forms as risk_forms
+    from linfit.risk import excess_risks as excess_risks
     from linfit.selection import Selection as Selection
     from linfit.selection import leave_one_out as leave_one_out
     from linfit.selection import select as select
@@ -40,10 +43,11 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "covariance": ("Dense", "Diagonal", "Empirical"),
-    "design": ("column_blocks", "sample_design", "sample_task"),
+    "design": ("column_blocks", "sample_design", "sample_designs", "sample_task"),
     "filters": ("Filter", "GradientDescent", "GradientFlow", "MinNorm", "Ridge"),
-    "problem": ("FixedShift", "RandomShift", "TwoTaskProblem", "power_law_problem"),
-    "risk": ("Risk", "RiskForm", "RiskForms", "risk_forms"),
+    "problem": ("FixedShift", "Pair", "RandomShift", "TwoTaskProblem", "aligned_problem"),
+    "reduction": ("risk_forms",),
+    "risk": ("Parabola", "Risk", "RiskForm", "excess_risks"),
     "selection": ("Selection", "leave_one_out", "select"),
     "solve": ("fine_tune", "gradient_descent", "interpolate"),
     "targets": ("Targets", "s3ft_targets"),

@@ -53,6 +53,19 @@ class Covariance(eqx.Module):
     def ratio_to(self, other: "Covariance | Product") -> float | None:
         """c if Σ = c·other can be seen from concrete values, else None."""
 
+    def dot(self, a: Array, b: Array) -> Array:
+        """⟨a, b⟩_Σ = aᵀΣb over the last axis (p) of two arrays that broadcast."""
+        return jnp.sum(self.apply(a) * b, axis=-1)
+
+    def squared_norm(self, vectors: Array) -> Array:
+        """‖v‖²_Σ = vᵀΣv over the last axis (p): the excess risk of missing an optimum by v.
+
+        >>> from linfit import Diagonal
+        >>> Diagonal([2.0, 1.0]).squared_norm(jnp.array([[1.0, 0.0], [1.0, 3.0]]))
+        Array([ 2., 11.], dtype=float64)
+        """
+        return self.dot(vectors, vectors)
+
 
 def _ratio(values: ArrayLike, reference: ArrayLike) -> float | None:
     """c such that values = c·reference to the last few bits, or None."""
@@ -225,17 +238,17 @@ def as_covariance(value: "Covariance | ArrayLike", name: str) -> Covariance:
         raise ValueError(f"{name}: {error}") from None
 
 
-def inner_product(a: Covariance, b: Covariance) -> Array:
+def trace_of_product(a: Covariance, b: Covariance) -> Array:
     """tr(AB), without forming either."""
     if isinstance(a, Diagonal) or isinstance(b, Diagonal):
         return jnp.vdot(a.diagonal(), b.diagonal())
     if isinstance(b, Empirical):
         return jnp.vdot(b.features, a.apply(b.features)) / b.latent_size
     if isinstance(a, Empirical):
-        return inner_product(b, a)
+        return trace_of_product(b, a)
     if isinstance(a, Dense) and isinstance(b, Dense):
         return jnp.vdot(a.matrix, b.matrix)
-    raise TypeError(f"no inner product for {type(a).__name__} and {type(b).__name__}")
+    raise TypeError(f"no trace of a product for {type(a).__name__} and {type(b).__name__}")
 
 
 class Product(eqx.Module):

@@ -50,6 +50,16 @@ def sample_design(key: Array, covariance: Covariance | ArrayLike, n: int, law: s
     return covariance.colour(LAWS[law](key, shape, covariance.dtype))
 
 
+def sample_designs(key: Array, covariance: Covariance | ArrayLike, n: int, count: int, law: str = "gaussian") -> Array:
+    """A stack of independent designs (count, n, p); design i depends on `fold_in(key, i)` alone.
+
+    >>> from linfit import Diagonal, sample_designs
+    >>> sample_designs(jax.random.key(0), Diagonal([4.0, 1.0]), 3, count=5).shape
+    (5, 3, 2)
+    """
+    return jnp.stack([sample_design(jax.random.fold_in(key, i), covariance, n, law) for i in range(count)])
+
+
 class Task(NamedTuple):
     """One draw of what fine-tuning meets, with θ₁* = 0."""
 

@@ -164,6 +164,21 @@ class Ensemble(Filter):
         return self.tau[..., None] * g
 
 
+class Several(Filter):
+    """Several filters as one, stacked in front, so that one eigendecomposition serves them all (ours).
+
+    >>> from linfit import MinNorm, Ridge
+    >>> from linfit.filters import Several
+    >>> Several((MinNorm(), Ridge([1.0, 3.0])))(jnp.array([1.0, 3.0])).shape
+    (3, 2)
+    """
+
+    filters: tuple[Filter, ...]
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        return jnp.concatenate([jnp.atleast_2d(filter(eigenvalues)) for filter in self.filters])
+
+
 class Tabulated(Filter):
     """A filter known by its values g (…, n) at the eigenvalues of one design, in their order (ours).
 

@@ -5,13 +5,36 @@ labels y = Xθ₂* + ε, Var ε = σ². The pretrained weights are θ₁ = θ₁
 and what fine-tuning has to learn is the gap Δ = θ₂* − θ₁ = δ − u.
 """
 
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax import Array
 
-from linfit import spectra
-from linfit.covariance import Covariance, as_covariance
+from linfit.covariance import Covariance, as_covariance, trace_of_product
 from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array, same_size
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Pair(NamedTuple, Generic[T]):
+    """The same thing on both domains: fine-tuning first, pretraining second, everywhere.
+
+    >>> from linfit import Pair
+    >>> Pair(finetune=1.0, pretrain=2.0).map(lambda risk: risk / 2)
+    Pair(finetune=0.5, pretrain=1.0)
+    """
+
+    finetune: T
+    """On the fine-tuning domain (Σ₂, θ₂*)."""
+    pretrain: T
+    """On the pretraining domain (Σ₁, θ₁*)."""
+
+    def map(self, function: "Callable[[T], U]") -> "Pair[U]":
+        """The function of each."""
+        return Pair(function(self.finetune), function(self.pretrain))
 
 
 class RandomShift(eqx.Module):
@@ -109,43 +132,59 @@ class TwoTaskProblem(eqx.Module):
         return None if u is None else -u
 
     @property
+    def pretrained_risks(self) -> Pair[Array]:
+        """R_ft(θ₁) = tr SΣ₂, averaged over a random shift, and R_pre(θ₁) = uᵀΣ₁u."""
+        finetune = pretrain = jnp.zeros((), self.finetune_covariance.dtype)
+        if self.gap_covariance is not None:
+            finetune += trace_of_product(self.gap_covariance, self.finetune_covariance)
+        if self.gap_mean is not None:
+            finetune += self.finetune_covariance.squared_norm(self.gap_mean)
+        if self.pretrain_error is not None:
+            pretrain += self.pretrain_covariance.squared_norm(self.pretrain_error)
+        return Pair(finetune, pretrain)
+
+    @property
     def gap_covariance(self) -> Covariance | None:
         """Cov Δ = Ω, None for a fixed shift. The second moment of the gap is S = Ω + mmᵀ."""
         return self.shift.covariance if isinstance(self.shift, RandomShift) else None
 
 
-def power_law_problem(
-    p: int,
-    decay: ArrayLike = 1.0,
+def aligned_problem(
+    spectrum: ArrayLike,
     *,
     alignment: ArrayLike = 0.0,
-    noise_variance: ArrayLike = 0.5,
-    pretrain_decay: ArrayLike | None = None,
+    noise_std: ArrayLike = 0.7,
+    pretrain_spectrum: ArrayLike | None = None,
     pretrain_risk: ArrayLike = 0.0,
 ) -> TwoTaskProblem:
-    """The test bed of the figures: power-law spectra and a random shift of given alignment (ours).
+    """The test bed: given spectra, a random shift of given alignment, pretrained weights of given risk (ours).
 
-        Σ₂ = diag(j^−decay),  Σ₁ = diag(j^−pretrain_decay),  Ω ∝ Σ₂^alignment with tr ΩΣ₂ = 1,
+        Σ₂ = diag(spectrum),  Σ₁ = diag(pretrain_spectrum),  Ω ∝ Σ₂^alignment with tr ΩΣ₂ = 1
 
-    so the pretrained weights of a perfectly pretrained model have fine-tuning risk 1. `alignment` is −1 for a shift in
-    the tail of the spectrum, 0 for an isotropic one, +1 for one along the head. `noise_variance` is σ².
-    `pretrain_risk` is R_pre(θ₁) = uᵀΣ₁u of the pretrained weights, u of equal size and alternating sign in every
-    direction. Raises ValueError for p < 1 or negative decays, variances or risks.
+    so a perfectly pretrained model has fine-tuning risk 1, and the signal-to-noise ratio is 1/σ².
 
-    >>> from linfit import power_law_problem
-    >>> problem = power_law_problem(50, alignment=-1.0, pretrain_risk=0.2)
-    >>> u = problem.pretrain_error
-    >>> round(float(u @ problem.pretrain_covariance.apply(u)), 6)
-    0.2
+    Args:
+        spectrum: eigenvalues (p,) ≥ 0 of the fine-tuning covariance, such as `spectra.power_law(p)`.
+        alignment: −1 puts the shift in the tail of the spectrum, 0 is isotropic, +1 puts it along the head.
+        noise_std: σ ≥ 0, in units of y.
+        pretrain_spectrum: eigenvalues (p,) of the pretraining covariance; those of `spectrum` if not given. For one of
+            equal trace: `spectra.power_law(p, decay, trace=spectrum.sum())`.
+        pretrain_risk: R_pre(θ₁) = uᵀΣ₁u ≥ 0, with u of equal size and alternating sign in every direction.
+
+    Raises ValueError for spectra of different lengths, negative values, NaN or Inf.
+
+    >>> from linfit import aligned_problem, spectra
+    >>> problem = aligned_problem(spectra.power_law(50), alignment=-1.0, pretrain_risk=0.2)
+    >>> [round(float(risk), 6) for risk in problem.pretrained_risks]
+    [1.2, 0.2]
     """
-    finetune = spectra.power_law(p, decay)
-    pretrain = finetune if pretrain_decay is None else spectra.power_law(p, pretrain_decay)
-    noise_variance = non_negative("noise_variance", noise_variance, ndim=0)
+    finetune = non_negative("spectrum", spectrum, ndim=1)
+    pretrain = finetune if pretrain_spectrum is None else non_negative("pretrain_spectrum", pretrain_spectrum, ndim=1)
     pretrain_risk = non_negative("pretrain_risk", pretrain_risk, ndim=0)
     spread = finetune ** real_array("alignment", alignment, ndim=0)
     u = None
     if not is_concrete(pretrain_risk) or pretrain_risk > 0:
-        signs = 1.0 - 2.0 * (jnp.arange(p) % 2)
+        signs = 1.0 - 2.0 * (jnp.arange(pretrain.size) % 2)
         u = signs * jnp.sqrt(pretrain_risk / pretrain.sum())
     shift = RandomShift(spread / jnp.vdot(spread, finetune))
-    return TwoTaskProblem(pretrain, finetune, shift, jnp.sqrt(noise_variance), u)
+    return TwoTaskProblem(pretrain, finetune, shift, noise_std, u)

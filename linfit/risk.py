@@ -1,23 +1,13 @@
-"""Exact risk of every spectral filter from one eigendecomposition per design (docs, S2–S4; ours).
+"""Excess risk: of given weights, along the ensemble, and of every spectral filter on a design (docs, S2–S4; ours).
 
-Conditional on X, averaging the noise and the shift, the excess risk is a quadratic form in the filter g:
+Conditional on X, averaging the noise and the shift, the risk is a quadratic form in the filter g,
 
-    R(g) = c − 2 b·g + gᵀ H g,      H = B + σ² diag(q).
+    R(g) = c − 2 b·g + gᵀ H g,      H = B + σ² diag(q),
 
-Derivation. With R = (1/n)XᵀU diag(g) Uᵀ, fine-tuning moves the weights by θ̂ − θ₁ = R(XΔ + ε), where the gap
-Δ = θ₂* − θ₁ has mean m and covariance Ω, second moment S = Ω + mmᵀ. Fine-tuning: θ̂ − θ₂* = (RX − I)Δ + Rε, so
-
-    c = tr SΣ₂,   b_i = [Uᵀ X S Σ₂ Xᵀ U]_ii / n,   B = (P∘Q)/n²,   q_i = Q_ii/n²,
-    P = Uᵀ X S Xᵀ U,   Q = Uᵀ X Σ₂ Xᵀ U,
-
-because tr(diag(g) P diag(g) Q) = gᵀ(P∘Q)g. Pretraining: θ̂ − θ₁* = u + R(XΔ + ε), so c' = uᵀΣ₁u, B' and q' have
-Q₁ = Uᵀ X Σ₁ Xᵀ U in place of Q, and b'_i = −(UᵀXm)_i (UᵀXΣ₁u)_i / n.
+and so a parabola in the ensemble coefficient: τg has the risk R(τ) = c − 2τ b·g + τ² gᵀHg. `linfit.risk_forms` makes
+the forms of a design; `theory.equivalents` predicts the same parabola without one.
 """
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -26,19 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit.covariance import Covariance, Diagonal, Product, inner_product, product
+from linfit.covariance import Covariance
 from linfit.filters import Filter, Tabulated
-from linfit.internal.checks import (
-    ArrayLike,
-    broadcastable,
-    is_concrete,
-    non_negative,
-    real_array,
-    require_finite,
-    same_size,
-)
-from linfit.internal.linear_algebra import eigh, gram, on_host, solve_semidefinite
-from linfit.problem import TwoTaskProblem
+from linfit.internal.checks import ArrayLike, broadcastable, is_concrete, non_negative, real_array, same_size
+from linfit.internal.linear_algebra import solve_semidefinite
+from linfit.problem import Pair, TwoTaskProblem
 
 
 class Risk(NamedTuple):
@@ -53,6 +35,104 @@ class Risk(NamedTuple):
     def total(self) -> Array:
         """bias + variance."""
         return self.bias + self.variance
+
+
+class Parabola(eqx.Module):
+    """R(τ) = c − 2τ·slope + τ²·(bias + variance): the risk along θ_τ = (1−τ)θ₁ + τθ̂ (docs, S3; ours).
+
+    The fields share one shape, that of designs, hyperparameters or replicates. From `form.along(filter)` for a design,
+    `theory.equivalents.along` without one, or `Parabola.of_steps` for weights that were actually fitted.
+
+    >>> from linfit import Parabola
+    >>> parabola = Parabola(constant=1.0, slope=0.5, bias=0.5, variance=0.5)
+    >>> [float(number) for number in (parabola.optimal_tau, parabola.optimal_risk, parabola.gain, parabola(2.0).total)]
+    [0.5, 0.75, 0.25, 3.0]
+    """
+
+    constant: Array
+    """c = R(0), the risk of the pretrained weights."""
+    slope: Array
+    """b·g, half the rate at which the risk falls at τ = 0."""
+    bias: Array
+    """gᵀBg, the curvature of the squared bias."""
+    variance: Array
+    """σ² Σ q_i g_i², the variance at τ = 1."""
+
+    @classmethod
+    def of_steps(cls, covariance: Covariance, start: Array, step: Array) -> "Parabola":
+        """‖start + τ·step‖²_Σ for start = θ₁ − θ*, step = θ̂ − θ₁, vectors (…, p) that broadcast; all of it is "bias".
+
+        >>> from linfit import Diagonal, Parabola
+        >>> Parabola.of_steps(Diagonal([1.0, 2.0]), jnp.array([1.0, 1.0]), jnp.array([-1.0, 0.0]))(1.0).total
+        Array(2., dtype=float64)
+        """
+        constant, curvature = covariance.squared_norm(start), covariance.squared_norm(step)
+        parts = jnp.broadcast_arrays(constant, -covariance.dot(step, start), curvature, jnp.zeros_like(constant))
+        return cls(*parts)
+
+    def __call__(self, tau: ArrayLike = 1.0) -> Risk:
+        """Bias² and variance at τ, which broadcasts against the fields."""
+        tau = real_array("tau", tau)
+        bias = self.constant - 2 * tau * self.slope + tau**2 * self.bias
+        return Risk(*jnp.broadcast_arrays(bias, tau**2 * self.variance))
+
+    @property
+    def curvature(self) -> Array:
+        """gᵀHg = bias + variance."""
+        return self.bias + self.variance
+
+    @property
+    def optimal_tau(self) -> Array:
+        """τ* = slope/curvature; overadaptation is τ* < 1 (docs, O1). 1 where nothing moves, for which any τ is best."""
+        moves = self.curvature > 0
+        return jnp.where(moves, self.slope / jnp.where(moves, self.curvature, 1), 1)
+
+    @property
+    def optimal_risk(self) -> Array:
+        """R(τ*) = c − τ*·slope."""
+        return self.constant - self.optimal_tau * self.slope
+
+    @property
+    def gain(self) -> Array:
+        """R(1) − R(τ*) = (1−τ*)² curvature, what averaging at the best τ saves."""
+        return (1 - self.optimal_tau) ** 2 * self.curvature
+
+    def mean(self, axis: int | tuple[int, ...] = 0) -> "Parabola":
+        """The parabola of the mean risk over an axis of the fields, such as that of a stack of designs."""
+        return jax.tree.map(lambda field: jnp.mean(field, axis), self)
+
+
+def excess_risks(
+    theta: ArrayLike, problem: TwoTaskProblem, theta_1_star: ArrayLike, theta_2_star: ArrayLike
+) -> Pair[Array]:
+    """Both excess risks of given weights, for whoever trained them (docs, §1; the risks of paper 2506.01901).
+
+        R_ft(θ) = ‖θ − θ₂*‖²_{Σ₂},      R_pre(θ) = ‖θ − θ₁*‖²_{Σ₁}
+
+    Args:
+        theta: weights (…, p).
+        problem: its covariances are used, nothing else.
+        theta_1_star: pretraining optimum (…, p); zero in `linfit.sample_task`.
+        theta_2_star: fine-tuning optimum (…, p).
+
+    Leading axes broadcast; risks in squared units of y. Raises ValueError for sizes that differ, NaN or Inf.
+
+    >>> from linfit import FixedShift, TwoTaskProblem, excess_risks
+    >>> problem = TwoTaskProblem([1.0, 1.0], [2.0, 1.0], FixedShift([1.0, 0.0]), noise_std=0.1)
+    >>> excess_risks([[0.0, 0.0], [1.0, 2.0]], problem, theta_1_star=[0.0, 0.0], theta_2_star=[1.0, 0.0])
+    Pair(finetune=Array([2., 4.], dtype=float64), pretrain=Array([0., 5.], dtype=float64))
+    """
+    vectors = {"theta": theta, "theta_1_star": theta_1_star, "theta_2_star": theta_2_star}
+    arrays = [real_array(name, value) for name, value in vectors.items()]
+    for name, array in zip(vectors, arrays):
+        if array.shape[-1:] != (problem.p,):
+            raise ValueError(f"{name} must have shape (…, p) with the problem's p = {problem.p}, got {array.shape}")
+        broadcastable(name, array.shape, "theta", arrays[0].shape)
+    theta, first, second = arrays
+    return Pair(
+        problem.finetune_covariance.squared_norm(theta - second),
+        problem.pretrain_covariance.squared_norm(theta - first),
+    )
 
 
 class RiskForm(eqx.Module):
@@ -91,30 +171,20 @@ class RiskForm(eqx.Module):
         tau = real_array("tau", tau)
         return self._over_designs(lambda form, filter: form._risk(filter, tau), filter)
 
-    def slope_and_curvature(self, filter: Filter | ArrayLike) -> tuple[Array, Array]:
-        """b·g and gᵀHg: along the ensemble, R(τ) = c − 2τ b·g + τ² gᵀHg (docs, S3)."""
-        return self._over_designs(lambda form, filter: form._slope_and_curvature(filter), filter)
+    def along(self, filter: Filter | ArrayLike) -> Parabola:
+        """The risk as a function of τ (docs, S3); fields of the shape of designs × the filter's hyperparameters."""
+        return self._over_designs(lambda form, filter: _along(form, form._values(filter)), filter)
 
     def optimal_tau(self, filter: Filter | ArrayLike) -> Array:
-        """τ* = b·g / gᵀHg, the best ensemble coefficient; overadaptation is τ* < 1 (docs, S3, O1).
-
-        1 for a filter that does not move the weights (gᵀHg = 0), for which every τ is the same.
-        """
-        slope, curvature = self.slope_and_curvature(filter)
-        moves = curvature > 0
-        return jnp.where(moves, slope / jnp.where(moves, curvature, 1), 1)
-
-    def ensemble_gain(self, filter: Filter | ArrayLike) -> Array:
-        """R(1) − R(τ*) = (1−τ*)² gᵀHg, what averaging at the best τ saves (docs, S3)."""
-        _, curvature = self.slope_and_curvature(filter)
-        return (1 - self.optimal_tau(filter)) ** 2 * curvature
+        """τ* = b·g / gᵀHg, the best ensemble coefficient: that of `along(filter)` (docs, S3, O1)."""
+        return self.along(filter).optimal_tau
 
     def oracle_filter(self) -> Tabulated:
         """g* = H⁻¹b, which no spectral method beats on this design (docs, S4). Values (…, n) in `.values`."""
         return self._over_designs(lambda form, _: Tabulated(form._oracle()))
 
     def oracle_risk(self) -> Array:
-        """R(g*) = c − bᵀH⁻¹b, the floor of all spectral methods (docs, S4)."""
+        """R(g*) = c − bᵀH⁻¹b, the lower bound of all spectral methods (docs, S4)."""
         return self._over_designs(lambda form, _: form.constant - form.linear @ form._oracle())
 
     def with_noise_std(self, noise_std: ArrayLike) -> "RiskForm":
@@ -132,28 +202,23 @@ class RiskForm(eqx.Module):
             ours, theirs = getattr(self, name), getattr(other, name)
             if is_concrete(ours, theirs) and not np.array_equal(ours, theirs):
                 raise ValueError(f"forms must have the same design and noise level to be added; their {name} differ")
-        return RiskForm(
-            self.eigenvalues,
-            self.constant + other.constant,
-            self.linear + other.linear,
-            self.bias_quadratic + other.bias_quadratic,
-            self.noise_gain + other.noise_gain,
-            self.noise_std,
+        constant, linear, quadratic, gain = (
+            ours + theirs for ours, theirs in zip(self._parts, other._parts, strict=True)
         )
+        return RiskForm(self.eigenvalues, constant, linear, quadratic, gain, self.noise_std)
 
     def __mul__(self, weight: ArrayLike) -> "RiskForm":
         weight = real_array("weight", weight, ndim=0)
-        return RiskForm(
-            self.eigenvalues,
-            weight * self.constant,
-            weight * self.linear,
-            weight * self.bias_quadratic,
-            weight * self.noise_gain,
-            self.noise_std,
-        )
+        constant, linear, quadratic, gain = (weight * part for part in self._parts)
+        return RiskForm(self.eigenvalues, constant, linear, quadratic, gain, self.noise_std)
 
     __rmul__ = __mul__
     __array_ufunc__ = None  # so that `numpy_scalar * form` comes here
+
+    @property
+    def _parts(self) -> tuple[Array, Array, Array, Array]:
+        """Everything that adds up."""
+        return self.constant, self.linear, self.bias_quadratic, self.noise_gain
 
     def _over_designs(self, function, filter=None):  # type: ignore[no-untyped-def]
         """function(form, filter) for every design of a stack; values g of the same stack go with their design."""
@@ -174,263 +239,16 @@ class RiskForm(eqx.Module):
         broadcastable("tau", tau.shape, "the hyperparameters of the filter", g.shape[:-1])
         return _evaluate(self, g, tau)
 
-    def _slope_and_curvature(self, filter: Filter | ArrayLike) -> tuple[Array, Array]:
-        g = self._values(filter)
-        bias, variance = _curvatures(self, g)
-        return g @ self.linear, bias + variance
-
     def _oracle(self) -> Array:
         noise = self.noise_std**2 * self.noise_gain
         return solve_semidefinite(self.bias_quadratic + jnp.diag(noise), self.linear)
 
 
-def _curvatures(form: RiskForm, g: Array) -> tuple[Array, Array]:
-    return jnp.sum((g @ form.bias_quadratic) * g, axis=-1), form.noise_std**2 * (g**2 @ form.noise_gain)
+def _along(form: RiskForm, g: Array) -> Parabola:
+    bias, variance = jnp.sum((g @ form.bias_quadratic) * g, axis=-1), form.noise_std**2 * (g**2 @ form.noise_gain)
+    return Parabola(*jnp.broadcast_arrays(form.constant, g @ form.linear, bias, variance))
 
 
 @jax.jit
 def _evaluate(form: RiskForm, g: Array, tau: Array) -> Risk:
-    bias, variance = _curvatures(form, g)
-    return Risk(
-        *jnp.broadcast_arrays(
-            form.constant - 2 * tau * (g @ form.linear) + tau**2 * bias,
-            tau**2 * variance,
-        )
-    )
-
-
-class RiskForms(NamedTuple):
-    """The two risks of one design (or one stack of designs)."""
-
-    finetune: RiskForm
-    """R_ft(θ) = ‖θ−θ₂*‖²_{Σ₂}."""
-    pretrain: RiskForm
-    """R_pre(θ) = ‖θ−θ₁*‖²_{Σ₁}."""
-
-
-def risk_forms(X: ArrayLike | Iterator[ArrayLike], problem: TwoTaskProblem) -> RiskForms:
-    """Exact risk on both domains of every spectral filter fitted on the design X (docs, S2; ours).
-
-    X is a design (n, p), or a stack (…, n, p) whose axes lead every result; or, for p too large to hold, an
-    iterator of column blocks (n, p_k) in order, such as `linfit.column_blocks(key, problem, n)`, which needs
-    diagonal covariances and O(n² + n·p_k) memory. Cost: the Gram matrices that differ, one eigendecomposition.
-
-    Raises ValueError if the columns do not add up to p, X has a NaN or Inf, or streaming meets a covariance
-    that is not diagonal.
-
-    >>> import jax
-    >>> from linfit import MinNorm, RandomShift, TwoTaskProblem, sample_design, spectra
-    >>> problem = TwoTaskProblem(
-    ...     spectra.power_law(60), spectra.isotropic(60), RandomShift(spectra.isotropic(60)), noise_std=1.0)
-    >>> X = sample_design(jax.random.key(0), problem.finetune_covariance, 20)
-    >>> forms = risk_forms(X, problem)
-    >>> bool(forms.finetune.optimal_tau(MinNorm()) < 1)   # overadaptation
-    True
-    """
-    plan = _plan(problem)
-    if isinstance(X, Iterator):
-        return _reduce(_streamed_products(X, problem, plan), problem, plan)
-    rows = real_array("X", X, finite=False)
-    if rows.ndim < 2:
-        raise ValueError(f"X must be a design (n, p) or a stack of designs (…, n, p), got shape {rows.shape}")
-    same_size("X", rows.shape[-1], "the problem's p", problem.p)
-    if rows.ndim == 2:
-        return _reduce(_products(rows, problem, plan), problem, plan)
-    stack = rows.reshape(-1, *rows.shape[-2:])
-    forms = _forms_of_stack(stack, problem, plan)
-    return jax.tree.map(lambda leaf: leaf.reshape(*rows.shape[:-2], *leaf.shape[1:]), forms)
-
-
-def _forms_of_stack(stack: Array, problem: TwoTaskProblem, plan: "_Plan") -> RiskForms:
-    def one(rows: Array) -> RiskForms:
-        return _reduce(_products(rows, problem, plan), problem, plan)
-
-    if not on_host(stack):
-        return jax.vmap(one)(stack)
-    # Designs side by side are worth it only where BLAS keeps to one thread each; else the two pools fight.
-    alone = os.environ.get("OPENBLAS_NUM_THREADS") == "1"
-    with ThreadPoolExecutor(os.cpu_count() if alone else 1) as pool:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *pool.map(one, stack))
-
-
-class _Plan(NamedTuple):
-    """The Gram matrices X M Xᵀ that a problem needs, each different one once.
-
-    A role is (index, ratio): its Gram matrix is ratio × that of `covariances[index]`. The first is M = I.
-    """
-
-    covariances: list[Covariance | Product]
-    finetune: tuple[int, float]
-    pretrain: tuple[int, float]
-    spread: tuple[int, float] | None
-    """M = Ω; None for a fixed shift, as is the next."""
-    cross: tuple[int, float] | None
-    """M = ΩΣ₂; only quadratic forms of it are used, so it need not be symmetric."""
-
-
-def _plan(problem: TwoTaskProblem) -> _Plan:
-    dtype = problem.finetune_covariance.dtype
-    covariances: list[Covariance | Product] = [Diagonal(jnp.ones(problem.p, dtype))]
-
-    def role(covariance: Covariance | Product) -> tuple[int, float]:
-        for index, known in enumerate(covariances):
-            ratio = covariance.ratio_to(known)
-            if ratio is not None:
-                return index, ratio
-        covariances.append(covariance)
-        return len(covariances) - 1, 1.0
-
-    finetune, pretrain = role(problem.finetune_covariance), role(problem.pretrain_covariance)
-    if problem.gap_covariance is None:
-        return _Plan(covariances, finetune, pretrain, None, None)
-    spread = role(problem.gap_covariance)
-    if spread[0] == 0:
-        cross = (finetune[0], spread[1] * finetune[1])
-    elif finetune[0] == 0:
-        cross = (spread[0], spread[1] * finetune[1])
-    else:
-        cross = role(product(problem.gap_covariance, problem.finetune_covariance))
-    return _Plan(covariances, finetune, pretrain, spread, cross)
-
-
-class _Products(NamedTuple):
-    """All that the risk needs of X."""
-
-    grams: tuple[Array, ...]
-    """X M Xᵀ (n, n) for each M of the plan."""
-    projections: Array | None
-    """Columns X m, X Σ₂ m, X Σ₁ u (n, 3); None if the gap has mean zero."""
-
-
-def _products(rows: Array, problem: TwoTaskProblem, plan: _Plan) -> _Products:
-    vectors = _vectors(problem)
-    return _Products(
-        (gram(rows), *(covariance.gram(rows) for covariance in plan.covariances[1:])),
-        None if vectors is None else rows @ vectors,
-    )
-
-
-def _vectors(problem: TwoTaskProblem) -> Array | None:
-    """Columns m, Σ₂m, Σ₁u (p, 3)."""
-    mean, u = problem.gap_mean, problem.pretrain_error
-    if mean is None:
-        return None
-    u = jnp.zeros_like(mean) if u is None else u
-    return jnp.stack([mean, problem.finetune_covariance.apply(mean), problem.pretrain_covariance.apply(u)], axis=1)
-
-
-def _streamed_products(blocks: Iterator[ArrayLike], problem: TwoTaskProblem, plan: _Plan) -> _Products:
-    weights = []
-    for covariance in plan.covariances:
-        if not isinstance(covariance, Diagonal):
-            raise ValueError(
-                "streaming X in column blocks needs diagonal covariances (p,), "
-                f"got {type(covariance).__name__}; pass X whole for this problem"
-            )
-        weights.append(jnp.sqrt(covariance.eigenvalues))
-    vectors = _vectors(problem)
-    grams: list[Array] = []
-    projections = None
-    start = 0
-    for block in blocks:
-        rows = real_array("X block", block, ndim=2, finite=False)
-        stop = start + rows.shape[1]
-        if stop > problem.p or (grams and rows.shape[0] != grams[0].shape[0]):
-            raise ValueError(
-                f"X blocks must have equal row counts and p = {problem.p} columns in all, "
-                f"got a block of shape {rows.shape} after {start} columns"
-            )
-        update = [gram(rows), *(gram(rows * weight[start:stop]) for weight in weights[1:])]
-        grams = [total + part for total, part in zip(grams, update, strict=True)] if grams else update
-        if vectors is not None:
-            part = rows @ vectors[start:stop]
-            projections = part if projections is None else projections + part
-        start = stop
-    same_size("X blocks", start, "the problem's p", problem.p)
-    return _Products(tuple(grams), projections)
-
-
-def _reduce(products: _Products, problem: TwoTaskProblem, plan: _Plan) -> RiskForms:
-    kernel = products.grams[0]
-    require_finite("X", jnp.diagonal(kernel))
-    n = kernel.shape[0]
-    eigenvalues, vectors = eigh(kernel / n)
-    u, mean = problem.pretrain_error, problem.gap_mean
-    finetune_constant = jnp.zeros((), eigenvalues.dtype)
-    if problem.gap_covariance is not None:
-        finetune_constant += inner_product(problem.gap_covariance, problem.finetune_covariance)
-    if mean is not None:
-        finetune_constant += mean @ problem.finetune_covariance.apply(mean)
-    pretrain_constant = jnp.zeros_like(finetune_constant) if u is None else u @ problem.pretrain_covariance.apply(u)
-    roles = (plan.finetune, plan.pretrain, plan.spread, plan.cross)
-    return _assemble(
-        jnp.maximum(eigenvalues, 0),
-        vectors,
-        products,
-        [0.0 if role is None else role[1] for role in roles],
-        finetune_constant,
-        pretrain_constant,
-        problem.noise_std,
-        indices=tuple(None if role is None else role[0] for role in roles),
-    )
-
-
-@partial(jax.jit, static_argnames="indices")
-def _assemble(
-    eigenvalues: Array,
-    vectors: Array,
-    products: _Products,
-    ratios: list[float],
-    finetune_constant: Array,
-    pretrain_constant: Array,
-    noise_std: Array,
-    *,
-    indices: tuple[int | None, ...],
-) -> RiskForms:
-    n = eigenvalues.shape[0]
-    # Where S is a multiple of the identity, P = UᵀXSXᵀU is diagonal and so is P∘Q: diagonals will do.
-    diagonal_only = indices[2] == 0 and products.projections is None
-
-    def rotated_diagonal(index: int | None, ratio: float) -> Array:
-        """ratio · diag Uᵀ(XMXᵀ)U (n,)."""
-        if index is None:
-            return jnp.zeros(n, eigenvalues.dtype)
-        if index == 0:
-            return ratio * n * eigenvalues
-        # (UᵀM)∘Uᵀ, not U∘(MU): eigh returns U transposed in memory.
-        return ratio * jnp.sum((vectors.T @ products.grams[index]) * vectors.T, axis=1)
-
-    def rotated(index: int | None, ratio: float) -> Array:
-        """ratio · Uᵀ(XMXᵀ)U (n, n), or its diagonal (n,) where that suffices."""
-        if diagonal_only:
-            return rotated_diagonal(index, ratio)
-        if index is None or index == 0:
-            return jnp.diag(rotated_diagonal(index, ratio))
-        return ratio * (vectors.T @ products.grams[index] @ vectors)
-
-    Q, Q1, P = (rotated(index, ratio) for index, ratio in zip(indices[:3], ratios[:3], strict=True))
-
-    def as_matrix(values: Array) -> Array:
-        return jnp.diag(values) if diagonal_only else values
-
-    def diagonal(values: Array) -> Array:
-        return values if diagonal_only else jnp.diagonal(values)
-
-    linear = rotated_diagonal(indices[3], ratios[3]) / n
-    pretrain_linear = jnp.zeros_like(linear)
-    if products.projections is not None:
-        mean, finetune_mean, pretrain_error = (vectors.T @ products.projections).T
-        P = P + jnp.outer(mean, mean)
-        linear = linear + mean * finetune_mean / n
-        pretrain_linear = -mean * pretrain_error / n
-    return RiskForms(
-        RiskForm(eigenvalues, finetune_constant, linear, as_matrix(P * Q) / n**2, diagonal(Q) / n**2, noise_std),
-        RiskForm(
-            eigenvalues,
-            pretrain_constant,
-            pretrain_linear,
-            as_matrix(P * Q1) / n**2,
-            diagonal(Q1) / n**2,
-            noise_std,
-        ),
-    )
+    return _along(form, g)(tau)

@@ -24,12 +24,13 @@ from linfit import (
     FixedShift,
     GradientFlow,
     MinNorm,
+    Pair,
     RandomShift,
     Ridge,
     TwoTaskProblem,
+    aligned_problem,
     fine_tune,
     flow_weights,
-    power_law_problem,
     s3ft_targets,
     sample_design,
     sample_task,
@@ -40,7 +41,7 @@ from linfit.design import Task
 from linfit.internal.checks import ArrayLike, count, non_negative
 from sims.estimate import mean_and_error, progress
 from theory.flow import fixed_point_coefficient as flow_coefficient
-from theory.frontier import Frontier, clipping_coefficient, pareto, trimming_ratio, weight_at, weighting_coefficient
+from theory.frontier import clipping_coefficient, pareto, trimming_ratio, weight_at, weighting_coefficient
 from theory.s3ft import fixed_point_coefficient as s3ft_coefficient
 
 
@@ -374,8 +375,9 @@ def compare(
     small eigendecompositions are several times faster. Raises ValueError for an unknown name, a κ that is negative, or
     fewer than 2 tasks.
 
-    >>> from linfit import power_law_problem
-    >>> data = compare(power_law_problem(30), 10, jax.random.key(0), names=("vanilla", "ridge"), tasks=8, validation=4)
+    >>> from linfit import aligned_problem, spectra
+    >>> data = compare(aligned_problem(spectra.power_law(30)), 10, jax.random.key(0), names=("vanilla", "ridge"),
+    ...                tasks=8, validation=4)
     >>> data.estimator.values.tolist()
     ['ridge', 'vanilla']
     >>> bool((data.distance >= 0).all())
@@ -455,7 +457,7 @@ def distances(problem: TwoTaskProblem, shifts: ArrayLike, risks: np.ndarray) -> 
 
 
 @jax.jit
-def _floors(problem: TwoTaskProblem, shifts: Array, kappa: Array) -> Frontier:
+def _floors(problem: TwoTaskProblem, shifts: Array, kappa: Array) -> Pair[Array]:
     """R_ft and R_pre (tasks, methods) of θ_κ for every shift and κ."""
     return jax.lax.map(lambda shift: pareto(_with_shift(problem, FixedShift(shift)), kappa), shifts)
 
@@ -479,11 +481,13 @@ def world(p: int, alignment: float, noise_variance: float) -> TwoTaskProblem:
     >>> world(30, 0.0, 0.05).p
     30
     """
-    problem = power_law_problem(p, alignment=alignment, noise_variance=noise_variance, pretrain_risk=PRETRAIN_RISK)
-    trace = problem.finetune_covariance.diagonal().sum()
-    pretrain = spectra.power_law(p, PRETRAIN_DECAY, trace=trace)
-    return TwoTaskProblem(
-        pretrain, problem.finetune_covariance, problem.shift, problem.noise_std, problem.pretrain_error
+    finetune = spectra.power_law(p)
+    return aligned_problem(
+        finetune,
+        alignment=alignment,
+        noise_std=noise_variance**0.5,
+        pretrain_spectrum=spectra.power_law(p, PRETRAIN_DECAY, trace=finetune.sum()),
+        pretrain_risk=PRETRAIN_RISK,
     )
 
 

@@ -34,10 +34,10 @@ def averaged_risk(
     Dimensions (tau, hyperparameter), the latter labelling the filters. For "finetune" and "pretrain": the mean,
     `…_error` its standard error, `…_predicted` the deterministic equivalent, `…_gap` the relative gap between them.
 
-    >>> from linfit import Ridge, power_law_problem
+    >>> from linfit import Ridge, aligned_problem, spectra
     >>> penalty = np.array([0.01, 0.1])
-    >>> data = averaged_risk(
-    ...     jax.random.key(0), power_law_problem(120), 40, Ridge(penalty), penalty, np.array([1.0]), designs=40)
+    >>> data = averaged_risk(jax.random.key(0), aligned_problem(spectra.power_law(120)), 40, Ridge(penalty), penalty,
+    ...                      np.array([1.0]), designs=40)
     >>> bool(abs(data.finetune_gap).max() < 0.05)
     True
     """

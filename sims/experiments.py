@@ -81,11 +81,11 @@ _NOISE = Parameter(0.5, "standard deviation σ of the label noise", "units of y"
 
 
 def _problem(parameters: Mapping[str, Any], **options: Any) -> "TwoTaskProblem":
-    """The test bed of the figures (`linfit.power_law_problem`)."""
-    from linfit import power_law_problem
+    """The test bed of the figures (`linfit.aligned_problem`)."""
+    from linfit import aligned_problem, spectra
 
     given = {name: parameters[name] for name in ("decay", "alignment", "pretrain_risk")}
-    return power_law_problem(parameters["p"], **given, **options)
+    return aligned_problem(spectra.power_law(parameters["p"]), **given, **options)
 
 
 # ------------------------------------------------------------------------------------------------ overadaptation

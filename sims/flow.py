@@ -21,9 +21,9 @@ from linfit import (
     Filter,
     GradientFlow,
     MinNorm,
+    Pair,
     Ridge,
     RiskForm,
-    RiskForms,
     TwoTaskProblem,
     fine_tune,
     flow_weights,
@@ -97,8 +97,8 @@ DEVIATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
 def draw(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian", deviation: str = "gaussian") -> Task:
     """A task whose labels deviate from Xθ₂* in one of the ways of `DEVIATIONS`.
 
-    >>> from linfit import power_law_problem
-    >>> problem = power_law_problem(5, noise_variance=4.0)
+    >>> from linfit import aligned_problem, spectra
+    >>> problem = aligned_problem(spectra.power_law(5), noise_std=4.0**0.5)
     >>> tasks = [draw(jax.random.key(0), problem, 100_000, deviation=name) for name in DEVIATIONS]
     >>> [round(float(jnp.std(task.y - task.X @ task.theta_2_star)), 1) for task in tasks]
     [2.0, 2.0, 2.0]
@@ -117,13 +117,13 @@ def draw(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian", dev
 # W^{1/2}KW^{1/2} = U diag(s) Uᵀ (n > p: XᵀWX/n = V diag(s) Vᵀ) makes the fine-tuned weights linear in the filter,
 #     θ̂ = θ₁ + D g,   D = (1/n) XᵀW^{1/2}U diag(UᵀW^{1/2}r)   or   V diag(VᵀXᵀWr)/n,
 # and so ‖θ̂ − θ*‖²_Σ = ‖a + Dg‖²_Σ with a = θ₁ − θ*: c = aᵀΣa, b = −DᵀΣa, H = DᵀΣD.
-def drawn_forms(task: Task, problem: TwoTaskProblem, sample_weights: Array) -> RiskForms:
+def drawn_forms(task: Task, problem: TwoTaskProblem, sample_weights: Array) -> Pair:
     """Both risks of every filter fitted to this one draw of labels, as quadratic forms (ours).
 
     The label noise is part of the draw: it is in the "bias" of the forms, and their variance is 0.
 
-    >>> from linfit import power_law_problem
-    >>> problem = power_law_problem(40, noise_variance=0.5)
+    >>> from linfit import aligned_problem, spectra
+    >>> problem = aligned_problem(spectra.power_law(40), noise_std=0.5**0.5)
     >>> task = draw(jax.random.key(0), problem, 15)
     >>> form = drawn_forms(task, problem, jnp.linspace(0.1, 1, 15)).finetune
     >>> theta = fine_tune(task.X, task.y, task.theta_1, Ridge(0.3), jnp.linspace(0.1, 1, 15))
@@ -148,7 +148,7 @@ def drawn_forms(task: Task, problem: TwoTaskProblem, sample_weights: Array) -> R
         curvature = covariance.gram(directions.T)
         return RiskForm(eigenvalues, start @ weighed, -weighed @ directions, curvature, noiseless, jnp.zeros(()))
 
-    return RiskForms(
+    return Pair(
         form(problem.finetune_covariance, task.theta_1 - task.theta_2_star),
         form(problem.pretrain_covariance, task.theta_1),
     )
@@ -164,8 +164,8 @@ def form_given_loss(form: RiskForm, noise_std: Array, low: float, high: float) -
     `low` and `high` in [0, 1]; 0.9 and 1 are the hardest tenth. Labels of the test points carry the same noise when
     they are ranked, the error is measured without it.
 
-    >>> from linfit import power_law_problem
-    >>> problem = power_law_problem(40, noise_variance=0.5)
+    >>> from linfit import aligned_problem, spectra
+    >>> problem = aligned_problem(spectra.power_law(40), noise_std=0.5**0.5)
     >>> form = drawn_forms(draw(jax.random.key(0), problem, 15), problem, jnp.ones(15)).finetune
     >>> parts = [form_given_loss(form, problem.noise_std, *edges)(Ridge(0.3)).total for edges in ((0, 0.7), (0.7, 1))]
     >>> bool(jnp.isclose(0.7 * parts[0] + 0.3 * parts[1], form(Ridge(0.3)).total))
@@ -218,11 +218,11 @@ def measure_once(
             finetune, pretrain = drawn_forms(task, problem, weights)
             hardest = form_given_loss(finetune, problem.noise_std, 1 - HARDEST, 1.0)
             forms = (finetune, pretrain, hardest)
-            slope, curvature = zip(*(form.slope_and_curvature(filter) for form in forms))
+            along = [form.along(filter) for form in forms]
             return {
                 "constant": jnp.stack([form.constant for form in forms]),
-                "slope": jnp.stack(slope),
-                "curvature": jnp.stack(curvature),
+                "slope": jnp.stack([parabola.slope for parabola in along]),
+                "curvature": jnp.stack([parabola.curvature for parabola in along]),
                 "step": effective_step(weights),
                 "share": effective_sample_size(weights) / n,
             }
@@ -252,9 +252,10 @@ def monte_carlo(
     the same draws, all deviations the same designs and shifts. `step`, the factor on the step size, and `share`, the
     effective share (Σw)²/nΣw² of the samples, are (replicate, deviation, weighting).
 
-    >>> from linfit import power_law_problem
+    >>> from linfit import aligned_problem, spectra
     >>> times = np.array([1.0, 10.0])
-    >>> data = monte_carlo(jax.random.key(0), power_law_problem(30), 10, WEIGHTINGS, GradientFlow(times), times, 20)
+    >>> problem = aligned_problem(spectra.power_law(30))
+    >>> data = monte_carlo(jax.random.key(0), problem, 10, WEIGHTINGS, GradientFlow(times), times, 20)
     >>> mean, error = estimate(along_tau(data.sel(deviation="gaussian", risk="pretrain"), 0.5))
     >>> mean.dims, bool((error > 0).all())
     (('weighting', 'filter'), True)

@@ -12,36 +12,21 @@ from jax import Array
 
 from linfit import (
     Filter,
+    Parabola,
     TwoTaskProblem,
+    aligned_problem,
     fine_tune,
-    power_law_problem,
     risk_forms,
-    sample_design,
+    sample_designs,
     sample_task,
+    spectra,
 )
 from linfit.covariance import Covariance
-from linfit.internal.checks import ArrayLike
+from linfit.filters import Several
 from sims.estimate import mean_and_error, progress, replicate
 from theory.overadaptation import best_of_each_method
 
 QUANTITIES = ("finetune", "finetune_bias", "finetune_variance", "pretrain")
-
-
-class Several(Filter):
-    """Several filters as one, stacked in front, so that one eigendecomposition serves them all."""
-
-    filters: tuple[Filter, ...]
-
-    def __call__(self, eigenvalues: ArrayLike) -> Array:
-        return jnp.concatenate([jnp.atleast_2d(filter(eigenvalues)) for filter in self.filters])
-
-
-def _along_tau(start: Array, step: Array, covariance: Covariance, tau: Array) -> Array:
-    """‖start + τ·step‖²_Σ for every row of step and every τ: (filters, taus)."""
-    constant = start @ covariance.apply(start)
-    slope = covariance.apply(step) @ start
-    curvature = jnp.sum(covariance.apply(step) * step, axis=-1)
-    return constant + 2 * tau * slope[:, None] + tau**2 * curvature[:, None]
 
 
 def measure_once(key: Array, problem: TwoTaskProblem, n: int, filter: Filter, tau: Array, law: str) -> dict:
@@ -56,21 +41,26 @@ def measure_once(key: Array, problem: TwoTaskProblem, n: int, filter: Filter, ta
     steps = fine_tune(task.X, labels, start, filter) - start  # (filters, p, 3)
     gap = task.theta_1 - task.theta_2_star
     finetune, pretrain = problem.finetune_covariance, problem.pretrain_covariance
-    measured = {
-        "finetune": _along_tau(gap, steps[..., 0], finetune, tau),
-        "finetune_bias": _along_tau(gap, steps[..., 1], finetune, tau),
-        "finetune_variance": _along_tau(jnp.zeros_like(gap), steps[..., 2], finetune, tau),
-        "pretrain": _along_tau(task.theta_1, steps[..., 0], pretrain, tau),
+    column = tau[:, None]
+
+    def measured(covariance: Covariance, start: Array, part: int) -> Array:
+        return Parabola.of_steps(covariance, start, steps[..., part])(column).total
+
+    measured_risks = {
+        "finetune": measured(finetune, gap, 0),
+        "finetune_bias": measured(finetune, gap, 1),
+        "finetune_variance": measured(finetune, jnp.zeros_like(gap), 2),
+        "pretrain": measured(pretrain, task.theta_1, 0),
     }
     forms = risk_forms(task.X, problem)
-    exact = forms.finetune(filter, tau[:, None])
+    exact = forms.finetune(filter, column)
     exact_risks = {
         "finetune": exact.total,
         "finetune_bias": exact.bias,
         "finetune_variance": exact.variance,
-        "pretrain": forms.pretrain(filter, tau[:, None]).total,
+        "pretrain": forms.pretrain(filter, column).total,
     }
-    return {"measured": measured, "exact": jax.tree.map(jnp.transpose, exact_risks)}
+    return jax.tree.map(jnp.transpose, {"measured": measured_risks, "exact": exact_risks})
 
 
 def monte_carlo(
@@ -90,9 +80,9 @@ def monte_carlo(
     between the two in standard errors of their paired difference. A filter that holds several hyperparameters needs
     `names`, one coordinate value per member.
 
-    >>> from linfit import MinNorm, Ridge, power_law_problem
-    >>> data = monte_carlo(jax.random.key(0), power_law_problem(30), 10, {"min-norm": MinNorm(), "ridge": Ridge(0.1)},
-    ...                    jnp.array([0.5, 1.0]), replicates=50)
+    >>> from linfit import MinNorm, Ridge, aligned_problem, spectra
+    >>> data = monte_carlo(jax.random.key(0), aligned_problem(spectra.power_law(30)), 10,
+    ...                    {"min-norm": MinNorm(), "ridge": Ridge(0.1)}, jnp.array([0.5, 1.0]), replicates=50)
     >>> bool(abs(data.finetune_z).max() < 4)
     True
     """
@@ -120,11 +110,6 @@ def standardised_gap(measured: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return difference.mean(axis=0) / np.maximum(error, rounding)
 
 
-def designs(key: Array, covariance: Covariance, n: int, count: int, law: str = "gaussian") -> Array:
-    """A stack of independent designs (count, n, p)."""
-    return jnp.stack([sample_design(jax.random.fold_in(key, i), covariance, n, law) for i in range(count)])
-
-
 def phase_diagram(
     key: Array,
     n: int,
@@ -140,10 +125,10 @@ def phase_diagram(
     optimum, exact and averaged over `design_count` designs, the same for all cells.
     """
     over_noise = jax.jit(jax.vmap(lambda form, std: best_of_each_method(form.with_noise_std(std)), (None, 0)))
-    stack = designs(key, power_law_problem(p, decay).finetune_covariance, n, design_count)
+    stack = sample_designs(key, aligned_problem(spectra.power_law(p, decay)).finetune_covariance, n, design_count)
     rows = []
     for alignment in progress(alignments, "phase diagram", len(alignments)):
-        problem = power_law_problem(p, decay, alignment=alignment, noise_variance=1.0)
+        problem = aligned_problem(spectra.power_law(p, decay), alignment=alignment, noise_std=1.0)
         best = over_noise(risk_forms(stack, problem).finetune, jnp.sqrt(noise_variances))
         rows.append(jax.device_get(best))
     methods = list(rows[0])

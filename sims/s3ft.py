@@ -165,9 +165,10 @@ def measure_once(
 def expected_on(stack: Array, problem: VectorProblem, procedure: Procedure, filter: Filter) -> xr.Dataset:
     """The exact expectation averaged over a stack of designs (designs, n, p), dimensions (procedure, setting).
 
-    >>> from sims.overadaptation import designs
+    >>> from linfit import sample_designs
+
     >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1)
-    >>> stack = designs(jax.random.key(1), problem.finetune_covariance, 10, 2)
+    >>> stack = sample_designs(jax.random.key(1), problem.finetune_covariance, 10, 2)
     >>> data = expected_on(stack, problem, Procedure(jnp.array([1.0, jnp.inf])), MinNorm())
     >>> data.own.sel(procedure="S3FT").values.round(2)
     array([0.19, 1.  ])
@@ -198,9 +199,10 @@ def monte_carlo(
     mean over the designs of `stack` (designs, n, p) and `replicates` draws of noise, answers, judge and paraphrases on
     each; `…_error` its standard error given the designs; `…_exact` the expectation; `…_z` the gap in standard errors.
 
-    >>> from sims.overadaptation import designs
+    >>> from linfit import sample_designs
+
     >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1)
-    >>> stack = designs(jax.random.key(1), problem.finetune_covariance, 10, 2)
+    >>> stack = sample_designs(jax.random.key(1), problem.finetune_covariance, 10, 2)
     >>> procedure = Procedure(tolerance=jnp.array([0.5, 2.0]))
     >>> data = monte_carlo(jax.random.key(2), stack, problem, procedure, MinNorm(), replicates=50)
     >>> bool(abs(data.forgetting_z).max() < 4)

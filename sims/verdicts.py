@@ -9,8 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from sims.claims import Claim
 from sims.verify import LEVEL, Attack, Boundary, Effort, Outcome, Verdict, falsify, select, side_by_side, verify
-from theory.claims import Claim
 
 FULL, QUICK = 32, 4
 """Instances of each claim."""

@@ -18,8 +18,9 @@ import scipy.optimize
 import scipy.stats
 from jax import Array
 
+from sims.claims import Claim, Normal, all_claims
 from sims.estimate import progress
-from theory.claims import Claim, Normal, Parameter, all_claims
+from sims.parameters import Parameter
 
 LEVEL = 1e-5
 """Probability that `verify` rejects anything at all in a registry where everything is true."""
@@ -72,8 +73,7 @@ class Outcome(NamedTuple):
 def examine(claim: Claim, values: Values, key: Array) -> Outcome:
     """Predict and measure one instance. An instance that raises ValueError is a failure, with its message."""
     try:
-        instance = claim.instance(normals(key), **values)
-        predicted, measured = claim.predict(instance), claim.measure(instance)
+        predicted, measured = claim.sides(normals(key), **values)
     except ValueError as error:
         return Outcome(values, np.inf, 0.0, error=str(error))
     with np.errstate(invalid="ignore"):  # an infinite risk, say, is reported below
@@ -156,8 +156,8 @@ def _bonferroni(p_values: np.ndarray) -> float:
 def points(claim: Claim, count: int, key: Array) -> list[Values]:
     """`count` quasi-random points of the assumed parameter space: Sobol' points, shifted at random.
 
-    >>> from theory.claims import Claim
-    >>> claim = Claim("C", "", "", "ours", "identity", {"x": Parameter(0, 1), "y": Parameter(2, 2)}, *[None] * 3)
+    >>> ranges = {"x": TAU.within(0, 1), "y": TAU.within(2)}
+    >>> claim = Claim("C", "", "", "ours", "identity", ranges, lambda normal, x, y: (x, y))
     >>> [0 <= point["x"] <= 1 and point["y"] == 2 for point in points(claim, 3, jax.random.key(0))]
     [True, True, True]
     """
@@ -357,7 +357,7 @@ def falsify(claim: Claim, effort: Effort, seed: int) -> Attack:
 
 
 def _opposite(claim: Claim) -> Claim:
-    return claim._replace(predict=claim.measure, measure=claim.predict)
+    return claim._replace(sides=lambda normal, **values: claim.sides(normal, **values)[::-1])
 
 
 def _worst(claim: Claim, effort: Effort, key: Array) -> Outcome:

@@ -20,12 +20,12 @@ from linfit import (
     RandomShift,
     Ridge,
     TwoTaskProblem,
+    aligned_problem,
     column_blocks,
     fine_tune,
     gradient_descent,
     interpolate,
     leave_one_out,
-    power_law_problem,
     risk_forms,
     sample_design,
     sample_task,
@@ -149,7 +149,7 @@ TABLE = [
     ),
     *case(lambda value: spectra.isotropic(P, 0.0, trace=value), "trace", {"of nothing": 1.0}),
     *each(
-        power_law_problem,
+        aligned_problem,
         {"p": P},
         {
             "p": COUNT,
@@ -158,8 +158,8 @@ TABLE = [
             "pretrain_risk": NEGATIVE,
         },
     ),
-    *case(call(power_law_problem, "decay", p=P), "decay", NEGATIVE, "exponent|decay"),
-    *case(call(power_law_problem, "pretrain_decay", p=P), "pretrain_decay", {"negative": -1.0}, "exponent|decay"),
+    *case(call(aligned_problem, "decay", p=P), "decay", NEGATIVE, "exponent|decay"),
+    *case(call(aligned_problem, "pretrain_decay", p=P), "pretrain_decay", {"negative": -1.0}, "exponent|decay"),
     *each(Diagonal, {}, {"eigenvalues": {**VECTOR, "negative": [1.0, -1.0]}}),
     *case(
         Dense,
@@ -342,7 +342,7 @@ def test_every_public_name_of_the_core_is_in_the_table():
     source = inspect.getsource(sys.modules[__name__]).split("TABLE = [")[1].split("def test_")[0]
     core = ("covariance", "design", "filters", "problem", "risk", "selection", "solve")
     names = {name for module in core for name in linfit._PUBLIC[module]}
-    results = {"Filter", "Risk", "RiskForm", "RiskForms", "Selection"}  # nobody builds these
+    results = {"Filter", "Risk", "RiskForm", "Pair", "Selection"}  # nobody builds these
     spectra_names = {f"spectra.{name}" for name, value in vars(spectra).items() if inspect.isfunction(value)}
     helpers = {"spectra._normalised", "spectra._ranks"}
     imported = {f"spectra.{name}" for name in ("count", "is_concrete", "non_negative", "positive")}

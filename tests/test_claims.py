@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-import theory.claims
+import sims.claims
+from sims.claims import SECTIONS, Claim, Parameter, all_claims
+from sims.claims.problems import exact_instance, moments, risk_by_algebra
 from sims.verify import claim_key, examine, normals, points
-from theory.claims import SECTIONS, Claim, Parameter, all_claims
-from theory.claims.instances import exact_instance, moments, risk_by_algebra
 
 CLAIMS = all_claims()
 CHEAP, SLOW = ("S2", "S2.sampled", "O1", "O3", "D5.ranks"), pytest.mark.slow
@@ -32,11 +32,11 @@ def test_claim_is_well_formed(claim):
     assert len(claim.statement) > 20
     assert claim.formula
     assert claim.source
-    assert claim.kind in theory.claims.Kind.__args__
+    assert claim.kind in sims.claims.Kind.__args__
     assert claim.tolerance >= 0
     assert (claim.kind == "asymptotic") == bool(claim.sizes)
     assert list(claim.sizes) == sorted(claim.sizes)
-    accepted = inspect.signature(claim.instance).parameters
+    accepted = inspect.signature(claim.sides).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
         assert set(claim.parameters) == set(list(accepted)[1:])
 

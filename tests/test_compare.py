@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 
 from figures import compare as figures
-from linfit import FixedShift, RandomShift, TwoTaskProblem, power_law_problem
+from linfit import FixedShift, RandomShift, TwoTaskProblem, aligned_problem, spectra
 from sims import compare as sims
 from sims.compare import RECIPES, Samples, compare, draw, measure, rank
 from theory.frontier import distance, pareto
@@ -17,7 +17,13 @@ N, P = 12, 30
 
 @pytest.fixture(scope="module")
 def given():
-    problem = power_law_problem(P, alignment=0.3, noise_variance=0.3, pretrain_decay=0.5, pretrain_risk=0.2)
+    problem = aligned_problem(
+        spectra.power_law(P),
+        alignment=0.3,
+        noise_std=0.3**0.5,
+        pretrain_spectrum=spectra.power_law(P, 0.5),
+        pretrain_risk=0.2,
+    )
     return draw(jax.random.key(7), problem, N)[0]
 
 
@@ -230,7 +236,7 @@ def test_several_anchors_minimise_the_sum_of_penalties(given, number):
 
 
 def test_anchors_are_as_good_as_the_pretrained_model_and_their_mean_is_better():
-    problem = power_law_problem(P, pretrain_risk=0.2, pretrain_decay=0.5)
+    problem = aligned_problem(spectra.power_law(P), pretrain_risk=0.2, pretrain_spectrum=spectra.power_law(P, 0.5))
     anchors = np.asarray(draw(jax.random.key(0), problem, N)[0].anchors)
     risks = [float(a @ problem.pretrain_covariance.apply(a)) for a in anchors]
     np.testing.assert_allclose(risks, 0.2, rtol=1e-9)
@@ -241,7 +247,9 @@ def test_anchors_are_as_good_as_the_pretrained_model_and_their_mean_is_better():
 # ------------------------------------------------------------------------------------------------- tuning and ranking
 
 
-SMALL = power_law_problem(P, noise_variance=0.5, pretrain_decay=0.5, pretrain_risk=0.1)
+SMALL = aligned_problem(
+    spectra.power_law(P), noise_std=0.5**0.5, pretrain_spectrum=spectra.power_law(P, 0.5), pretrain_risk=0.1
+)
 
 
 NAMES = ("ridge", "vanilla", "early stopping")

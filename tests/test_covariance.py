@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from linfit import Dense, Diagonal, Empirical
-from linfit.covariance import as_covariance, inner_product, product
+from linfit.covariance import as_covariance, product, trace_of_product
 from tests.oracles import matrix_of, random_matrix
 
 P = 9
@@ -48,7 +48,7 @@ def test_every_operation_equals_the_matrix(kind, generator, rtol, dtype):
 def test_products_equal_the_matrices(left, right, generator, rtol):
     a, b = covariance(left, generator), covariance(right, generator)
     dense = np.asarray(matrix_of(a), np.float64) @ np.asarray(matrix_of(b), np.float64)
-    np.testing.assert_allclose(inner_product(a, b), np.trace(dense), rtol=rtol)
+    np.testing.assert_allclose(trace_of_product(a, b), np.trace(dense), rtol=rtol)
     rows = generator.standard_normal((5, P))
     expected = rows @ dense @ rows.T
     np.testing.assert_allclose(
@@ -89,7 +89,7 @@ def test_an_empirical_covariance_never_forms_the_matrix(generator):
     a, b = (Empirical(generator.standard_normal((3, p))) for _ in range(2))
     rows = jnp.asarray(generator.standard_normal((4, p)))
     a.gram(rows), a.apply(rows), a.diagonal(), a.colour(jnp.ones((2, 3))), product(a, b).gram(rows)
-    np.testing.assert_allclose(inner_product(a, b), np.sum((a.features @ b.features.T) ** 2) / 9, rtol=1e-12)
+    np.testing.assert_allclose(trace_of_product(a, b), np.sum((a.features @ b.features.T) ** 2) / 9, rtol=1e-12)
 
 
 def test_arrays_become_the_right_kind():
@@ -110,4 +110,4 @@ def test_jit_equals_eager_and_float32_stays(kind, generator, rtol):
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), sigma)
     assert single.gram(rows.astype(jnp.float32)).dtype == jnp.float32
     assert single.colour(jnp.ones((2, single.latent_size), jnp.float32)).dtype == jnp.float32
-    assert inner_product(single, single).dtype == jnp.float32
+    assert trace_of_product(single, single).dtype == jnp.float32

@@ -23,13 +23,13 @@ from linfit.filters import Tabulated
 from theory import rational
 from theory.equivalents import (
     Spectrum,
+    along,
     degrees_of_freedom,
     effective_ranks,
     effective_regularization,
     risk,
     signal_to_noise,
     spectral_edge,
-    tau_forms,
 )
 
 SPECTRA = {
@@ -319,7 +319,7 @@ def test_ensembles_and_broadcasting():
 
 
 def test_optimal_tau_is_the_minimum():
-    form = tau_forms(two_tasks(150, "fixed"), 40, Ridge(0.05)).finetune
+    form = along(two_tasks(150, "fixed"), 40, Ridge(0.05)).finetune
     best = float(form.optimal_tau)
     assert float(form.optimal_risk) == pytest.approx(float(form(best).total), rel=1e-12)
     assert float(form(best).total) < min(float(form(best + step).total) for step in (-1e-3, 1e-3))
@@ -434,7 +434,7 @@ def test_best_penalty_by_descent_on_the_prediction():
     best = noise**2 / (n * omega)
     assert abs(float(slope(jnp.log(best)))) < 1e-9
     assert float(slope(jnp.log(best * 1.01))) > 1e-6 > -1e-6 > float(slope(jnp.log(best / 1.01)))
-    assert float(tau_forms(problem, n, Ridge(best)).finetune.optimal_tau) == pytest.approx(1, abs=1e-10)
+    assert float(along(problem, n, Ridge(best)).finetune.optimal_tau) == pytest.approx(1, abs=1e-10)
 
 
 def test_new_values_do_not_recompile():
@@ -550,7 +550,7 @@ GOOD = TwoTaskProblem(ONES, ONES, RandomShift(ONES), 0.1)
             "finetune_covariance must be diagonal, given as eigenvalues",
         ),
         (
-            lambda: tau_forms(TwoTaskProblem(np.eye(5), ONES, RandomShift(ONES), 0.1), 3, MinNorm()),
+            lambda: along(TwoTaskProblem(np.eye(5), ONES, RandomShift(ONES), 0.1), 3, MinNorm()),
             "pretrain_covariance must be diagonal",
         ),
         (

@@ -27,7 +27,7 @@ from figures.explorer.server import is_loopback, serve
 from figures.explorer.session import pages
 from figures.explorer.upload import LIMIT, curves, features_page, read_upload
 from figures.explorer.view import PageView, as_csv
-from linfit import FixedShift, TwoTaskProblem, power_law_problem, sample_task, select
+from linfit import FixedShift, TwoTaskProblem, aligned_problem, sample_task, select, spectra
 
 PAGES = {page.name: page for page in pages()}
 
@@ -94,7 +94,9 @@ def test_overadaptation_shows_the_deterministic_equivalents():
         "penalty": 0.05623,
         "time": 31.62,
     }
-    problem = power_law_problem(2000, alignment=0.3, noise_variance=0.7, pretrain_risk=parameters["pretrain_risk"])
+    problem = aligned_problem(
+        spectra.power_law(2000), alignment=0.3, noise_std=0.7**0.5, pretrain_risk=parameters["pretrain_risk"]
+    )
     for fine_tuner, filter in (
         ("min-norm", MinNorm()),
         ("ridge", Ridge(0.05623)),

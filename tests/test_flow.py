@@ -17,15 +17,16 @@ from linfit import (
     MinNorm,
     Ridge,
     TwoTaskProblem,
+    aligned_problem,
     fine_tune,
     flow_weights,
     gradient_descent,
-    power_law_problem,
     sample_design,
+    spectra,
 )
 from linfit.design import Task
+from linfit.filters import Several
 from sims import flow as sims
-from sims.overadaptation import Several
 from tests.oracles import matrix_of, problems
 from theory import flow as theory
 
@@ -129,7 +130,7 @@ def test_conditional_squares_average_to_one():
 
 @pytest.mark.parametrize("deviation", list(sims.DEVIATIONS))
 def test_deviations_have_mean_zero_and_the_stated_variance(deviation, seed):
-    problem = power_law_problem(5, noise_variance=2.0, pretrain_risk=0.3)
+    problem = aligned_problem(spectra.power_law(5), noise_std=2.0**0.5, pretrain_risk=0.3)
     task = sims.draw(jax.random.key(seed), problem, 100_000, deviation=deviation)
     noise = np.asarray(task.y - task.X @ task.theta_2_star)
     for values, expected in ((noise, 0.0), (noise**2, 2.0), *((noise * x, 0.0) for x in np.asarray(task.X).T)):
@@ -142,7 +143,7 @@ def test_deviations_have_mean_zero_and_the_stated_variance(deviation, seed):
 
 @pytest.mark.slow
 def test_monte_carlo_equals_one_draw_at_a_time():
-    problem, key = power_law_problem(12, noise_variance=0.4, pretrain_risk=0.1), jax.random.key(5)
+    problem, key = aligned_problem(spectra.power_law(12), noise_std=0.4**0.5, pretrain_risk=0.1), jax.random.key(5)
     filter = Several((GradientFlow(TIMES[:2]), Ridge(0.1)))
     weightings = {"hard": sims.tilted(-1.0), "vanilla": sims.tilted(0.0), "FLOW": sims.tilted(1.0)}
     data = sims.monte_carlo(key, problem, 30, weightings, filter, np.arange(3), 2)
@@ -180,7 +181,7 @@ def test_best_tau_is_the_bottom_of_the_mean_parabola(generator):
 @pytest.mark.slow
 def test_flow_helps_on_the_task_itself_with_outliers_and_costs_without_them(seed):
     """n > p: the least mean R_ft along training, a paired comparison in standard errors, on both sides."""
-    problem = power_law_problem(40, alignment=0.5, noise_variance=2.0)
+    problem = aligned_problem(spectra.power_law(40), alignment=0.5, noise_std=2.0**0.5)
     data = sims.monte_carlo(
         jax.random.key(seed), problem, 160, {"vanilla": sims.tilted(0.0), "FLOW": sims.tilted(0.25)},
         GradientFlow(TIMES), TIMES, 64, deviations=("gaussian", "outliers"),
@@ -280,16 +281,22 @@ def test_wrong_labels_are_as_many_as_asked_and_all_wrong():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sims.draw(jax.random.key(0), power_law_problem(3), 4, deviation="cauchy"), "deviation must be one of"),
-        (lambda: sims.draw(jax.random.key(0), power_law_problem(3), 0), "n must be at least 1"),
-        (lambda: sims.draw(jax.random.key(0), power_law_problem(3), 4, law="none"), "law must be one of"),
+        (
+            lambda: sims.draw(jax.random.key(0), aligned_problem(spectra.power_law(3)), 4, deviation="cauchy"),
+            "deviation must be one of",
+        ),
+        (lambda: sims.draw(jax.random.key(0), aligned_problem(spectra.power_law(3)), 0), "n must be at least 1"),
+        (
+            lambda: sims.draw(jax.random.key(0), aligned_problem(spectra.power_law(3)), 4, law="none"),
+            "law must be one of",
+        ),
         (lambda: sims.sampled_rates(jax.random.key(0), np.ones(1), 0.0, np.ones(1), 0, 2), "n must be at least 1"),
         (lambda: sims.conditional_square(0.5, 0.5), "low and high"),
         (lambda: sims.conditional_square(-0.1, 0.5), "low and high"),
         (lambda: sims.tilted(np.nan), "tilt must be finite"),
         (
             lambda: sims.monte_carlo(
-                jax.random.key(0), power_law_problem(3), 4, sims.WEIGHTINGS, MinNorm(), np.zeros(1), 1
+                jax.random.key(0), aligned_problem(spectra.power_law(3)), 4, sims.WEIGHTINGS, MinNorm(), np.zeros(1), 1
             ),
             "replicates must be at least 2",
         ),

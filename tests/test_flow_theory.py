@@ -22,10 +22,10 @@ from linfit import (
     flow_weights,
     sample_design,
 )
+from sims.claims import flow as flow_claims
 from sims.verify import select, verify
 from tests.oracles import matrix_of, random_matrix
 from theory import flow
-from theory.claims import flow as flow_claims
 from theory.frontier import pareto
 
 P = 5

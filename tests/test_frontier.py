@@ -9,7 +9,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from linfit import Dense, FixedShift, RandomShift, TwoTaskProblem, power_law_problem
+from linfit import Dense, FixedShift, RandomShift, TwoTaskProblem, aligned_problem, spectra
 from tests.oracles import matrix_of, problems
 from theory.flow import fixed_point_coefficient as flow_coefficient
 from theory.frontier import (
@@ -125,11 +125,11 @@ def test_slope_of_the_frontier_is_minus_one_over_kappa():
 def test_averaging_is_on_the_frontier_only_if_the_covariances_agree():
     tau = np.array([0.2, 0.5, 0.7, 0.9])
     for decay, on_it in ((1.0, True), (0.3, False)):
-        problem = power_law_problem(24, alignment=0.5, pretrain_decay=decay)
+        problem = aligned_problem(spectra.power_law(24), alignment=0.5, pretrain_spectrum=spectra.power_law(24, decay))
         point = population_risks(problem, tau)
         assert ((distance(problem, *point) < 1e-9 * point.pretrain) == on_it).all()
-    with_error = population_risks(power_law_problem(24, alignment=0.5, pretrain_risk=0.2), tau)
-    assert (distance(power_law_problem(24, alignment=0.5), *with_error) > 0.01).all()
+    with_error = population_risks(aligned_problem(spectra.power_law(24), alignment=0.5, pretrain_risk=0.2), tau)
+    assert (distance(aligned_problem(spectra.power_law(24), alignment=0.5), *with_error) > 0.01).all()
 
 
 @every_problem
@@ -209,7 +209,7 @@ def test_one_compilation_serves_new_values():
         return pareto(problem, weight)
 
     for weight, noise in ((0.5, 0.1), (2.0, 0.7)):
-        run(power_law_problem(10, noise_variance=noise), jnp.asarray(weight))
+        run(aligned_problem(spectra.power_law(10), noise_std=noise**0.5), jnp.asarray(weight))
     assert traces == 1
 
 

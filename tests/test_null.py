@@ -8,6 +8,7 @@ from linfit import (
     Filter,
     GradientDescent,
     MinNorm,
+    Pair,
     Ridge,
     RiskForm,
     fine_tune,
@@ -16,17 +17,17 @@ from linfit import (
     risk_forms,
     sample_design,
 )
-from linfit.risk import Risk, RiskForms
+from linfit.risk import Risk
 from tests import test_risk, test_selection, test_solve
 from tests.oracles import problems
 
 
 def dropped_noise(forms):
-    return RiskForms(*(form.with_noise_std(0.0) for form in forms))
+    return Pair(*(form.with_noise_std(0.0) for form in forms))
 
 
 def noise_not_squared(forms):
-    return RiskForms(*(form.with_noise_std(form.noise_std**0.5) for form in forms))
+    return Pair(*(form.with_noise_std(form.noise_std**0.5) for form in forms))
 
 
 def doubled_slope(forms):
@@ -35,24 +36,22 @@ def doubled_slope(forms):
             form.eigenvalues, form.constant, 2 * form.linear, form.bias_quadratic, form.noise_gain, form.noise_std
         )
 
-    return RiskForms(*map(double, forms))
+    return Pair(*map(double, forms))
 
 
 def swapped_domains(forms):
-    return RiskForms(forms.pretrain, forms.finetune)
+    return Pair(forms.pretrain, forms.finetune)
 
 
 def same_domain_twice(forms):
-    return RiskForms(forms.finetune, forms.finetune)
+    return Pair(forms.finetune, forms.finetune)
 
 
 def altered_call(change):
     """Forms that alter filter and τ on the way in."""
 
     def stub(forms):
-        return RiskForms(
-            *(lambda filter, tau=1.0, form=form: Risk(*form(*change(form, filter, tau))) for form in forms)
-        )
+        return Pair(*(lambda filter, tau=1.0, form=form: Risk(*form(*change(form, filter, tau))) for form in forms))
 
     return stub
 

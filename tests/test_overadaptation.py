@@ -10,12 +10,14 @@ from linfit import (
     GradientFlow,
     MinNorm,
     Ridge,
-    power_law_problem,
+    aligned_problem,
     risk_forms,
     sample_design,
+    sample_designs,
+    spectra,
 )
 from sims.estimate import CHUNK, replicate
-from sims.overadaptation import designs, monte_carlo, phase_diagram, standardised_gap
+from sims.overadaptation import monte_carlo, phase_diagram, standardised_gap
 from tests.oracles import matrix_of, problems
 from theory.optimum import minimise_over_logarithm
 from theory.overadaptation import bayes_penalty, best_of_each_method, combined, overadaptation_condition
@@ -45,7 +47,7 @@ def test_condition_equals_projector_algebra(name):
 
 def test_condition_is_equivalent_to_tau_below_one_on_both_sides():
     """Noise just above and just below the threshold of a head-aligned shift."""
-    form = one_form(power_law_problem(60, alignment=1.0, noise_variance=1.0), n=20).finetune
+    form = one_form(aligned_problem(spectra.power_law(60), alignment=1.0, noise_std=1.0**0.5), n=20).finetune
     condition = overadaptation_condition(form)
     threshold = float(jnp.sqrt(condition.missed_signal / condition.fitted_noise))
     assert condition.missed_signal > 0
@@ -56,14 +58,16 @@ def test_condition_is_equivalent_to_tau_below_one_on_both_sides():
 
 
 def test_isotropic_shift_always_overadapts_and_only_with_noise():
-    form = one_form(power_law_problem(60, alignment=0.0, noise_variance=1e-8), n=20).finetune
+    form = one_form(aligned_problem(spectra.power_law(60), alignment=0.0, noise_std=(1e-8) ** 0.5), n=20).finetune
     assert form.optimal_tau(MinNorm()) < 1 - 1e-9
     assert abs(form.with_noise_std(0.0).optimal_tau(MinNorm()) - 1) < 1e-10
 
 
 @pytest.mark.parametrize("pretrain_risk", [0.0, 0.3])
 def test_forgetting_is_quadratic_in_tau_only_without_pretraining_error(pretrain_risk):
-    forms = one_form(power_law_problem(50, alignment=0.3, noise_variance=0.4, pretrain_risk=pretrain_risk), n=15)
+    forms = one_form(
+        aligned_problem(spectra.power_law(50), alignment=0.3, noise_std=0.4**0.5, pretrain_risk=pretrain_risk), n=15
+    )
     full = forms.pretrain(Ridge(0.1)).total
     quadratic = bool(jnp.isclose(forms.pretrain(Ridge(0.1), 0.4).total, 0.16 * full, rtol=1e-12))
     assert quadratic is (pretrain_risk == 0)
@@ -83,7 +87,7 @@ def test_combined_objective_is_the_sum_of_risks():
 
 def test_bayes_ridge_is_the_oracle_only_for_an_isotropic_shift():
     for alignment, equal in ((0.0, True), (0.5, False)):
-        problem = power_law_problem(80, alignment=alignment, noise_variance=0.3)
+        problem = aligned_problem(spectra.power_law(80), alignment=alignment, noise_std=0.3**0.5)
         form = one_form(problem, n=25).finetune
         shift_variance = float(problem.shift.covariance.eigenvalues.mean())
         ridge = Ridge(bayes_penalty(problem.noise_std, shift_variance, 25))
@@ -94,7 +98,9 @@ def test_bayes_ridge_is_the_oracle_only_for_an_isotropic_shift():
 
 
 def test_optima_agree_with_scipy_and_respect_the_oracle():
-    form = one_form(power_law_problem(120, alignment=-0.4, noise_variance=0.4, pretrain_risk=0.05), n=30).finetune
+    form = one_form(
+        aligned_problem(spectra.power_law(120), alignment=-0.4, noise_std=0.4**0.5, pretrain_risk=0.05), n=30
+    ).finetune
     best = best_of_each_method(form)
     for name, family in (("ridge", Ridge), ("early stopping", GradientFlow)):
         reference = scipy.optimize.minimize_scalar(
@@ -131,10 +137,12 @@ PUBLISHED = {
 @pytest.mark.slow
 def test_published_phase_numbers_reproduce():
     """Averaged over 16 designs; one design varies by about 1% around it, so the published ones must be that close."""
-    stack = designs(jax.random.key(0), power_law_problem(2000).finetune_covariance, 200, 16)
+    stack = sample_designs(jax.random.key(0), aligned_problem(spectra.power_law(2000)).finetune_covariance, 200, 16)
     for alignment, numbers in PUBLISHED.items():
         best = best_of_each_method(
-            risk_forms(stack, power_law_problem(2000, alignment=alignment, noise_variance=0.1)).finetune
+            risk_forms(
+                stack, aligned_problem(spectra.power_law(2000), alignment=alignment, noise_std=0.1**0.5)
+            ).finetune
         )
         for name, published in numbers.items():
             np.testing.assert_allclose(best[name].risk, published, rtol=0.01)
@@ -159,7 +167,13 @@ def test_phase_diagram_orders_the_methods():
 
 @pytest.mark.parametrize("law", ["gaussian", "rademacher", "student"])
 def test_monte_carlo_agrees_with_exact_risk(law, seed):
-    problem = power_law_problem(60, alignment=-0.5, noise_variance=0.5, pretrain_risk=0.1, pretrain_decay=0.5)
+    problem = aligned_problem(
+        spectra.power_law(60),
+        alignment=-0.5,
+        noise_std=0.5**0.5,
+        pretrain_risk=0.1,
+        pretrain_spectrum=spectra.power_law(60, 0.5),
+    )
     filters = {"min-norm": MinNorm(), "flow": GradientFlow(5.0)}
     data = monte_carlo(jax.random.key(seed), problem, 20, filters, jnp.array([0.0, 0.4, 1.0]), 300, law)
     for name in ("finetune", "finetune_bias", "finetune_variance", "pretrain"):
@@ -192,7 +206,13 @@ def test_standardised_gap_is_zero_where_both_are_exact():
 
 
 def test_power_law_problem_is_normalised():
-    problem = power_law_problem(30, 0.7, alignment=0.4, noise_variance=2.0, pretrain_risk=0.3, pretrain_decay=1.2)
+    problem = aligned_problem(
+        spectra.power_law(30, 0.7),
+        alignment=0.4,
+        noise_std=2.0**0.5,
+        pretrain_risk=0.3,
+        pretrain_spectrum=spectra.power_law(30, 1.2),
+    )
     np.testing.assert_allclose(problem.shift.covariance.eigenvalues @ problem.finetune_covariance.eigenvalues, 1)
     u = problem.pretrain_error
     np.testing.assert_allclose(u @ problem.pretrain_covariance.apply(u), 0.3)

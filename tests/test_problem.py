@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from linfit import Dense, Diagonal, Empirical, FixedShift, RandomShift, TwoTaskProblem, power_law_problem
+from linfit import Dense, Diagonal, Empirical, FixedShift, RandomShift, TwoTaskProblem, aligned_problem, spectra
 
 FLAT, STEEP = np.ones(3), np.array([3.0, 2.0, 1.0])
 U, DELTA = np.array([0.1, 0.2, -0.3]), np.array([1.0, -2.0, 0.5])
@@ -64,8 +64,12 @@ def test_a_problem_passes_through_jit_and_vmap():
 @pytest.mark.numerical
 @pytest.mark.parametrize("alignment", [-1.0, 0.0, 0.4, 1.0])
 def test_power_law_problem(alignment, rtol):
-    problem = power_law_problem(
-        20, 1.5, alignment=alignment, noise_variance=0.3, pretrain_decay=0.8, pretrain_risk=0.25
+    problem = aligned_problem(
+        spectra.power_law(20, 1.5),
+        alignment=alignment,
+        noise_std=0.3**0.5,
+        pretrain_spectrum=spectra.power_law(20, 0.8),
+        pretrain_risk=0.25,
     )
     rank = np.arange(1, 21)
     omega = np.asarray(problem.gap_covariance.diagonal(), np.float64)
@@ -75,4 +79,4 @@ def test_power_law_problem(alignment, rtol):
     np.testing.assert_allclose(omega @ rank**-1.5, 1, rtol=rtol)
     np.testing.assert_allclose(np.asarray(problem.pretrain_error) ** 2 @ rank**-0.8, 0.25, rtol=rtol)
     np.testing.assert_allclose(problem.noise_std**2, 0.3, rtol=rtol)
-    assert power_law_problem(20).pretrain_error is None
+    assert aligned_problem(spectra.power_law(20)).pretrain_error is None

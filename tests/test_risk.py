@@ -97,7 +97,7 @@ def test_optimal_tau_gain_and_oracle_equal_brute_force_minimisation(name, seed, 
             at = scipy.optimize.minimize_scalar(np.polynomial.Polynomial([c, -2 * b @ g, g @ H @ g]))
             np.testing.assert_allclose(form.optimal_tau(filter), at.x, rtol=max(rtol, 1e-7), atol=max(rtol, 1e-8))
             gain = c - 2 * b @ g + g @ H @ g - at.fun
-            np.testing.assert_allclose(form.ensemble_gain(filter), gain, rtol=rtol, atol=rtol * scale)
+            np.testing.assert_allclose(form.along(filter).gain, gain, rtol=rtol, atol=rtol * scale)
         floor = c - b @ np.linalg.lstsq(H, b, rcond=1e-14)[0]
         np.testing.assert_allclose(form.oracle_risk(), floor, rtol=rtol, atol=100 * rtol * scale)
         np.testing.assert_allclose(form(form.oracle_filter()).total, floor, rtol=rtol, atol=100 * rtol * scale)
@@ -165,7 +165,7 @@ def evaluate(forms):
     """Everything a form computes that does not depend on the signs of its eigenvectors."""
     for form in forms:
         filter = 0.6 * Ridge([0.0, 1.0])
-        yield form(filter, 0.8), form.optimal_tau(filter), form.ensemble_gain(filter)
+        yield form(filter, 0.8), form.optimal_tau(filter), form.along(filter).gain
         yield form.oracle_risk(), form.eigenvalues, form.linear, form.bias_quadratic
 
 

@@ -15,15 +15,15 @@ from linfit import (
     fine_tune,
     risk_forms,
     s3ft_targets,
+    sample_designs,
     sample_task,
 )
 from linfit.targets import within
 from sims import s3ft as sims
-from sims.overadaptation import designs
+from sims.claims import Parameter
+from sims.claims import s3ft as claims
 from sims.verify import verify
 from theory import s3ft as theory
-from theory.claims import Parameter
-from theory.claims import s3ft as claims
 from theory.s3ft import SUPERVISED, Procedure, VectorProblem
 
 GENERAL = Procedure(tolerance=1.2, paraphrase_success=0.6, false_accept=0.15, false_reject=0.1, sampling_std=0.4)
@@ -241,7 +241,7 @@ def test_conditional_tends_to_the_population(seed):
     limit = theory.population(problem, procedure)
     gaps = []
     for n in (100, 1000):
-        (X,) = designs(jax.random.key(seed + 1), problem.finetune_covariance, n, 1)
+        (X,) = sample_designs(jax.random.key(seed + 1), problem.finetune_covariance, n, 1)
         outcome = theory.conditional(X, problem, procedure, MinNorm())
         gaps.append([np.abs(got - at).max() for got, at in zip(outcome[1:], limit[1:], strict=True)])
     assert np.max(gaps[1]) < 0.2
@@ -300,7 +300,7 @@ def test_float32_stays_float32():
 @pytest.mark.slow
 def test_monte_carlo_meets_the_expectation(seed):
     problem = sims.content_and_style_problem(jax.random.key(seed), 40, 2, 2, style_noise_variance=0.2)
-    stack = designs(jax.random.key(seed + 1), problem.finetune_covariance, 12, 2)
+    stack = sample_designs(jax.random.key(seed + 1), problem.finetune_covariance, 12, 2)
     procedure = GENERAL._replace(tolerance=jnp.array([0.5, 1.5]))
     data = sims.monte_carlo(jax.random.key(seed + 2), stack, problem, procedure, Ridge(0.05), replicates=200)
     for name in sims.QUANTITIES:
@@ -323,7 +323,7 @@ def test_where_selecting_forgets_less_and_where_more():
         return float(outcome(selective).forgetting / outcome(SUPERVISED).forgetting)
 
     assert ratio(lambda procedure: theory.population(problem, procedure)) < 0.9
-    stack = designs(jax.random.key(0), problem.finetune_covariance, 20, 8)
+    stack = sample_designs(jax.random.key(0), problem.finetune_covariance, 20, 8)
     ratios = [ratio(lambda procedure, X=X: theory.conditional(X, problem, procedure, MinNorm())) for X in stack]
     assert np.mean(ratios) < 1
     assert max(ratios) > 1.15

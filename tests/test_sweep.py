@@ -311,14 +311,16 @@ def test_every_experiment_runs_and_repeats_itself(name):
 
 
 def test_overadaptation_is_the_exact_risk_of_the_design():
-    from linfit import Ridge, power_law_problem, risk_forms, sample_design
+    from linfit import Ridge, aligned_problem, risk_forms, sample_design, spectra
 
     sweep = sweep_over(OVERADAPTATION, SMALL["overadaptation"] | {"alignment": -0.5, "decay": 1.3}, seeds=2, seed=4)
     samples = measure(sweep, Task((), 1, 2)).samples
     key = jax.random.fold_in(jax.random.key(4), 1)
     assert (jax.random.key_data(replicate_key(sweep, 1)) == jax.random.key_data(key)).all()
     for row, noise in enumerate((0.2, 0.9)):
-        problem = power_law_problem(40, 1.3, alignment=-0.5, noise_variance=noise**2, pretrain_risk=0.1)
+        problem = aligned_problem(
+            spectra.power_law(40, 1.3), alignment=-0.5, noise_std=(noise**2) ** 0.5, pretrain_risk=0.1
+        )
         X = sample_design(key, problem.finetune_covariance, 12)
         forms = risk_forms(X, problem)
         for column, penalty in enumerate((0.01, 0.1, 1.0)):
@@ -359,13 +361,13 @@ def test_overtraining_follows_the_closed_forms():
 
 @pytest.mark.slow
 def test_flow_is_weighted_fine_tuning_of_the_draw():
-    from linfit import GradientFlow, fine_tune, flow_weights, interpolate, power_law_problem
+    from linfit import GradientFlow, aligned_problem, fine_tune, flow_weights, interpolate, spectra
     from linfit.weighting import median_temperature
     from sims.flow import draw
 
     given = SMALL["flow"] | {"tilt": [0.0, 2.0], "noise": 0.9, "deviation": "outliers"}
     samples = measure(sweep_over(FLOW, given, seeds=1, seed=3), Task((), 0, 1)).samples
-    problem = power_law_problem(40, noise_variance=0.81, pretrain_risk=0.1)
+    problem = aligned_problem(spectra.power_law(40), noise_std=0.81**0.5, pretrain_risk=0.1)
     task = draw(jax.random.fold_in(jax.random.key(3), 0), problem, 12, deviation="outliers")
     losses = (task.y - task.X @ task.theta_1) ** 2
     for row, weights in enumerate((jnp.ones(12), flow_weights(losses, median_temperature(losses) / 2))):

@@ -15,9 +15,9 @@ import scipy.stats
 import sims.verify
 from figures.commands.verify import verify as command
 from linfit import GradientFlow
+from sims.claims import Claim, Parameter, equivalents, overadaptation, spectral
 from sims.verdicts import boundaries_text
 from sims.verify import LEVEL, Effort, examine, falsify, holm, normals, points, select, studentised, verify
-from theory.claims import Claim, Parameter, equivalents, overadaptation, spectral
 
 RANDOM = ("statistical", "asymptotic")
 

@@ -39,9 +39,9 @@ from jax import Array
 
 from linfit.covariance import Covariance, Diagonal
 from linfit.filters import Ensemble, Filter, GradientDescent, GradientFlow, MinNorm, Ridge
-from linfit.internal.checks import ArrayLike, is_concrete, non_negative, positive, real_array, same_size
-from linfit.problem import TwoTaskProblem
-from linfit.risk import Risk
+from linfit.internal.checks import ArrayLike, is_concrete, non_negative, positive, same_size
+from linfit.problem import Pair, TwoTaskProblem
+from linfit.risk import Parabola, Risk
 from theory import rational
 
 
@@ -325,48 +325,6 @@ def signal_to_noise(problem: TwoTaskProblem) -> Array:
 # Risk ----------------------------------------------------------------------------------------------------------------
 
 
-class TauForm(NamedTuple):
-    """R(τ) = c − 2τ·slope + τ²·(bias + variance): the risk of an ensemble as a function of τ (docs, S3)."""
-
-    constant: Array
-    """c = R(0), the risk of the pretrained weights."""
-    slope: Array
-    bias: Array
-    variance: Array
-
-    def __call__(self, tau: ArrayLike = 1.0) -> Risk:
-        """Bias² and variance at τ, which broadcasts against the filter's hyperparameters."""
-        tau = real_array("tau", tau)
-        bias = self.constant - 2 * tau * self.slope + tau**2 * self.bias
-        return Risk(*jnp.broadcast_arrays(bias, tau**2 * self.variance))
-
-    @property
-    def optimal_tau(self) -> Array:
-        """τ* = slope/(bias + variance); overadaptation is τ* < 1 (docs, O1)."""
-        return self.slope / (self.bias + self.variance)
-
-    @property
-    def optimal_risk(self) -> Array:
-        """R(τ*)."""
-        return self.constant - self.slope * self.optimal_tau
-
-
-class TauForms(NamedTuple):
-    """Both domains of one filter."""
-
-    finetune: TauForm
-    pretrain: TauForm
-
-
-class Risks(NamedTuple):
-    """Both risks of one filter and τ."""
-
-    finetune: Risk
-    """R_ft(θ) = ‖θ−θ₂*‖²_{Σ₂}."""
-    pretrain: Risk
-    """R_pre(θ) = ‖θ−θ₁*‖²_{Σ₁}."""
-
-
 def risk(
     problem: TwoTaskProblem,
     n: ArrayLike,
@@ -374,7 +332,7 @@ def risk(
     tau: ArrayLike = 1.0,
     *,
     multiplicities: ArrayLike | None = None,
-) -> Risks:
+) -> Pair[Risk]:
     """Predicted bias² and variance of θ_τ = (1−τ)θ₁ + τθ̂ on both domains, over designs of n samples (docs, D2–D4).
 
     Ridge is the known two-point equivalent; gradient flow and descent by contour, the pretraining risk and τ are ours.
@@ -395,13 +353,12 @@ def risk(
     >>> risk(problem, 250, GradientFlow([1.0, 10.0, 100.0])).finetune.total.round(2)
     Array([5.69, 3.72, 2.79], dtype=float64)
     """
-    finetune, pretrain = tau_forms(problem, n, filter, multiplicities=multiplicities)
-    return Risks(finetune(tau), pretrain(tau))
+    return along(problem, n, filter, multiplicities=multiplicities).map(lambda parabola: parabola(tau))
 
 
-def tau_forms(
+def along(
     problem: TwoTaskProblem, n: ArrayLike, filter: Filter, *, multiplicities: ArrayLike | None = None
-) -> TauForms:
+) -> Pair[Parabola]:
     """The predicted risks as functions of τ, with the best τ in closed form (docs, D3, S3; ours).
 
     Arguments and errors as for `risk`; fields have the shape of the filter's hyperparameters.
@@ -409,12 +366,12 @@ def tau_forms(
     >>> from linfit import MinNorm, RandomShift, TwoTaskProblem
     >>> flat = jnp.ones(1000)
     >>> problem = TwoTaskProblem(flat, flat, RandomShift(flat / 1000), noise_std=1.0)
-    >>> tau_forms(problem, 500, MinNorm()).finetune.optimal_tau   # SNR 1, p = 2n
+    >>> along(problem, 500, MinNorm()).finetune.optimal_tau   # SNR 1, p = 2n
     Array(0.33333333, dtype=float64)
     """
     if isinstance(filter, Ensemble):
-        inner = tau_forms(problem, n, filter.filter, multiplicities=multiplicities)
-        return TauForms(*(_scaled(form, filter.tau) for form in inner))
+        inner = along(problem, n, filter.filter, multiplicities=multiplicities)
+        return inner.map(lambda parabola: _scaled(parabola, filter.tau))
     population = _population(problem, n, multiplicities)
     if isinstance(filter, MinNorm):
         return _ridge(population, jnp.zeros_like(population.n))
@@ -430,9 +387,9 @@ def tau_forms(
     )
 
 
-def _scaled(form: TauForm, tau: Array) -> TauForm:
-    scaled = (form.constant, tau * form.slope, tau**2 * form.bias, tau**2 * form.variance)
-    return TauForm(*jnp.broadcast_arrays(*scaled))
+def _scaled(parabola: Parabola, tau: Array) -> Parabola:
+    scaled = (parabola.constant, tau * parabola.slope, tau**2 * parabola.bias, tau**2 * parabola.variance)
+    return Parabola(*jnp.broadcast_arrays(*scaled))
 
 
 class _Population(NamedTuple):
@@ -484,7 +441,7 @@ def _population(problem: TwoTaskProblem, n: ArrayLike, multiplicities: ArrayLike
 
 
 @jax.jit
-def _ridge(population: _Population, penalty: Array) -> TauForms:
+def _ridge(population: _Population, penalty: Array) -> Pair[Parabola]:
     """Also λ = ∞, where nothing is learned."""
     flat = penalty.ravel()
     finite = jnp.isfinite(flat)
@@ -492,11 +449,11 @@ def _ridge(population: _Population, penalty: Array) -> TauForms:
     return _shaped(_evaluate(population, one_term, finite), penalty.shape)
 
 
-def _shaped(forms: TauForms, shape: tuple[int, ...]) -> TauForms:
+def _shaped(forms: Pair[Parabola], shape: tuple[int, ...]) -> Pair[Parabola]:
     return jax.tree.map(lambda leaf: leaf.reshape(shape), forms)
 
 
-def _gradient_flow(population: _Population, time: Array) -> TauForms:
+def _gradient_flow(population: _Population, time: Array) -> Pair[Parabola]:
     """t = 0 learns nothing, t = ∞ is MinNorm; between them a contour."""
     flat = time.ravel()
     started, ended = flat > 0, jnp.isinf(flat)
@@ -509,15 +466,15 @@ def _gradient_flow(population: _Population, time: Array) -> TauForms:
 
 
 @jax.jit
-def _flow(population: _Population, times: Array, started: Array, plan: rational.Plan) -> TauForms:
+def _flow(population: _Population, times: Array, started: Array, plan: rational.Plan) -> Pair[Parabola]:
     return _evaluate(population, rational.flow_ridges(times, plan), started)
 
 
-def _where(condition: Array, a: TauForms, b: TauForms) -> TauForms:
+def _where(condition: Array, a: Pair[Parabola], b: Pair[Parabola]) -> Pair[Parabola]:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def _gradient_descent(population: _Population, filter: GradientDescent) -> TauForms:
+def _gradient_descent(population: _Population, filter: GradientDescent) -> Pair[Parabola]:
     steps, step_size = jnp.broadcast_arrays(filter.steps, filter.step_size)
     dtype = population.n.dtype
     flat_steps, flat_sizes = steps.ravel().astype(dtype), step_size.ravel().astype(dtype)
@@ -541,17 +498,17 @@ def _gradient_descent(population: _Population, filter: GradientDescent) -> TauFo
     return _shaped(forms, steps.shape)
 
 
-def _many_steps(population: _Population, steps: Array, sizes: Array) -> TauForms:
+def _many_steps(population: _Population, steps: Array, sizes: Array) -> Pair[Parabola]:
     steps = jnp.maximum(steps, rational.FEW_STEPS)
     return _descent(population, steps, rational.plan(steps, sizes, concrete=is_concrete(steps, sizes)))
 
 
 @jax.jit
-def _descent(population: _Population, steps: Array, plan: rational.Plan) -> TauForms:
+def _descent(population: _Population, steps: Array, plan: rational.Plan) -> Pair[Parabola]:
     return _evaluate(population, rational.descent_ridges(steps, plan), jnp.ones_like(steps, bool))
 
 
-def _few_steps(population: _Population, steps: Array, sizes: Array) -> TauForms:
+def _few_steps(population: _Population, steps: Array, sizes: Array) -> Pair[Parabola]:
     """One circle for each step size."""
     distinct, group = sizes, jnp.arange(sizes.size)
     if is_concrete(sizes):
@@ -560,11 +517,11 @@ def _few_steps(population: _Population, steps: Array, sizes: Array) -> TauForms:
 
 
 @jax.jit
-def _circle(population: _Population, steps: Array, sizes: Array, group: Array) -> TauForms:
+def _circle(population: _Population, steps: Array, sizes: Array, group: Array) -> Pair[Parabola]:
     return _evaluate(population, rational.few_steps_ridges(steps, sizes, group), steps > 0)
 
 
-def _evaluate(population: _Population, ridges: rational.Ridges, active: Array) -> TauForms:
+def _evaluate(population: _Population, ridges: rational.Ridges, active: Array) -> Pair[Parabola]:
     """The sums of the module's docstring for T filters; where not `active`, nothing is learned."""
     linear, kernels = _over_groups(population, ridges.penalties)
     w = jnp.where(active[:, None], ridges.weights, 0)
@@ -576,7 +533,7 @@ def _evaluate(population: _Population, ridges: rational.Ridges, active: Array) -
     double = jnp.einsum("tk,tqkl,tl->qt", w, kernels[group], columns).real
     bias, variance = double[:2], population.noise_std**2 * double[2:]
     constants = jnp.broadcast_to(population.constants[:, None], slope.shape)
-    return TauForms(*(TauForm(*parts) for parts in zip(constants, slope, bias, variance)))
+    return Pair(*(Parabola(*parts) for parts in zip(constants, slope, bias, variance)))
 
 
 def _over_groups(population: _Population, penalties: Array) -> tuple[Array, Array]:

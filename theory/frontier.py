@@ -31,22 +31,13 @@ import optimistix
 from jax import Array
 from jax.scipy.stats import norm
 
-from linfit import FixedShift, TwoTaskProblem
-from linfit.covariance import Covariance, Diagonal, inner_product
+from linfit import FixedShift, Pair, TwoTaskProblem
+from linfit.covariance import Covariance, Diagonal, trace_of_product
 from linfit.internal.checks import ArrayLike, broadcastable, non_negative, positive, real_array
 from linfit.internal.linear_algebra import rank_cutoff
 
 DECADES = 15.0
 """`weight_at` looks for κ this many decades on either side of trΣ₂/trΣ₁; beyond, κ is 0 or ∞ to all digits."""
-
-
-class Frontier(NamedTuple):
-    """Points of the Pareto frontier, of the shape of κ; excess risks, in squared units of y."""
-
-    finetune: Array
-    """R_ft(θ_κ), rising with κ."""
-    pretrain: Array
-    """R_pre(θ_κ), falling with κ."""
 
 
 class _Modes(NamedTuple):
@@ -60,7 +51,7 @@ class _Modes(NamedTuple):
     """(p, k): a component a is the vector basis @ a; None where basis = diag(Σ₁+Σ₂)^{-1/2}."""
 
 
-def pareto(problem: TwoTaskProblem, weight: ArrayLike) -> Frontier:
+def pareto(problem: TwoTaskProblem, weight: ArrayLike) -> Pair[Array]:
     """Risks of θ_κ = θ₁* + (κΣ₁+Σ₂)⁻¹Σ₂δ, below which there is nothing (docs, E2; ours).
 
     `weight` is κ ≥ 0, of any shape, ∞ allowed: κ = 0 is θ₂*, κ = ∞ is θ₁*. For a random shift the risks are averaged
@@ -70,7 +61,7 @@ def pareto(problem: TwoTaskProblem, weight: ArrayLike) -> Frontier:
     >>> from linfit import FixedShift, TwoTaskProblem
     >>> problem = TwoTaskProblem([1.0, 1.0], [1.0, 3.0], FixedShift([2.0, 0.0]), noise_std=0.5)
     >>> pareto(problem, [0.0, 1.0, 3.0])
-    Frontier(finetune=Array([0.  , 1.  , 2.25], dtype=float64), pretrain=Array([4.  , 1.  , 0.25], dtype=float64))
+    Pair(finetune=Array([0.  , 1.  , 2.25], dtype=float64), pretrain=Array([4.  , 1.  , 0.25], dtype=float64))
     """
     return _risks(_modes(problem), non_negative("weight", weight, finite=False))
 
@@ -153,7 +144,7 @@ def _modes(problem: TwoTaskProblem) -> _Modes:
     if isinstance(problem.shift, FixedShift):
         signal = (moved @ problem.shift.vector) ** 2
     else:
-        signal = jnp.sum(problem.shift.covariance.apply(moved) * moved, axis=-1)
+        signal = problem.shift.covariance.squared_norm(moved)
     return _Modes(jnp.clip(share, 0, 1), signal, basis)
 
 
@@ -168,13 +159,13 @@ def _learned(modes: _Modes, weight: Array) -> Array:
     return jnp.where(seen, modes.share / jnp.where(seen, _penalised(modes, weight) + modes.share, 1), 0)
 
 
-def _risks(modes: _Modes, weight: Array) -> Frontier:
+def _risks(modes: _Modes, weight: Array) -> Pair[Array]:
     learned, penalised = _learned(modes, weight), _penalised(modes, weight)
     finite = jnp.isfinite(penalised)
     penalised = jnp.where(finite, penalised, 0)
     total = penalised + modes.share
     missed = jnp.where(finite, penalised / jnp.where(total > 0, total, 1), 1)  # 1 − g, without cancellation at κ → 0
-    return Frontier(
+    return Pair(
         jnp.sum(modes.signal * modes.share * missed**2, axis=-1),
         jnp.sum(modes.signal * (1 - modes.share) * learned**2, axis=-1),
     )
@@ -275,7 +266,7 @@ def _standardised(threshold: ArrayLike, residual_std: ArrayLike) -> Array:
     return positive("threshold", threshold) / positive("residual_std", residual_std)
 
 
-def population_risks(problem: TwoTaskProblem, tau: ArrayLike) -> Frontier:
+def population_risks(problem: TwoTaskProblem, tau: ArrayLike) -> Pair[Array]:
     """Risks of θ₁ + τΔ, where a method with equivalent coefficient τ ends in the population (docs, E1; ours).
 
         R_ft = (1−τ)² E‖Δ‖²_{Σ₂},   R_pre = E‖u + τΔ‖²_{Σ₁}
@@ -288,15 +279,12 @@ def population_risks(problem: TwoTaskProblem, tau: ArrayLike) -> Frontier:
     True
     """
     tau = real_array("tau", tau)
-    pretrain = problem.pretrain_covariance
-    mean = problem.gap_mean
-    signal = squared = cross = start = jnp.zeros((), pretrain.dtype)
+    start, covariance, mean = problem.pretrained_risks, problem.pretrain_covariance, problem.gap_mean
+    squared = cross = jnp.zeros_like(start.pretrain)
     if problem.gap_covariance is not None:
-        signal = inner_product(problem.gap_covariance, problem.finetune_covariance)
-        squared = inner_product(problem.gap_covariance, pretrain)
+        squared += trace_of_product(problem.gap_covariance, covariance)
     if mean is not None:
-        signal = signal + mean @ problem.finetune_covariance.apply(mean)
-        squared = squared + mean @ pretrain.apply(mean)
-        if (u := problem.pretrain_error) is not None:
-            cross, start = u @ pretrain.apply(mean), u @ pretrain.apply(u)
-    return Frontier((1 - tau) ** 2 * signal, start + 2 * tau * cross + tau**2 * squared)
+        squared += covariance.squared_norm(mean)
+        if problem.pretrain_error is not None:
+            cross += covariance.dot(problem.pretrain_error, mean)
+    return Pair((1 - tau) ** 2 * start.finetune, start.pretrain + 2 * tau * cross + tau**2 * squared)

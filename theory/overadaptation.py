@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from linfit import Filter, GradientFlow, MinNorm, Ridge, RiskForm, RiskForms
+from linfit import Filter, GradientFlow, MinNorm, Pair, Parabola, Ridge, RiskForm
 from theory.optimum import minimise_over_logarithm
 
 
@@ -47,11 +47,11 @@ def overadaptation_condition(form: RiskForm, filter: Filter | None = None) -> Co
     (True, True)
     """
     filter = MinNorm() if filter is None else filter
-    slope, bias_curvature = form.with_noise_std(0.0).slope_and_curvature(filter)
-    return Condition(slope - bias_curvature, form(filter).variance)
+    parabola = form.along(filter)
+    return Condition(parabola.slope - parabola.bias, parabola.variance)
 
 
-def combined(forms: RiskForms, weight: ArrayLike) -> RiskForm:
+def combined(forms: Pair[RiskForm], weight: ArrayLike) -> RiskForm:
     """R_ft + κ R_pre as one form, so that its best τ and oracle are available too (docs, O5; ours).
 
     >>> from linfit import FixedShift, TwoTaskProblem, risk_forms
@@ -85,9 +85,9 @@ def best_of_each_method(form: RiskForm) -> dict[str, Optimum]:
     """Every method at its own optimum on one form, or on the average over a stack of designs (docs, O4; ours).
 
     "min-norm", "ridge" (λ), "early stopping" (gradient flow, t), each plain (τ = 1) and "+ ensemble" (best τ, of
-    either sign and size), and "oracle", the floor of all spectral methods. λ and t are found by golden section on a
-    logarithmic scale over twelve decades around the eigenvalues; an optimum at the end of that range means that the
-    limit (min-norm, or no fine-tuning at all) is best. Works under `jit` and `vmap`, e.g. over noise levels through
+    either sign and size), and "oracle", the lower bound of all spectral methods. λ and t are found by golden section
+    on a logarithmic scale over twelve decades around the eigenvalues; an optimum at the end of that range means that
+    the limit (min-norm, or no fine-tuning at all) is best. Works under `jit` and `vmap`, e.g. over noise levels through
     `form.with_noise_std`.
 
     >>> from linfit import RandomShift, TwoTaskProblem, risk_forms, sample_design, spectra
@@ -100,28 +100,24 @@ def best_of_each_method(form: RiskForm) -> dict[str, Optimum]:
     >>> bool(jnp.isclose(best["ridge"].risk, best["oracle"].risk))
     True
     """
-    constant = form.constant.mean()
     scale = form.eigenvalues.max()
 
-    def along(filter: Filter) -> tuple[Array, Array]:
-        """b·g and gᵀHg, averaged over the stack."""
-        slope, curvature = form.slope_and_curvature(filter)
-        stack = tuple(range(form.constant.ndim))
-        return slope.mean(stack), curvature.mean(stack)
+    def along(filter: Filter) -> Parabola:
+        return form.along(filter).mean(tuple(range(form.constant.ndim)))
 
     def plain(filter: Filter) -> tuple[Array, Array]:
-        slope, curvature = along(filter)
-        return jnp.ones_like(slope), constant - 2 * slope + curvature
+        parabola = along(filter)
+        return jnp.ones_like(parabola.slope), parabola(1.0).total
 
     def ensembled(filter: Filter) -> tuple[Array, Array]:
-        slope, curvature = along(filter)
-        return slope / curvature, constant - slope**2 / curvature
+        parabola = along(filter)
+        return parabola.optimal_tau, parabola.optimal_risk
 
     def tuned(family: Callable[[Array], Filter], risk: Callable[[Filter], tuple[Array, Array]], unit: Array) -> Optimum:
         minimum = minimise_over_logarithm(lambda value: risk(family(value))[1], 1e-8 * unit, 1e4 * unit)
         return Optimum(minimum.argument, risk(family(minimum.argument))[0], minimum.value)
 
-    none = jnp.full_like(constant, jnp.nan)
+    none = jnp.full_like(scale, jnp.nan)
     return {
         "min-norm": Optimum(none, *plain(MinNorm())),
         "min-norm + ensemble": Optimum(none, *ensembled(MinNorm())),
@@ -129,5 +125,5 @@ def best_of_each_method(form: RiskForm) -> dict[str, Optimum]:
         "ridge + ensemble": tuned(Ridge, ensembled, scale),
         "early stopping": tuned(GradientFlow, plain, 1e4 / scale),
         "early stopping + ensemble": tuned(GradientFlow, ensembled, 1e4 / scale),
-        "oracle": Optimum(none, jnp.ones_like(constant), form.oracle_risk().mean()),
+        "oracle": Optimum(none, jnp.ones_like(scale), form.oracle_risk().mean()),
     }

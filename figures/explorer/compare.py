@@ -10,10 +10,10 @@ from jax import Array
 
 from figures.explorer.page import Choice, Line, Mark, Overlay, Page, Plot, Reading, Simulated, Slider, Suggestion
 from figures.style import COLOURS
-from linfit import GradientFlow, Ridge, Risk, TwoTaskProblem, power_law_problem, spectra
+from linfit import GradientFlow, Ridge, Risk, TwoTaskProblem, aligned_problem, spectra
 from sims.compare import RECIPES, compare
 from theory import flow, s3ft
-from theory.equivalents import tau_forms
+from theory.equivalents import along
 from theory.frontier import distance, pareto, population_risks
 
 PENALTIES = np.logspace(-4, 2, 49)
@@ -31,8 +31,8 @@ def problem_of(
     p: int, decay: float, pretrain_decay: float, alignment: float, noise_variance: float, pretrain_risk: float
 ) -> TwoTaskProblem:
     """Σ₂ = diag(j^−decay), Σ₁ ∝ diag(j^−pretrain_decay) of the same trace, Ω ∝ Σ₂^alignment with tr ΩΣ₂ = 1."""
-    problem = power_law_problem(
-        p, decay, alignment=alignment, noise_variance=noise_variance, pretrain_risk=pretrain_risk
+    problem = aligned_problem(
+        spectra.power_law(p, decay), alignment=alignment, noise_std=noise_variance**0.5, pretrain_risk=pretrain_risk
     )
     pretrain = spectra.power_law(p, pretrain_decay, trace=float(spectra.power_law(p, decay).sum()))
     return TwoTaskProblem(
@@ -44,7 +44,7 @@ def problem_of(
 def samples(problem: TwoTaskProblem, n: Array) -> list[list[Risk]]:
     """Risks of ridge at λ = 0 (min-norm) and along λ and of gradient flow (docs, D1–D4); rows τ = 1, then TAUS."""
     with jax.ensure_compile_time_eval():  # times that are known share their work
-        forms = tau_forms(problem, n, Ridge(np.append(0.0, PENALTIES))), tau_forms(problem, n, GradientFlow(TIMES))
+        forms = along(problem, n, Ridge(np.append(0.0, PENALTIES))), along(problem, n, GradientFlow(TIMES))
     return [[form(np.append(1.0, TAUS)[:, None]) for form in pair] for pair in forms]
 
 

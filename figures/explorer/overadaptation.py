@@ -22,11 +22,11 @@ from figures.explorer.page import (
 )
 from figures.style import COLOURS
 from linfit import GradientFlow, MinNorm, RandomShift, Ridge, Risk, TwoTaskProblem, risk_forms, sample_design, spectra
-from theory.equivalents import tau_forms
+from theory.equivalents import along
 
 PENALTIES = np.logspace(-5, 2, 57)
 TIMES = np.logspace(0.125, 4, 32)
-"""Four decades: `tau_forms` shares its work within each."""
+"""Four decades: `along` shares its work within each."""
 TAUS = np.linspace(0, 1.5, 76)
 FINE_TUNERS = {"min-norm": (0, 0), "ridge": (0, 1), "early stopping": (1, 1)}
 """Family of each, ridge or gradient flow, and its column there."""
@@ -66,10 +66,10 @@ def predicted(
     problem: TwoTaskProblem, n: Array, penalty: Array, time: Array, tau: Array, family: Array, column: Array
 ) -> Predicted:
     """Risks without sampling a design (docs, D1–D4); `family` and `column` as in `FINE_TUNERS`."""
-    ridge = tau_forms(problem, n, Ridge(jnp.concatenate([jnp.stack([0.0, penalty]), PENALTIES])))
-    flow = tau_forms(problem, n, GradientFlow(time))
+    ridge = along(problem, n, Ridge(jnp.concatenate([jnp.stack([0.0, penalty]), PENALTIES])))
+    flow = along(problem, n, GradientFlow(time))
     with jax.ensure_compile_time_eval():  # times that are known share their work
-        path = tau_forms(problem, n, GradientFlow(TIMES))
+        path = along(problem, n, GradientFlow(TIMES))
     flow = jax.tree.map(lambda one, more: jnp.concatenate([jnp.stack([one, one]), more]), flow, path)
     families = ridge, flow
     best_taus = [forms.finetune.optimal_tau for forms in families]

@@ -7,8 +7,9 @@ import scipy.integrate
 import scipy.linalg
 import scipy.optimize
 
-from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import zero
+from sims.claims import Normal, claim
+from sims.claims.problems import zero
+from sims.parameters import DECAY, PENALTY, Parameter
 from theory.overtraining import (
     fine_tuned_singular_values,
     fine_tuning,
@@ -21,9 +22,9 @@ from theory.overtraining import (
 
 MODES, REPLICATES = 3, 1024
 START = {
-    "decay": Parameter(0.0, 2.0),
-    "strength": Parameter(0.5, 2.0, "log"),
-    "initial": Parameter(1e-4, 0.05, "log"),
+    "decay": DECAY.within(0.0, 2.0),
+    "strength": Parameter(low=0.5, high=2.0, scale="log"),
+    "initial": Parameter(low=1e-4, high=0.05, scale="log"),
 }
 """Targets a_i = strength·i^(−decay), each mode starting from `initial` times the smallest."""
 
@@ -258,147 +259,166 @@ def _delay_and_cost(instance: FineTuned) -> np.ndarray:
     return np.append(cost, delay / times[-1])
 
 
-def claims() -> tuple[Claim, ...]:
-    """N1–N4."""
-    gamma = Parameter(0.02, 0.5, "log")
-    sizes = {"m": Parameter(MODES, 12, "whole"), "k": Parameter(MODES, 12, "whole")}
-    time = Parameter(0.5, 10.0, "log")
-    one_mode = {"decay": Parameter(0.0, 0.0), "strength": START["strength"], "initial": START["initial"]}
-    return (
-        Claim(
-            id="N1",
-            statement="From a balanced aligned start each singular value follows its own sigmoid, large ones first.",
-            formula=R"s_i(t) = a_i e^{2a_it} / (e^{2a_it} - 1 + a_i/s_0)",
-            source="paper 2503.19206 (the mechanism)",
-            kind="identity",
-            parameters=START | {"time": time, "imbalance": Parameter(0.0, 0.0, highest=1.0)},
-            instance=_trained,
-            predict=_predicted_features,
-            measure=_measured_features,
-            tolerance=1e-6,
-        ),
-        Claim(
-            id="N2",
-            statement="What a Gaussian perturbation adds to the loss depends only on the norms of the two layers.",
-            formula=R"\mathbb E\,\Delta L = \tfrac12[\gamma^2(m\|W_2\|^2 + k\|W_1\|^2) + \gamma^4 mhk]",
-            source="paper 2503.19206 (the experiment); ours (the formula)",
-            kind="statistical",
-            parameters={
-                "m": Parameter(1, 8, "whole"),
-                "h": Parameter(1, 8, "whole"),
-                "k": Parameter(1, 8, "whole"),
-                "gamma": Parameter(0.01, 2.0, "log"),
-                "varying": Parameter(0.0, 0.0, highest=1.0),
-            },
-            instance=_perturbed,
-            predict=_expected_loss,
-            measure=lambda perturbed: perturbed.losses,
-        ),
-        Claim(
-            id="N2.progressive",
-            statement="Started below its targets, a network only grows more sensitive with pretraining time.",
-            formula=R"\tfrac{d}{dt}\,\mathbb E\,\Delta L \ge 0",
-            source="paper 2503.19206 (progressive sensitivity)",
-            kind="inequality",
-            parameters=START | {"initial": Parameter(1e-4, 0.9, "log", highest=5.0), "time": time},
-            instance=_trained,
-            predict=zero,
-            measure=_growing_sensitivity,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="N3",
-            statement="The perturbed loss of a balanced mode turns where it is γ²(m+k)/2 short of its target.",
-            formula=R"s_i = a_i - \gamma^2(m+k)/2",
-            source="ours",
-            kind="identity",
-            parameters=START | sizes | {"gamma": gamma, "imbalance": Parameter(0.0, 0.0, highest=1.0)},
-            instance=_inflection,
-            predict=_turning_values,
-            measure=_least_perturbed_values,
-            tolerance=1e-4,
-        ),
-        Claim(
-            id="N3.total",
-            statement="The inflection time of all modes together is where the perturbed loss is least.",
-            formula=R"\textstyle\sum_i s_i'(s_i - a_i + \gamma^2(m+k)/2) = 0",
-            source="ours",
-            kind="inequality",
-            parameters=START | sizes | {"gamma": gamma},
-            instance=_inflection,
-            predict=zero,
-            measure=_nowhere_lower,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="N3.finite",
-            statement="More pretraining hurts in the end, however small the perturbation, if there is one.",
-            formula=R"t^* < \infty \iff \gamma > 0",
-            source="ours",
-            kind="inequality",
-            parameters=START | sizes | {"gamma": Parameter(0.02, 0.5, "log")},
-            instance=_inflection,
-            predict=zero,
-            measure=_rise_at_last,
-        ),
-        Claim(
-            id="N3.earlier",
-            statement="A larger perturbation turns the loss no later.",
-            formula=R"\gamma \le \gamma' \Rightarrow t^*(\gamma') \le t^*(\gamma)",
-            source="paper 2503.19206 (observed); ours (here)",
-            kind="inequality",
-            parameters=START | sizes | {"gamma": gamma},
-            instance=_inflection,
-            predict=zero,
-            measure=_earlier,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="N4",
-            statement="Fine-tuning with the same singular vectors continues every mode towards its new target.",
-            formula=R"s_i(t, T) = b_i e^{2b_iT} / (e^{2b_iT} - 1 + b_i/s_i(t))",
-            source="paper 2503.19206 (the setting); ours (the formula)",
-            kind="identity",
-            parameters=START
-            | {
-                "time": time,
-                "finetune_time": Parameter(0.1, 3.0, "log"),
-                "stretch": Parameter(0.5, 2.0, "log"),
-                "angle": Parameter(0.0, 0.0, highest=1.0),
-            },
-            instance=_trained,
-            predict=_predicted_fine_tuned,
-            measure=_measured_fine_tuned,
-            tolerance=1e-6,
-        ),
-        Claim(
-            id="N4.no_inflection",
-            statement="If fine-tuning stretches no feature, more pretraining never raises the final pretraining loss.",
-            formula=R"b_i \le a_i \Rightarrow \tfrac{d}{dt} L_\mathrm{pre}(\text{after}) \le 0",
-            source="ours",
-            kind="inequality",
-            parameters=START
-            | {"stretch": Parameter(0.2, 1.0, highest=3.0), "finetune_time": Parameter(0.1, 3.0, "log")},
-            instance=_fine_tuned,
-            predict=zero,
-            measure=_falls,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="N4.penalty",
-            statement="A penalty towards the pretrained weights delays the inflection and costs fine-tuning loss.",
-            formula=R"t^*(\mu) \ge t^*(0),\quad L_\mathrm{ft}(\mu) \ge L_\mathrm{ft}(0)",
-            source="paper 2503.19206 (the trade-off); ours (here, equal targets)",
-            kind="inequality",
-            parameters=one_mode
-            | {
-                "stretch": Parameter(1.05, 2.0),
-                "finetune_time": Parameter(0.1, 2.0, "log"),
-                "penalty": Parameter(0.05, 5.0, "log"),
-            },
-            instance=_fine_tuned,
-            predict=zero,
-            measure=_delay_and_cost,
-            tolerance=1e-6,
-        ),
-    )
+GAMMA = Parameter(low=0.02, high=0.5, scale="log")
+SIZES = {"m": Parameter(low=MODES, high=12, scale="whole"), "k": Parameter(low=MODES, high=12, scale="whole")}
+TIME = Parameter(low=0.5, high=10.0, scale="log")
+ONE_MODE = {"decay": DECAY.within(0.0), "strength": START["strength"], "initial": START["initial"]}
+
+
+@claim(
+    "N1",
+    "From a balanced aligned start each singular value follows its own sigmoid, large ones first.",
+    R"s_i(t) = a_i e^{2a_it} / (e^{2a_it} - 1 + a_i/s_0)",
+    source="paper 2503.19206 (the mechanism)",
+    kind="identity",
+    parameters=START | {"time": TIME, "imbalance": Parameter(low=0.0, high=0.0, highest=1.0)},
+    tolerance=1e-6,
+)
+def n1(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _trained(normal, **values)
+    return _predicted_features(instance), _measured_features(instance)
+
+
+@claim(
+    "N2",
+    "What a Gaussian perturbation adds to the loss depends only on the norms of the two layers.",
+    R"\mathbb E\,\Delta L = \tfrac12[\gamma^2(m\|W_2\|^2 + k\|W_1\|^2) + \gamma^4 mhk]",
+    source="paper 2503.19206 (the experiment); ours (the formula)",
+    kind="statistical",
+    parameters={
+        "m": Parameter(low=1, high=8, scale="whole"),
+        "h": Parameter(low=1, high=8, scale="whole"),
+        "k": Parameter(low=1, high=8, scale="whole"),
+        "gamma": Parameter(low=0.01, high=2.0, scale="log"),
+        "varying": Parameter(low=0.0, high=0.0, highest=1.0),
+    },
+)
+def n2(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _perturbed(normal, **values)
+    return _expected_loss(instance), (lambda perturbed: perturbed.losses)(instance)
+
+
+@claim(
+    "N2.progressive",
+    "Started below its targets, a network only grows more sensitive with pretraining time.",
+    R"\tfrac{d}{dt}\,\mathbb E\,\Delta L \ge 0",
+    source="paper 2503.19206 (progressive sensitivity)",
+    kind="inequality",
+    parameters=START | {"initial": Parameter(low=1e-4, high=0.9, scale="log", highest=5.0), "time": TIME},
+    tolerance=1e-9,
+)
+def n2_progressive(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _trained(normal, **values)
+    return zero(instance), _growing_sensitivity(instance)
+
+
+@claim(
+    "N3",
+    "The perturbed loss of a balanced mode turns where it is γ²(m+k)/2 short of its target.",
+    R"s_i = a_i - \gamma^2(m+k)/2",
+    source="ours",
+    kind="identity",
+    parameters=START | SIZES | {"gamma": GAMMA, "imbalance": Parameter(low=0.0, high=0.0, highest=1.0)},
+    tolerance=1e-4,
+)
+def n3(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _inflection(normal, **values)
+    return _turning_values(instance), _least_perturbed_values(instance)
+
+
+@claim(
+    "N3.total",
+    "The inflection time of all modes together is where the perturbed loss is least.",
+    R"\textstyle\sum_i s_i'(s_i - a_i + \gamma^2(m+k)/2) = 0",
+    source="ours",
+    kind="inequality",
+    parameters=START | SIZES | {"gamma": GAMMA},
+    tolerance=1e-9,
+)
+def n3_total(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _inflection(normal, **values)
+    return zero(instance), _nowhere_lower(instance)
+
+
+@claim(
+    "N3.finite",
+    "More pretraining hurts in the end, however small the perturbation, if there is one.",
+    R"t^* < \infty \iff \gamma > 0",
+    source="ours",
+    kind="inequality",
+    parameters=START | SIZES | {"gamma": Parameter(low=0.02, high=0.5, scale="log")},
+)
+def n3_finite(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _inflection(normal, **values)
+    return zero(instance), _rise_at_last(instance)
+
+
+@claim(
+    "N3.earlier",
+    "A larger perturbation turns the loss no later.",
+    R"\gamma \le \gamma' \Rightarrow t^*(\gamma') \le t^*(\gamma)",
+    source="paper 2503.19206 (observed); ours (here)",
+    kind="inequality",
+    parameters=START | SIZES | {"gamma": GAMMA},
+    tolerance=1e-9,
+)
+def n3_earlier(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _inflection(normal, **values)
+    return zero(instance), _earlier(instance)
+
+
+@claim(
+    "N4",
+    "Fine-tuning with the same singular vectors continues every mode towards its new target.",
+    R"s_i(t, T) = b_i e^{2b_iT} / (e^{2b_iT} - 1 + b_i/s_i(t))",
+    source="paper 2503.19206 (the setting); ours (the formula)",
+    kind="identity",
+    parameters=START
+    | {
+        "time": TIME,
+        "finetune_time": Parameter(low=0.1, high=3.0, scale="log"),
+        "stretch": Parameter(low=0.5, high=2.0, scale="log"),
+        "angle": Parameter(low=0.0, high=0.0, highest=1.0),
+    },
+    tolerance=1e-6,
+)
+def n4(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _trained(normal, **values)
+    return _predicted_fine_tuned(instance), _measured_fine_tuned(instance)
+
+
+@claim(
+    "N4.no_inflection",
+    "If fine-tuning stretches no feature, more pretraining never raises the final pretraining loss.",
+    R"b_i \le a_i \Rightarrow \tfrac{d}{dt} L_\mathrm{pre}(\text{after}) \le 0",
+    source="ours",
+    kind="inequality",
+    parameters=START
+    | {
+        "stretch": Parameter(low=0.2, high=1.0, highest=3.0),
+        "finetune_time": Parameter(low=0.1, high=3.0, scale="log"),
+    },
+    tolerance=1e-9,
+)
+def n4_no_inflection(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _fine_tuned(normal, **values)
+    return zero(instance), _falls(instance)
+
+
+@claim(
+    "N4.penalty",
+    "A penalty towards the pretrained weights delays the inflection and costs fine-tuning loss.",
+    R"t^*(\mu) \ge t^*(0),\quad L_\mathrm{ft}(\mu) \ge L_\mathrm{ft}(0)",
+    source="paper 2503.19206 (the trade-off); ours (here, equal targets)",
+    kind="inequality",
+    parameters=ONE_MODE
+    | {
+        "stretch": Parameter(low=1.05, high=2.0),
+        "finetune_time": Parameter(low=0.1, high=2.0, scale="log"),
+        "penalty": PENALTY.within(0.05, 5.0),
+    },
+    tolerance=1e-6,
+)
+def n4_penalty(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _fine_tuned(normal, **values)
+    return zero(instance), _delay_and_cost(instance)

@@ -11,32 +11,32 @@ from linfit import (
     GradientDescent,
     GradientFlow,
     MinNorm,
+    Pair,
     RandomShift,
     Ridge,
-    RiskForms,
     TwoTaskProblem,
-    power_law_problem,
     risk_forms,
 )
 from linfit.covariance import Covariance, Diagonal
-from theory.claims import Normal, Parameter
+from sims.claims import Normal
+from sims.parameters import DECAY, PENALTY, TAU, TIME, Parameter
 
 SIZES = ((10, 25), (16, 20))
 """(n, p) of the exact claims: few, because every new shape is compiled."""
 
 FILTER_PARAMETERS = {
-    "penalty": Parameter(1e-3, 10.0, "log"),
-    "time": Parameter(0.1, 100.0, "log"),
-    "speed": Parameter(0.1, 1.9),  # η·s_max
-    "steps": Parameter(1, 30, "whole"),
+    "penalty": PENALTY.within(1e-3, 10.0),
+    "time": TIME.within(0.1, 100.0),
+    "speed": Parameter(low=0.1, high=1.9),  # η·s_max
+    "steps": Parameter(low=1, high=30, scale="whole"),
 }
 EXACT_PARAMETERS = {
-    "size": Parameter(0, len(SIZES) - 1, "whole"),
-    "decay": Parameter(0.0, 1.5),
-    "fixed": Parameter(0, 1, "whole"),
-    "noise_variance": Parameter(1e-3, 10.0, "log"),
-    "pretrain_size": Parameter(0.1, 1.0, "log"),
-    "tau": Parameter(-0.5, 1.5),
+    "size": Parameter(low=0, high=len(SIZES) - 1, scale="whole"),
+    "decay": DECAY.within(0.0, 1.5),
+    "fixed": Parameter(low=0, high=1, scale="whole"),
+    "noise_variance": Parameter(low=1e-3, high=10.0, scale="log"),
+    "pretrain_size": Parameter(low=0.1, high=1.0, scale="log"),
+    "tau": TAU.within(-0.5, 1.5),
     **FILTER_PARAMETERS,
 }
 
@@ -46,7 +46,7 @@ class Exact(NamedTuple):
 
     X: np.ndarray
     problem: TwoTaskProblem
-    forms: RiskForms
+    forms: Pair
     filters: list[Any]
     maps: np.ndarray
     """R (4, p, n) with θ̂ = θ₁ + R(y − Xθ₁), without an eigendecomposition of the kernel."""
@@ -170,13 +170,6 @@ def risk_by_algebra(
 def totals(problem: TwoTaskProblem, X: np.ndarray, R: np.ndarray) -> np.ndarray:
     """[R_ft, R_pre] by algebra."""
     return risk_by_algebra(problem, X, R).sum(axis=1)
-
-
-def aligned_problem(
-    p: int, decay: float, alignment: float, noise_variance: float, pretrain_risk: float = 0.0
-) -> TwoTaskProblem:
-    """The test bed of the overadaptation figures: Σ₁ = Σ₂ = diag(j^−decay), Ω ∝ Σ₂^alignment, tr ΩΣ₂ = 1."""
-    return power_law_problem(p, decay, alignment=alignment, noise_variance=noise_variance, pretrain_risk=pretrain_risk)
 
 
 def coloured(normal: Normal, n: int, problem: TwoTaskProblem) -> Array:

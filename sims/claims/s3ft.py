@@ -8,8 +8,9 @@ import scipy.stats
 
 from linfit import FixedShift, MinNorm, Ridge, TwoTaskProblem, risk_forms, s3ft_targets
 from linfit.targets import Source
-from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import matrix_of, zero
+from sims.claims import Normal, claim
+from sims.claims.problems import matrix_of, zero
+from sims.parameters import ALIGNMENT, DECAY, PENALTY, Parameter
 from theory.s3ft import (
     SUPERVISED,
     Procedure,
@@ -80,13 +81,13 @@ def _by_quadrature(scalar: tuple[float, float]) -> float:
 # T2, in the population -----------------------------------------------------------------------------------------------
 
 JUDGED = {
-    "rank": Parameter(1, 3, "whole"),
-    "tolerance": Parameter(0.7, 2.2, lowest=0.1, highest=3.0),
-    "success": Parameter(0.2, 1.0),
-    "false_accept": Parameter(0.05, 0.3),
-    "false_reject": Parameter(0.05, 0.3),
-    "sampling_std": Parameter(0.0, 1.0),
-    "noise_variance": Parameter(0.1, 3.0, "log"),
+    "rank": Parameter(low=1, high=3, scale="whole"),
+    "tolerance": Parameter(low=0.7, high=2.2, lowest=0.1, highest=3.0),
+    "success": Parameter(low=0.2, high=1.0),
+    "false_accept": Parameter(low=0.05, high=0.3),
+    "false_reject": Parameter(low=0.05, high=0.3),
+    "sampling_std": Parameter(low=0.0, high=1.0),
+    "noise_variance": Parameter(low=0.1, high=3.0, scale="log"),
 }
 OUTPUTS = 5
 
@@ -358,155 +359,174 @@ def _more_forgotten(contest: Contest) -> float:
     return float(contest.selective[1].max() / contest.supervised[1] - 1)
 
 
-def claims() -> tuple[Claim, ...]:
-    """T1, T2."""
-    scalar = {"threshold": Parameter(0.0, 4.0), "residual_std": Parameter(0.1, 10.0, "log")}
-    limit = JUDGED | {
-        "decay": Parameter(0.0, 1.5),
-        "style_signal": Parameter(0.3, 3.0, "log"),
-        "anisotropy": Parameter(0.0, 0.0, highest=1.5),
-    }
-    drawn = limit | {"heavy_tails": Parameter(0.0, 0.0, highest=0.8), "entangled": Parameter(0.0, 0.0, highest=2.0)}
-    contest = {"decay": Parameter(0.0, 2.0), "alignment": Parameter(-1.0, 1.0)}
-    return (
-        Claim(
-            id="T1",
-            statement="The coefficient ρ(c) is the share of residual variance beyond the threshold.",
-            formula=R"\rho(c) = 2[z\varphi(z) + 1 - \Phi(z)] = \mathbb{E}\,r^2 1\{|r|>c\}/v,\ z = c/\sqrt v",
-            source="ours",
-            kind="identity",
-            parameters=scalar,
-            instance=lambda normal, threshold, residual_std: (threshold * residual_std, residual_std),
-            predict=_coefficient,
-            measure=_by_quadrature,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="T1.sampled",
-            statement="S3FT on scalar responses ends at θ₁ + ρ(c)δ, an ensemble, whatever Σ.",
-            formula=R"\Sigma^{-1}\,\mathbb{E}\,x\,r\,1\{|r|>c\} = \rho(c)\,\delta",
-            source="ours",
-            kind="statistical",
-            parameters={
-                "decay": Parameter(0.0, 2.0),
-                "noise_variance": Parameter(0.05, 5.0, "log"),
-                "threshold": Parameter(0.3, 2.0),
-                "heavy_tails": Parameter(0.0, 0.0, highest=0.8),
-                "skewness": Parameter(0.0, 0.0, highest=1.0),
-            },
-            instance=_scalar,
-            predict=_fixed_point,
-            measure=_normal_equations,
-        ),
-        Claim(
-            id="T2.shares",
-            statement="Shares of own, paraphrased and gold targets follow from a χ² with as many degrees as content.",
-            formula=R"\mathrm{own} = (1-f)F_k + a(1-F_k),\ \mathrm{paraphrase} = (1-a)q(1-f)(1-F_k)",
-            source="ours",
-            kind="statistical",
-            parameters=drawn,
-            instance=_population,
-            predict=_expected_shares,
-            measure=_counted,
-        ),
-        Claim(
-            id="T2.drift",
-            statement="S3FT on vector responses is an ensemble with one coefficient for content and one for style.",
-            formula=R"\hat\theta = \theta_1 + \rho_\mathrm{content}\,\Delta P + \rho_\mathrm{style}\,\Delta(I-P)",
-            source="ours",
-            kind="statistical",
-            parameters=drawn,
-            instance=_population,
-            predict=_expected_drift,
-            measure=_drift,
-        ),
-        Claim(
-            id="T2.style",
-            statement="With paraphrases that always succeed and a judge that knows what is right, style stays.",
-            formula=R"q = 1,\ f = 0 \implies \rho_\mathrm{style} = 0",
-            source="ours",
-            kind="inequality",
-            parameters=limit
-            | {
-                "success": Parameter(1.0, 1.0, lowest=0.0),
-                "false_reject": Parameter(0.0, 0.0, highest=0.5),
-                "false_accept": Parameter(0.0, 0.5, highest=1.0),
-            },
-            instance=_limits,
-            predict=_style_drift,
-            measure=_hardly,
-        ),
-        Claim(
-            id="T2.less",
-            statement="With unlimited data S3FT forgets less than supervised fine-tuning.",
-            formula=R"u = 0 \implies R_\mathrm{pre}(\mathrm{S3FT}) < R_\mathrm{pre}(\mathrm{SFT})",
-            source="ours",
-            kind="inequality",
-            parameters=limit
-            | {
-                "tolerance": Parameter(0.01, 5.0, "log"),
-                "false_accept": Parameter(0.0, 1.0),
-                "false_reject": Parameter(0.0, 0.95),
-                "pretrain_size": Parameter(0.0, 0.0, highest=3.0),
-            },
-            instance=_limits,
-            predict=_forgetting,
-            measure=_one,
-        ),
-        Claim(
-            id="T2.rejection",
-            statement="Training on accepted own answers alone moves content towards gold by the sampling noise only.",
-            formula=R"\hat\theta = \theta_1 + \frac{s^2B}{A - Bq}\,\Delta P",
-            source="ours",
-            kind="statistical",
-            parameters=drawn,
-            instance=_population,
-            predict=_rejection,
-            measure=_rejection_gradient,
-        ),
-        Claim(
-            id="T2.design",
-            statement="Shares and risks of S3FT on a given design are exact, whatever n, p, Σ₁, Σ₂, P and the judge.",
-            formula=R"\mathbb{E}\,t_i = A_{k+2}(\lambda_i)\,\mu_i,\quad \lambda_i = \|\mu_i\|^2/(\sigma^2+s^2)",
-            source="ours",
-            kind="statistical",
-            parameters=JUDGED
-            | {
-                "decay": Parameter(0.0, 1.5),
-                "pretrain_size": Parameter(0.0, 1.0),
-                "penalty": Parameter(1e-2, 10.0, "log"),
-                "noise_correlation": Parameter(0.0, 0.0, highest=0.9),
-            },
-            instance=_on_design,
-            predict=_expected_outcome,
-            measure=_outcome,
-        ),
-        Claim(
-            id="T2.averaging",
-            statement="With noisy labels and n < p, averaging SFT at its best τ beats S3FT at its best tolerance.",
-            formula=R"\sigma^2 \geq \tfrac{1}{10}\delta^\top\Sigma\delta \implies \min_\tau R \leq \min_c R",
-            source="ours",
-            kind="inequality",
-            parameters=contest | {"noise_variance": Parameter(0.1, 10.0, "log", lowest=1e-4)},
-            instance=_contest,
-            predict=zero,
-            measure=_selecting_against_averaging,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="T2.more",
-            statement="With few samples and little noise S3FT can forget more than SFT: mixed targets are rough.",
-            formula=R"n < p:\ \max_c R_\mathrm{pre}(c) > 1.01\,R_\mathrm{pre}(\mathrm{SFT})",
-            source="ours",
-            kind="existence",
-            parameters=contest | {"noise_variance": Parameter(1e-3, 0.1, "log", highest=10.0)},
-            instance=_contest,
-            predict=_noticeably,
-            measure=_more_forgotten,
-        ),
-    )
-
-
 def _noticeably(_: Any) -> float:
     """At the strictest tolerance S3FT is SFT: more than rounding is needed."""
     return 0.01
+
+
+SCALAR = {"threshold": Parameter(low=0.0, high=4.0), "residual_std": Parameter(low=0.1, high=10.0, scale="log")}
+LIMIT = JUDGED | {
+    "decay": DECAY.within(0.0, 1.5),
+    "style_signal": Parameter(low=0.3, high=3.0, scale="log"),
+    "anisotropy": Parameter(low=0.0, high=0.0, highest=1.5),
+}
+DRAWN = LIMIT | {
+    "heavy_tails": Parameter(low=0.0, high=0.0, highest=0.8),
+    "entangled": Parameter(low=0.0, high=0.0, highest=2.0),
+}
+CONTEST = {"decay": DECAY.within(0.0, 2.0), "alignment": ALIGNMENT.within(-1.0, 1.0)}
+
+
+@claim(
+    "T1",
+    "The coefficient ρ(c) is the share of residual variance beyond the threshold.",
+    R"\rho(c) = 2[z\varphi(z) + 1 - \Phi(z)] = \mathbb{E}\,r^2 1\{|r|>c\}/v,\ z = c/\sqrt v",
+    source="ours",
+    kind="identity",
+    parameters=SCALAR,
+    tolerance=1e-9,
+)
+def t1(normal: Normal, threshold: float, residual_std: float) -> tuple[Any, Any]:
+    instance = threshold * residual_std, residual_std
+    return _coefficient(instance), _by_quadrature(instance)
+
+
+@claim(
+    "T1.sampled",
+    "S3FT on scalar responses ends at θ₁ + ρ(c)δ, an ensemble, whatever Σ.",
+    R"\Sigma^{-1}\,\mathbb{E}\,x\,r\,1\{|r|>c\} = \rho(c)\,\delta",
+    source="ours",
+    kind="statistical",
+    parameters={
+        "decay": DECAY.within(0.0, 2.0),
+        "noise_variance": Parameter(low=0.05, high=5.0, scale="log"),
+        "threshold": Parameter(low=0.3, high=2.0),
+        "heavy_tails": Parameter(low=0.0, high=0.0, highest=0.8),
+        "skewness": Parameter(low=0.0, high=0.0, highest=1.0),
+    },
+)
+def t1_sampled(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _scalar(normal, **values)
+    return _fixed_point(instance), _normal_equations(instance)
+
+
+@claim(
+    "T2.shares",
+    "Shares of own, paraphrased and gold targets follow from a χ² with as many degrees as content.",
+    R"\mathrm{own} = (1-f)F_k + a(1-F_k),\ \mathrm{paraphrase} = (1-a)q(1-f)(1-F_k)",
+    source="ours",
+    kind="statistical",
+    parameters=DRAWN,
+)
+def t2_shares(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _population(normal, **values)
+    return _expected_shares(instance), _counted(instance)
+
+
+@claim(
+    "T2.drift",
+    "S3FT on vector responses is an ensemble with one coefficient for content and one for style.",
+    R"\hat\theta = \theta_1 + \rho_\mathrm{content}\,\Delta P + \rho_\mathrm{style}\,\Delta(I-P)",
+    source="ours",
+    kind="statistical",
+    parameters=DRAWN,
+)
+def t2_drift(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _population(normal, **values)
+    return _expected_drift(instance), _drift(instance)
+
+
+@claim(
+    "T2.style",
+    "With paraphrases that always succeed and a judge that knows what is right, style stays.",
+    R"q = 1,\ f = 0 \implies \rho_\mathrm{style} = 0",
+    source="ours",
+    kind="inequality",
+    parameters=LIMIT
+    | {
+        "success": Parameter(low=1.0, high=1.0, lowest=0.0),
+        "false_reject": Parameter(low=0.0, high=0.0, highest=0.5),
+        "false_accept": Parameter(low=0.0, high=0.5, highest=1.0),
+    },
+)
+def t2_style(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _limits(normal, **values)
+    return _style_drift(instance), _hardly(instance)
+
+
+@claim(
+    "T2.less",
+    "With unlimited data S3FT forgets less than supervised fine-tuning.",
+    R"u = 0 \implies R_\mathrm{pre}(\mathrm{S3FT}) < R_\mathrm{pre}(\mathrm{SFT})",
+    source="ours",
+    kind="inequality",
+    parameters=LIMIT
+    | {
+        "tolerance": Parameter(low=0.01, high=5.0, scale="log"),
+        "false_accept": Parameter(low=0.0, high=1.0),
+        "false_reject": Parameter(low=0.0, high=0.95),
+        "pretrain_size": Parameter(low=0.0, high=0.0, highest=3.0),
+    },
+)
+def t2_less(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _limits(normal, **values)
+    return _forgetting(instance), _one(instance)
+
+
+@claim(
+    "T2.rejection",
+    "Training on accepted own answers alone moves content towards gold by the sampling noise only.",
+    R"\hat\theta = \theta_1 + \frac{s^2B}{A - Bq}\,\Delta P",
+    source="ours",
+    kind="statistical",
+    parameters=DRAWN,
+)
+def t2_rejection(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _population(normal, **values)
+    return _rejection(instance), _rejection_gradient(instance)
+
+
+@claim(
+    "T2.design",
+    "Shares and risks of S3FT on a given design are exact, whatever n, p, Σ₁, Σ₂, P and the judge.",
+    R"\mathbb{E}\,t_i = A_{k+2}(\lambda_i)\,\mu_i,\quad \lambda_i = \|\mu_i\|^2/(\sigma^2+s^2)",
+    source="ours",
+    kind="statistical",
+    parameters=JUDGED
+    | {
+        "decay": DECAY.within(0.0, 1.5),
+        "pretrain_size": Parameter(low=0.0, high=1.0),
+        "penalty": PENALTY.within(1e-2, 10.0),
+        "noise_correlation": Parameter(low=0.0, high=0.0, highest=0.9),
+    },
+)
+def t2_design(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _on_design(normal, **values)
+    return _expected_outcome(instance), _outcome(instance)
+
+
+@claim(
+    "T2.averaging",
+    "With noisy labels and n < p, averaging SFT at its best τ beats S3FT at its best tolerance.",
+    R"\sigma^2 \geq \tfrac{1}{10}\delta^\top\Sigma\delta \implies \min_\tau R \leq \min_c R",
+    source="ours",
+    kind="inequality",
+    parameters=CONTEST | {"noise_variance": Parameter(low=0.1, high=10.0, scale="log", lowest=1e-4)},
+    tolerance=1e-9,
+)
+def t2_averaging(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _contest(normal, **values)
+    return zero(instance), _selecting_against_averaging(instance)
+
+
+@claim(
+    "T2.more",
+    "With few samples and little noise S3FT can forget more than SFT: mixed targets are rough.",
+    R"n < p:\ \max_c R_\mathrm{pre}(c) > 1.01\,R_\mathrm{pre}(\mathrm{SFT})",
+    source="ours",
+    kind="existence",
+    parameters=CONTEST | {"noise_variance": Parameter(low=1e-3, high=0.1, scale="log", highest=10.0)},
+)
+def t2_more(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _contest(normal, **values)
+    return _noticeably(instance), _more_forgotten(instance)

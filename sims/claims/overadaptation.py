@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
-from linfit import MinNorm, RandomShift, RiskForm, TwoTaskProblem, fine_tune, risk_forms
-from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import (
+from linfit import MinNorm, RandomShift, RiskForm, TwoTaskProblem, aligned_problem, fine_tune, risk_forms, spectra
+from sims.claims import Normal, claim
+from sims.claims.problems import (
     EXACT_PARAMETERS,
     Exact,
-    aligned_problem,
     coloured,
     exact_instance,
     matrix_of,
@@ -19,6 +18,7 @@ from theory.claims.instances import (
     totals,
     zero,
 )
+from sims.parameters import ALIGNMENT, DECAY, TAU, Parameter
 from theory.overadaptation import Optimum, bayes_penalty, best_of_each_method, combined, overadaptation_condition
 
 # O1 ------------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def _aligned(
     normal: Normal, decay: float, alignment: float, noise_variance: float, shape: tuple[int, int], **extra: Any
 ) -> Aligned:
     n, p = shape
-    problem = aligned_problem(p, decay, alignment, noise_variance)
+    problem = aligned_problem(spectra.power_law(p, decay), alignment=alignment, noise_std=noise_variance**0.5)
     X = coloured(normal, n, problem)
     return Aligned(X, problem, risk_forms(X, problem).finetune, extra)
 
@@ -249,204 +249,230 @@ def _combined_vertex(exact: Exact) -> np.ndarray:
     return np.array(values)
 
 
-def claims() -> tuple[Claim, ...]:
-    """O1–O5."""
-    without = {name: value for name, value in EXACT_PARAMETERS.items() if name not in ("fixed", "tau")}
-    decay, noise = Parameter(0.5, 2.0), Parameter(1e-2, 10.0, "log")
-    contest = {"decay": decay, "alignment": Parameter(-1.0, 1.0), "noise_variance": Parameter(1e-3, 10.0, "log")}
-    return (
-        Claim(
-            id="O1",
-            statement="Min-norm overadapts (τ* < 1) exactly where the noise it fits exceeds the signal it misses.",
-            formula=R"\tau^* < 1 \iff \mathrm{tr}\,\Pi S (I-\Pi)\Sigma_2 < \sigma^2\,\mathrm{tr}\,A^\top \Sigma_2 A",
-            source="ours",
-            kind="identity",
-            parameters=EXACT_PARAMETERS
-            | {
-                "noise_variance": Parameter(1e-3, 10.0, "log", lowest=1e-6, highest=1e3),
-                "decay": Parameter(0.0, 1.5, highest=3.0),
-            },
-            instance=exact_instance,
-            predict=_condition,
-            measure=_condition_by_projection,
-            tolerance=1e-8,
-        ),
-        Claim(
-            id="O1.isotropic",
-            statement="For an isotropic shift min-norm always overadapts: any label noise makes averaging help.",
-            formula=R"S = \omega I,\ \sigma > 0 \implies \tau^* < 1",
-            source="ours",
-            kind="inequality",
-            parameters={
-                "decay": Parameter(0.0, 2.0, highest=3.0),
-                "alignment": Parameter(0.0, 0.0, lowest=-2.0, highest=2.0),
-                "noise_variance": Parameter(1e-3, 10.0, "log", lowest=1e-9, highest=1e3),
-            },
-            instance=_small,
-            predict=zero,
-            measure=_overadaptation,
-        ),
-        Claim(
-            id="O2",
-            statement="Along τ, the risk is bias² plus τ² times the variance of the fine-tuned model.",
-            formula=R"R_\mathrm{ft}(\tau) = \mathrm{bias}^2(\tau) + \tau^2\,\mathrm{variance}(1)",
-            source="paper 2506.01901 (picture)",
-            kind="statistical",
-            parameters=without | {"noise_correlation": Parameter(0.0, 0.0, highest=0.9)},
-            instance=_decomposed,
-            predict=_bias_and_scaled_variance,
-            measure=_decomposition,
-        ),
-        Claim(
-            id="O2.bias",
-            statement="bias² falls as τ leaves 0, for a mean-zero shift whose covariance commutes with Σ₂.",
-            formula=R"\tfrac{d}{d\tau}\,\mathrm{bias}^2(\tau)\big|_{\tau=0} < 0",
-            source="paper 2506.01901 (picture)",
-            kind="inequality",
-            parameters={
-                "decay": Parameter(0.0, 2.0),
-                "alignment": Parameter(-1.0, 1.0),
-                "noise_variance": noise,
-                "adversarial": Parameter(0.0, 0.0, highest=1.0),
-            },
-            instance=_falling,
-            predict=zero,
-            measure=_initial_fall,
-        ),
-        Claim(
-            id="O3",
-            statement="Started from the pretraining optimum (u = 0), forgetting is exactly quadratic in τ.",
-            formula=R"u = 0 \implies R_\mathrm{pre}(\tau) = \tau^2 R_\mathrm{pre}(1)",
-            source="ours",
-            kind="identity",
-            parameters={name: value for name, value in EXACT_PARAMETERS.items() if name != "tau"}
-            | {"pretrain_size": Parameter(0.0, 0.0, highest=1.0)},
-            instance=_at_any_tau,
-            predict=_scaled_forgetting,
-            measure=_forgetting,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="O3.less",
-            statement="The ensemble forgets less than the fine-tuned model.",
-            formula=R"R_\mathrm{pre}(\tau) < R_\mathrm{pre}(1),\quad |\tau| < 1,\ u = 0",
-            source="paper 2506.01901",
-            kind="inequality",
-            parameters=EXACT_PARAMETERS
-            | {
-                "tau": Parameter(-0.99, 0.99, lowest=-1.5, highest=1.5),
-                "pretrain_size": Parameter(0.0, 0.0, highest=3.0),
-            },
-            instance=exact_instance,
-            predict=_ensemble_forgets,
-            measure=_one,
-        ),
-        Claim(
-            id="O4.bayes",
-            statement="For an isotropic shift ridge with λ = σ²/(nω) is Bayes, the oracle filter, and has τ* = 1.",
-            formula=R"S = \omega I \implies R\bigl(\tfrac{1}{s+\sigma^2/n\omega}\bigr) = R(g^*),\ \tau^* = 1",
-            source="ours",
-            kind="identity",
-            parameters={
-                "decay": Parameter(0.0, 2.0),
-                "alignment": Parameter(0.0, 0.0, lowest=-1.0, highest=1.0),
-                "noise_variance": noise,
-                "penalty_ratio": Parameter(1.0, 1.0, "log", lowest=0.1, highest=10.0),
-            },
-            instance=_small,
-            predict=_oracle_and_one,
-            measure=_bayes_ridge,
-            tolerance=1e-8,
-        ),
-        Claim(
-            id="O4.tail",
-            statement="For a tail shift, ensembled min-norm beats the best ridge and the best early stopping.",
-            formula=R"S \propto \Sigma^{-1} \implies "
-            R"R(\tau^*\!/s) < \min_\lambda R(\mathrm{ridge}),\ \min_t R(\mathrm{flow})",
-            source="ours",
-            kind="inequality",
-            parameters={
-                "decay": decay._replace(lowest=0.0, highest=4.0),
-                "alignment": Parameter(-1.0, -1.0, lowest=-2.0, highest=1.0),
-                "noise_variance": Parameter(1e-3, 10.0, "log", lowest=1e-6, highest=1e3),
-            },
-            instance=_contest,
-            predict=zero,
-            measure=_regularization_excess,
-        ),
-        Claim(
-            id="O4.tail.oracle",
-            statement="For a tail shift, ensembled min-norm comes within 1% of the oracle filter.",
-            formula=R"S \propto \Sigma^{-1} \implies R(\tau^*\!/s) < 1.01\, R(g^*)",
-            source="ours",
-            kind="inequality",
-            parameters={
-                "decay": decay._replace(lowest=0.0, highest=4.0),
-                "alignment": Parameter(-1.0, -1.0, lowest=-2.0, highest=1.0),
-                "noise_variance": Parameter(1e-3, 10.0, "log", lowest=1e-6, highest=1e3),
-            },
-            instance=_contest,
-            predict=zero,
-            measure=_closeness_to_oracle,
-        ),
-        Claim(
-            id="O4.head",
-            statement="For a noisy head shift, the best ridge and the best early stopping beat ensembled min-norm.",
-            formula=R"S \propto \Sigma \implies "
-            R"\min_\lambda R(\mathrm{ridge}),\ \min_t R(\mathrm{flow}) < R(\tau^*\!/s)",
-            source="ours",
-            kind="inequality",
-            parameters={
-                "decay": Parameter(1.0, 2.0, lowest=0.0, highest=4.0),
-                "alignment": Parameter(1.0, 1.0, lowest=-1.0, highest=2.0),
-                "noise_variance": Parameter(0.5, 10.0, "log", lowest=1e-4, highest=1e3),
-            },
-            instance=_contest,
-            predict=zero,
-            measure=_averaging_excess,
-        ),
-        Claim(
-            id="O4.head.both",
-            statement="For a head shift, averaging (τ may exceed 1) still improves the best ridge by 1% or more.",
-            formula=R"S \propto \Sigma \implies "
-            R"\min_{\lambda,\tau} R(\tau\,\mathrm{ridge}) < 0.99 \min_\lambda R(\mathrm{ridge})",
-            source="ours",
-            kind="inequality",
-            parameters={
-                "decay": Parameter(0.8, 1.5, lowest=0.0, highest=4.0),
-                "alignment": Parameter(1.0, 1.0, lowest=-1.0, highest=2.0),
-                "noise_variance": Parameter(1e-2, 3.0, "log", lowest=1e-6, highest=1e3),
-            },
-            instance=_contest,
-            predict=lambda _: 0.01,
-            measure=_gain_of_both,
-        ),
-        Claim(
-            id="O4.informal",
-            statement="Ensembling the fine-tuned model beats the best ridge: true in part of the space only.",
-            formula=R"\min_\tau R(\tau/s) < \min_\lambda R\bigl(\tfrac{1}{s+\lambda}\bigr)",
-            source="paper 2506.01901 (informal)",
-            kind="existence",
-            parameters=contest,
-            instance=_contest,
-            predict=zero,
-            measure=_ridge_excess,
-        ),
-        Claim(
-            id="O5",
-            statement="The combined objective R_ft + κR_pre is the same kind of quadratic, and so is its best τ.",
-            formula=R"\tau^* = (b + \kappa b')\cdot g \,/\, g^\top (H + \kappa H') g",
-            source="ours",
-            kind="identity",
-            parameters={name: value for name, value in EXACT_PARAMETERS.items() if name != "tau"}
-            | {"weight": Parameter(0.1, 10.0, "log", lowest=1e-4, highest=1e4)},
-            instance=_at_any_tau,
-            predict=_combined_optimum,
-            measure=_combined_vertex,
-            tolerance=1e-7,
-        ),
-    )
-
-
 def _at_any_tau(normal: Normal, **values: Any) -> Exact:
     return exact_instance(normal, **values, tau=1.0)
+
+
+WITHOUT = {name: value for name, value in EXACT_PARAMETERS.items() if name not in ("fixed", "tau")}
+NOISE = Parameter(low=1e-2, high=10.0, scale="log")
+CONTEST = {
+    "decay": DECAY.within(0.5, 2.0),
+    "alignment": ALIGNMENT.within(-1.0, 1.0),
+    "noise_variance": Parameter(low=1e-3, high=10.0, scale="log"),
+}
+
+
+@claim(
+    "O1",
+    "Min-norm overadapts (τ* < 1) exactly where the noise it fits exceeds the signal it misses.",
+    R"\tau^* < 1 \iff \mathrm{tr}\,\Pi S (I-\Pi)\Sigma_2 < \sigma^2\,\mathrm{tr}\,A^\top \Sigma_2 A",
+    source="ours",
+    kind="identity",
+    parameters=EXACT_PARAMETERS
+    | {
+        "noise_variance": Parameter(low=1e-3, high=10.0, scale="log", lowest=1e-6, highest=1e3),
+        "decay": DECAY.within(0.0, 1.5, highest=3.0),
+    },
+    tolerance=1e-8,
+)
+def o1(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = exact_instance(normal, **values)
+    return _condition(instance), _condition_by_projection(instance)
+
+
+@claim(
+    "O1.isotropic",
+    "For an isotropic shift min-norm always overadapts: any label noise makes averaging help.",
+    R"S = \omega I,\ \sigma > 0 \implies \tau^* < 1",
+    source="ours",
+    kind="inequality",
+    parameters={
+        "decay": DECAY.within(0.0, 2.0, highest=3.0),
+        "alignment": ALIGNMENT.within(0.0, lowest=-2.0, highest=2.0),
+        "noise_variance": Parameter(low=1e-3, high=10.0, scale="log", lowest=1e-9, highest=1e3),
+    },
+)
+def o1_isotropic(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _small(normal, **values)
+    return zero(instance), _overadaptation(instance)
+
+
+@claim(
+    "O2",
+    "Along τ, the risk is bias² plus τ² times the variance of the fine-tuned model.",
+    R"R_\mathrm{ft}(\tau) = \mathrm{bias}^2(\tau) + \tau^2\,\mathrm{variance}(1)",
+    source="paper 2506.01901 (picture)",
+    kind="statistical",
+    parameters=WITHOUT | {"noise_correlation": Parameter(low=0.0, high=0.0, highest=0.9)},
+)
+def o2(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _decomposed(normal, **values)
+    return _bias_and_scaled_variance(instance), _decomposition(instance)
+
+
+@claim(
+    "O2.bias",
+    "bias² falls as τ leaves 0, for a mean-zero shift whose covariance commutes with Σ₂.",
+    R"\tfrac{d}{d\tau}\,\mathrm{bias}^2(\tau)\big|_{\tau=0} < 0",
+    source="paper 2506.01901 (picture)",
+    kind="inequality",
+    parameters={
+        "decay": DECAY.within(0.0, 2.0),
+        "alignment": ALIGNMENT.within(-1.0, 1.0),
+        "noise_variance": NOISE,
+        "adversarial": Parameter(low=0.0, high=0.0, highest=1.0),
+    },
+)
+def o2_bias(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _falling(normal, **values)
+    return zero(instance), _initial_fall(instance)
+
+
+@claim(
+    "O3",
+    "Started from the pretraining optimum (u = 0), forgetting is exactly quadratic in τ.",
+    R"u = 0 \implies R_\mathrm{pre}(\tau) = \tau^2 R_\mathrm{pre}(1)",
+    source="ours",
+    kind="identity",
+    parameters={name: value for name, value in EXACT_PARAMETERS.items() if name != "tau"}
+    | {"pretrain_size": Parameter(low=0.0, high=0.0, highest=1.0)},
+    tolerance=1e-9,
+)
+def o3(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _at_any_tau(normal, **values)
+    return _scaled_forgetting(instance), _forgetting(instance)
+
+
+@claim(
+    "O3.less",
+    "The ensemble forgets less than the fine-tuned model.",
+    R"R_\mathrm{pre}(\tau) < R_\mathrm{pre}(1),\quad |\tau| < 1,\ u = 0",
+    source="paper 2506.01901",
+    kind="inequality",
+    parameters=EXACT_PARAMETERS
+    | {
+        "tau": TAU.within(-0.99, 0.99, lowest=-1.5, highest=1.5),
+        "pretrain_size": Parameter(low=0.0, high=0.0, highest=3.0),
+    },
+)
+def o3_less(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = exact_instance(normal, **values)
+    return _ensemble_forgets(instance), _one(instance)
+
+
+@claim(
+    "O4.bayes",
+    "For an isotropic shift ridge with λ = σ²/(nω) is Bayes, the oracle filter, and has τ* = 1.",
+    R"S = \omega I \implies R\bigl(\tfrac{1}{s+\sigma^2/n\omega}\bigr) = R(g^*),\ \tau^* = 1",
+    source="ours",
+    kind="identity",
+    parameters={
+        "decay": DECAY.within(0.0, 2.0),
+        "alignment": ALIGNMENT.within(0.0, lowest=-1.0, highest=1.0),
+        "noise_variance": NOISE,
+        "penalty_ratio": Parameter(low=1.0, high=1.0, scale="log", lowest=0.1, highest=10.0),
+    },
+    tolerance=1e-8,
+)
+def o4_bayes(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _small(normal, **values)
+    return _oracle_and_one(instance), _bayes_ridge(instance)
+
+
+@claim(
+    "O4.tail",
+    "For a tail shift, ensembled min-norm beats the best ridge and the best early stopping.",
+    R"S \propto \Sigma^{-1} \implies "
+    R"R(\tau^*\!/s) < \min_\lambda R(\mathrm{ridge}),\ \min_t R(\mathrm{flow})",
+    source="ours",
+    kind="inequality",
+    parameters={
+        "decay": DECAY.within(0.5, 2.0, lowest=0.0, highest=4.0),
+        "alignment": ALIGNMENT.within(-1.0, lowest=-2.0, highest=1.0),
+        "noise_variance": Parameter(low=1e-3, high=10.0, scale="log", lowest=1e-6, highest=1e3),
+    },
+)
+def o4_tail(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _contest(normal, **values)
+    return zero(instance), _regularization_excess(instance)
+
+
+@claim(
+    "O4.tail.oracle",
+    "For a tail shift, ensembled min-norm comes within 1% of the oracle filter.",
+    R"S \propto \Sigma^{-1} \implies R(\tau^*\!/s) < 1.01\, R(g^*)",
+    source="ours",
+    kind="inequality",
+    parameters={
+        "decay": DECAY.within(0.5, 2.0, lowest=0.0, highest=4.0),
+        "alignment": ALIGNMENT.within(-1.0, lowest=-2.0, highest=1.0),
+        "noise_variance": Parameter(low=1e-3, high=10.0, scale="log", lowest=1e-6, highest=1e3),
+    },
+)
+def o4_tail_oracle(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _contest(normal, **values)
+    return zero(instance), _closeness_to_oracle(instance)
+
+
+@claim(
+    "O4.head",
+    "For a noisy head shift, the best ridge and the best early stopping beat ensembled min-norm.",
+    R"S \propto \Sigma \implies "
+    R"\min_\lambda R(\mathrm{ridge}),\ \min_t R(\mathrm{flow}) < R(\tau^*\!/s)",
+    source="ours",
+    kind="inequality",
+    parameters={
+        "decay": DECAY.within(1.0, 2.0, lowest=0.0, highest=4.0),
+        "alignment": ALIGNMENT.within(1.0, lowest=-1.0, highest=2.0),
+        "noise_variance": Parameter(low=0.5, high=10.0, scale="log", lowest=1e-4, highest=1e3),
+    },
+)
+def o4_head(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _contest(normal, **values)
+    return zero(instance), _averaging_excess(instance)
+
+
+@claim(
+    "O4.head.both",
+    "For a head shift, averaging (τ may exceed 1) still improves the best ridge by 1% or more.",
+    R"S \propto \Sigma \implies "
+    R"\min_{\lambda,\tau} R(\tau\,\mathrm{ridge}) < 0.99 \min_\lambda R(\mathrm{ridge})",
+    source="ours",
+    kind="inequality",
+    parameters={
+        "decay": DECAY.within(0.8, 1.5, lowest=0.0, highest=4.0),
+        "alignment": ALIGNMENT.within(1.0, lowest=-1.0, highest=2.0),
+        "noise_variance": Parameter(low=1e-2, high=3.0, scale="log", lowest=1e-6, highest=1e3),
+    },
+)
+def o4_head_both(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _contest(normal, **values)
+    return (lambda _: 0.01)(instance), _gain_of_both(instance)
+
+
+@claim(
+    "O4.informal",
+    "Ensembling the fine-tuned model beats the best ridge: true in part of the space only.",
+    R"\min_\tau R(\tau/s) < \min_\lambda R\bigl(\tfrac{1}{s+\lambda}\bigr)",
+    source="paper 2506.01901 (informal)",
+    kind="existence",
+    parameters=CONTEST,
+)
+def o4_informal(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _contest(normal, **values)
+    return zero(instance), _ridge_excess(instance)
+
+
+@claim(
+    "O5",
+    "The combined objective R_ft + κR_pre is the same kind of quadratic, and so is its best τ.",
+    R"\tau^* = (b + \kappa b')\cdot g \,/\, g^\top (H + \kappa H') g",
+    source="ours",
+    kind="identity",
+    parameters={name: value for name, value in EXACT_PARAMETERS.items() if name != "tau"}
+    | {"weight": Parameter(low=0.1, high=10.0, scale="log", lowest=1e-4, highest=1e4)},
+    tolerance=1e-7,
+)
+def o5(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _at_any_tau(normal, **values)
+    return _combined_optimum(instance), _combined_vertex(instance)

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from linfit import FixedShift, RandomShift, TwoTaskProblem, fine_tune, flow_weights
-from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import EXACT_PARAMETERS, Exact, exact_instance, matrix_of, moments, totals, zero
+from sims.claims import Normal, claim
+from sims.claims.problems import EXACT_PARAMETERS, Exact, exact_instance, matrix_of, moments, totals, zero
+from sims.parameters import DECAY, TAU, Parameter
 from theory.flow import fixed_point_coefficient as flow_coefficient
 from theory.frontier import (
     clipping_coefficient,
@@ -180,106 +181,116 @@ def _distance_of_average(data: tuple[TwoTaskProblem, float]) -> float:
     return 1 + float(distance(problem, point.finetune, point.pretrain) / point.pretrain)
 
 
-def claims() -> tuple[Claim, ...]:
-    """E1, E2."""
-    exact = {name: value for name, value in EXACT_PARAMETERS.items() if name != "tau"}
-    gaussian = {
-        "noise_variance": Parameter(0.05, 3.0, "log"),
-        "knob": Parameter(0.3, 3.0, "log"),
-        "skewed_features": Parameter(0.0, 0.0, highest=0.9),
-        "skewed_noise": Parameter(0.0, 0.0, highest=0.9),
-    }
-    weight = Parameter(0.1, 10.0, "log", lowest=1e-4, highest=1e4)
-    return (
-        Claim(
-            id="E1.targets",
-            statement="Training on own answers within a threshold, or on clipped targets, ends where an ensemble is.",
-            formula=R"\mathbb{E}\,x\,\psi(r) = \tau\,\Sigma\Delta,\quad \tau = \mathbb{E}\,\psi'(r)",
-            source="ours",
-            kind="statistical",
-            parameters=gaussian,
-            instance=_population,
-            predict=_targets_prediction,
-            measure=_slopes_of_targets,
-        ),
-        Claim(
-            id="E1.weights",
-            statement="Weighting samples by pretrained loss (FLOW), or dropping the hard ones, is an ensemble too.",
-            formula=R"\tau = vm/(\sigma^2 + qm),\quad m = \mathbb{E}\,wr^2/(v\,\mathbb{E}\,w)",
-            source="ours",
-            kind="statistical",
-            parameters=gaussian,
-            instance=_population,
-            predict=_no_slope,
-            measure=_weighted_misfit,
-        ),
-        Claim(
-            id="E1.flow",
-            statement="For FLOW this needs no law of the features, only Gaussian noise.",
-            formula=R"\mathbb{E}[e^{-r^2/T}(r - \tau s) \mid s = x^\top\Delta] = 0,\quad \tau = 1/(1+2\sigma^2/T)",
-            source="ours",
-            kind="statistical",
-            parameters=gaussian | {"skewed_features": Parameter(0.0, 0.9, highest=1.0)},
-            instance=_population,
-            predict=lambda data: np.zeros(2),
-            measure=_flow_misfit,
-        ),
-        Claim(
-            id="E1.smoothing",
-            statement="Labels softened towards the pretrained model's own predictions are an ensemble, for any data.",
-            formula=R"y' = (1-\alpha)y + \alpha X\theta_1 \implies \hat\theta' = \theta_{1-\alpha}",
-            source="ours",
-            kind="identity",
-            parameters=exact
-            | {
-                "smoothing": Parameter(0.0, 1.0, lowest=-1.0, highest=2.0),
-                "foreign": Parameter(0.0, 0.0, highest=1.0),
-            },
-            instance=_smoothed,
-            predict=_averages,
-            measure=_fits_to_smoothed_labels,
-            tolerance=1e-8,
-        ),
-        Claim(
-            id="E2",
-            statement="The Pareto frontier of the two risks is where their weighted sum is least.",
-            formula=R"\theta_\kappa = \theta_1^* + (\kappa\Sigma_1+\Sigma_2)^{-1}\Sigma_2\delta",
-            source="ours",
-            kind="identity",
-            parameters=exact | {"weight": weight, "trust": Parameter(1.0, 1.0, "log", lowest=0.1, highest=10.0)},
-            instance=_at_weight,
-            predict=_frontier,
-            measure=_frontier_by_solving,
-            tolerance=1e-8,
-        ),
-        Claim(
-            id="E2.floor",
-            statement="No fine-tuner and no average of it gets below the frontier.",
-            formula=R"R_\mathrm{ft}(\theta) + \kappa R_\mathrm{pre}(\theta) \ge R_\mathrm{ft}(\theta_\kappa)"
-            R" + \kappa R_\mathrm{pre}(\theta_\kappa)",
-            source="ours",
-            kind="inequality",
-            parameters=exact | {"weight": weight, "average": Parameter(-0.5, 1.5, lowest=-10.0, highest=10.0)},
-            instance=_at_weight,
-            predict=zero,
-            measure=_excess_over_frontier,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="E2.ensemble",
-            statement="With Σ₁ ∝ Σ₂ and no pretraining error, averaging the optima is Pareto-optimal.",
-            formula=R"\Sigma_1 \propto \Sigma_2,\ u = 0 \implies \theta_\tau \in \{\theta_\kappa\}",
-            source="ours",
-            kind="identity",
-            parameters={
-                "decay": Parameter(0.0, 2.0),
-                "tau": Parameter(0.05, 0.95, lowest=-0.5, highest=1.5),
-                "mismatch": Parameter(0.0, 0.0, highest=1.0),
-                "pretrain_size": Parameter(0.0, 0.0, highest=1.0),
-            },
-            instance=_averaging_in_the_population,
-            predict=lambda data: 1.0,
-            measure=_distance_of_average,
-            tolerance=1e-7,
-        ),
-    )
+EXACT = {name: value for name, value in EXACT_PARAMETERS.items() if name != "tau"}
+GAUSSIAN = {
+    "noise_variance": Parameter(low=0.05, high=3.0, scale="log"),
+    "knob": Parameter(low=0.3, high=3.0, scale="log"),
+    "skewed_features": Parameter(low=0.0, high=0.0, highest=0.9),
+    "skewed_noise": Parameter(low=0.0, high=0.0, highest=0.9),
+}
+WEIGHT = Parameter(low=0.1, high=10.0, scale="log", lowest=1e-4, highest=1e4)
+
+
+@claim(
+    "E1.targets",
+    "Training on own answers within a threshold, or on clipped targets, ends where an ensemble is.",
+    R"\mathbb{E}\,x\,\psi(r) = \tau\,\Sigma\Delta,\quad \tau = \mathbb{E}\,\psi'(r)",
+    source="ours",
+    kind="statistical",
+    parameters=GAUSSIAN,
+)
+def e1_targets(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _population(normal, **values)
+    return _targets_prediction(instance), _slopes_of_targets(instance)
+
+
+@claim(
+    "E1.weights",
+    "Weighting samples by pretrained loss (FLOW), or dropping the hard ones, is an ensemble too.",
+    R"\tau = vm/(\sigma^2 + qm),\quad m = \mathbb{E}\,wr^2/(v\,\mathbb{E}\,w)",
+    source="ours",
+    kind="statistical",
+    parameters=GAUSSIAN,
+)
+def e1_weights(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _population(normal, **values)
+    return _no_slope(instance), _weighted_misfit(instance)
+
+
+@claim(
+    "E1.flow",
+    "For FLOW this needs no law of the features, only Gaussian noise.",
+    R"\mathbb{E}[e^{-r^2/T}(r - \tau s) \mid s = x^\top\Delta] = 0,\quad \tau = 1/(1+2\sigma^2/T)",
+    source="ours",
+    kind="statistical",
+    parameters=GAUSSIAN | {"skewed_features": Parameter(low=0.0, high=0.9, highest=1.0)},
+)
+def e1_flow(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _population(normal, **values)
+    return (lambda data: np.zeros(2))(instance), _flow_misfit(instance)
+
+
+@claim(
+    "E1.smoothing",
+    "Labels softened towards the pretrained model's own predictions are an ensemble, for any data.",
+    R"y' = (1-\alpha)y + \alpha X\theta_1 \implies \hat\theta' = \theta_{1-\alpha}",
+    source="ours",
+    kind="identity",
+    parameters=EXACT
+    | {
+        "smoothing": Parameter(low=0.0, high=1.0, lowest=-1.0, highest=2.0),
+        "foreign": Parameter(low=0.0, high=0.0, highest=1.0),
+    },
+    tolerance=1e-8,
+)
+def e1_smoothing(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _smoothed(normal, **values)
+    return _averages(instance), _fits_to_smoothed_labels(instance)
+
+
+@claim(
+    "E2",
+    "The Pareto frontier of the two risks is where their weighted sum is least.",
+    R"\theta_\kappa = \theta_1^* + (\kappa\Sigma_1+\Sigma_2)^{-1}\Sigma_2\delta",
+    source="ours",
+    kind="identity",
+    parameters=EXACT | {"weight": WEIGHT, "trust": Parameter(low=1.0, high=1.0, scale="log", lowest=0.1, highest=10.0)},
+    tolerance=1e-8,
+)
+def e2(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _at_weight(normal, **values)
+    return _frontier(instance), _frontier_by_solving(instance)
+
+
+@claim(
+    "E2.floor",
+    "No fine-tuner and no average of it gets below the frontier.",
+    R"R_\mathrm{ft}(\theta) + \kappa R_\mathrm{pre}(\theta) \ge R_\mathrm{ft}(\theta_\kappa)"
+    R" + \kappa R_\mathrm{pre}(\theta_\kappa)",
+    source="ours",
+    kind="inequality",
+    parameters=EXACT | {"weight": WEIGHT, "average": Parameter(low=-0.5, high=1.5, lowest=-10.0, highest=10.0)},
+    tolerance=1e-9,
+)
+def e2_floor(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _at_weight(normal, **values)
+    return zero(instance), _excess_over_frontier(instance)
+
+
+@claim(
+    "E2.ensemble",
+    "With Σ₁ ∝ Σ₂ and no pretraining error, averaging the optima is Pareto-optimal.",
+    R"\Sigma_1 \propto \Sigma_2,\ u = 0 \implies \theta_\tau \in \{\theta_\kappa\}",
+    source="ours",
+    kind="identity",
+    parameters={
+        "decay": DECAY.within(0.0, 2.0),
+        "tau": TAU.within(0.05, 0.95, lowest=-0.5, highest=1.5),
+        "mismatch": Parameter(low=0.0, high=0.0, highest=1.0),
+        "pretrain_size": Parameter(low=0.0, high=0.0, highest=1.0),
+    },
+    tolerance=1e-7,
+)
+def e2_ensemble(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _averaging_in_the_population(normal, **values)
+    return (lambda data: 1.0)(instance), _distance_of_average(instance)

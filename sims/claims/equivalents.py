@@ -12,16 +12,17 @@ from linfit import (
     Filter,
     GradientFlow,
     MinNorm,
+    Pair,
     RandomShift,
     Ridge,
-    RiskForms,
     TwoTaskProblem,
-    power_law_problem,
+    aligned_problem,
     risk_forms,
     spectra,
 )
+from sims.claims import Normal, claim
+from sims.parameters import ALIGNMENT, DECAY, PENALTY, TIME, Parameter
 from theory import rational
-from theory.claims import Claim, Normal, Parameter
 from theory.equivalents import degrees_of_freedom, effective_ranks, effective_regularization, risk
 
 SIZES, REPLICATES = (40, 160), 24
@@ -63,10 +64,10 @@ def _design(normal: Normal, n: int, doublings: int, decay: float, law: int, row_
 
 
 DESIGN_PARAMETERS = {
-    "doublings": Parameter(1, 2, "whole", lowest=0, highest=3),
-    "decay": Parameter(0.0, 1.5, highest=3.0),
-    "law": Parameter(0, 2, "whole"),
-    "row_correlation": Parameter(0.0, 0.0, highest=0.9),
+    "doublings": Parameter(low=1, high=2, scale="whole", lowest=0, highest=3),
+    "decay": DECAY.within(0.0, 1.5, highest=3.0),
+    "law": Parameter(low=0, high=2, scale="whole"),
+    "row_correlation": Parameter(low=0.0, high=0.0, highest=0.9),
 }
 
 # D1 and D2 -----------------------------------------------------------------------------------------------------------
@@ -83,11 +84,11 @@ class Resolvents(NamedTuple):
 
 
 RESOLVENT_PARAMETERS = DESIGN_PARAMETERS | {
-    "penalty": Parameter(0.1, 10.0, "log", lowest=1e-6),  # in units of tr Σ/n
-    "other_penalty": Parameter(0.1, 10.0, "log"),
-    "phase": Parameter(0.0, 2.0, highest=3.14),
-    "other_phase": Parameter(-2.0, 2.0),
-    "weight": Parameter(-1.0, 1.0),
+    "penalty": PENALTY.within(0.1, 10.0, lowest=1e-6),  # in units of tr Σ/n
+    "other_penalty": Parameter(low=0.1, high=10.0, scale="log"),
+    "phase": Parameter(low=0.0, high=2.0, highest=3.14),
+    "other_phase": Parameter(low=-2.0, high=2.0),
+    "weight": Parameter(low=-1.0, high=1.0),
 }
 
 
@@ -179,10 +180,10 @@ class Experiments(NamedTuple):
 
 
 EXPERIMENT_PARAMETERS = DESIGN_PARAMETERS | {
-    "alignment": Parameter(-1.0, 1.0),
-    "pretrain_decay": Parameter(0.0, 1.5),
-    "noise_variance": Parameter(1e-2, 1.0, "log", highest=100.0),
-    "pretrain_risk": Parameter(0.0, 1.0),
+    "alignment": ALIGNMENT.within(-1.0, 1.0),
+    "pretrain_decay": Parameter(low=0.0, high=1.5),
+    "noise_variance": Parameter(low=1e-2, high=1.0, scale="log", highest=100.0),
+    "pretrain_risk": Parameter(low=0.0, high=1.0),
 }
 
 
@@ -197,12 +198,11 @@ def _experiments(
 ) -> Experiments:
     designs = [_design(normal, n, **values) for n in SIZES]
     problems = [
-        power_law_problem(
-            design.eigenvalues.size,
-            values["decay"],
+        aligned_problem(
+            spectra.power_law(design.eigenvalues.size, values["decay"]),
             alignment=alignment,
-            noise_variance=noise_variance,
-            pretrain_decay=pretrain_decay,
+            noise_std=noise_variance**0.5,
+            pretrain_spectrum=spectra.power_law(design.eigenvalues.size, pretrain_decay),
             pretrain_risk=pretrain_risk,
         )
         for design in designs
@@ -243,7 +243,7 @@ def _mean_exact_risk(data: Experiments) -> list[np.ndarray]:
 
 
 @eqx.filter_jit
-def _totals(forms: RiskForms, filters: tuple[Filter, ...], tau: Array) -> Array:
+def _totals(forms: Pair, filters: tuple[Filter, ...], tau: Array) -> Array:
     totals = [form(filter, tau).total for filter in filters for form in forms]
     return jnp.concatenate([total.reshape(len(total), -1) for total in totals], axis=1)
 
@@ -304,107 +304,115 @@ def _rank_margins(data: tuple[np.ndarray, int]) -> np.ndarray:
     return np.array([1 - r / R, 1 - R / r**2])
 
 
-def claims() -> tuple[Claim, ...]:
-    """D1–D5."""
-    return (
-        Claim(
-            id="D1",
-            statement="A sampled resolvent acts like the population's at a larger, effective penalty κ.",
-            formula=R"\lambda(\hat\Sigma+\lambda)^{-1} \asymp \kappa(\Sigma+\kappa)^{-1},\quad "
-            R"\kappa - \tfrac{\kappa}{n}\mathrm{tr}\,\Sigma(\Sigma+\kappa)^{-1} = \lambda",
-            source="random matrices",
-            kind="asymptotic",
-            parameters=RESOLVENT_PARAMETERS,
-            instance=_resolvents,
-            predict=_one_point,
-            measure=_one_point_sampled,
-            tolerance=1.0,
-            sizes=SIZES,
-        ),
-        Claim(
-            id="D2",
-            statement="Two resolvents with a matrix between them, at any two complex penalties.",
-            formula=R"\lambda_1\lambda_2(\hat\Sigma+\lambda_1)^{-1}M(\hat\Sigma+\lambda_2)^{-1} \asymp "
-            R"\kappa_1\kappa_2(\Sigma+\kappa_1)^{-1}[M + a\Sigma](\Sigma+\kappa_2)^{-1}",
-            source="random matrices",
-            kind="asymptotic",
-            parameters=RESOLVENT_PARAMETERS,
-            instance=_resolvents,
-            predict=_two_points,
-            measure=_two_points_sampled,
-            tolerance=10.0,
-            sizes=SIZES,
-        ),
-        Claim(
-            id="D3",
-            statement="The risk of ensembles of min-norm and ridge, on both domains, follows from the population.",
-            formula=R"R(\tau) \asymp (1-\tau)^2\mathrm{tr}\,SM "
-            R"+ 2\tau(1-\tau)\,\kappa\,\mathrm{tr}\,S(\Sigma+\kappa)^{-1}M + \tau^2(B + \sigma^2 a)",
-            source="ours",
-            kind="asymptotic",
-            parameters=EXPERIMENT_PARAMETERS | {"penalty": Parameter(1e-3, 0.1, "log", lowest=1e-9)},
-            instance=_ridges,
-            predict=_predicted_risk,
-            measure=_mean_exact_risk,
-            tolerance=5.0,
-            sizes=SIZES,
-        ),
-        Claim(
-            id="D4",
-            statement="So does that of gradient flow at any time, as a sum of resolvents on a contour.",
-            formula=R"e^{-t\hat\Sigma} = \tfrac{1}{2\pi i}\oint e^{\lambda t}(\hat\Sigma+\lambda)^{-1}d\lambda",
-            source="ours",
-            kind="asymptotic",
-            parameters=EXPERIMENT_PARAMETERS | {"time": Parameter(1.0, 1e3, "log", highest=1e6)},
-            instance=_flows,
-            predict=_predicted_risk,
-            measure=_mean_exact_risk,
-            tolerance=5.0,
-            sizes=SIZES,
-        ),
-        Claim(
-            id="D4.contour",
-            statement="Twenty-five complex ridges reproduce gradient flow at all times of a decade.",
-            formula=R"e^{-ts} \approx \mathrm{Re}\textstyle\sum_k w_k\lambda_k/(s+\lambda_k),\quad s \ge 0",
-            source="ours",
-            kind="identity",
-            parameters={
-                "time": Parameter(1e-3, 1e6, "log", lowest=1e-9, highest=1e12),
-                "span": Parameter(1.0, 10.0, "log", highest=1e4),
-            },
-            instance=_contour,
-            predict=_by_exponential,
-            measure=_by_contour,
-            tolerance=1e-8,
-        ),
-        Claim(
-            id="D5",
-            statement="Ridge uses up df₁ = n(1 − λ/κ) degrees of freedom.",
-            formula=R"\mathrm{tr}\,\hat\Sigma(\hat\Sigma+\lambda)^{-1} \asymp "
-            R"\mathrm{tr}\,\Sigma(\Sigma+\kappa)^{-1} = n(1-\lambda/\kappa)",
-            source="random matrices",
-            kind="asymptotic",
-            parameters=DESIGN_PARAMETERS | {"penalty": Parameter(0.1, 10.0, "log", lowest=1e-6)},
-            instance=_sampled_designs,
-            predict=_expected_degrees,
-            measure=_sampled_degrees,
-            tolerance=1.0,
-            sizes=SIZES,
-        ),
-        Claim(
-            id="D5.ranks",
-            statement="The effective ranks of benign overfitting are ordered.",
-            formula=R"r_k \le R_k \le r_k^2",
-            source="Bartlett et al. 2020",
-            kind="inequality",
-            parameters={
-                "decay": Parameter(0.0, 3.0),
-                "roughness": Parameter(0.0, 2.0, highest=10.0),
-                "k": Parameter(0, 39, "whole"),
-            },
-            instance=_spectrum,
-            predict=lambda _: 0.0,
-            measure=_rank_margins,
-            tolerance=1e-12,
-        ),
-    )
+@claim(
+    "D1",
+    "A sampled resolvent acts like the population's at a larger, effective penalty κ.",
+    R"\lambda(\hat\Sigma+\lambda)^{-1} \asymp \kappa(\Sigma+\kappa)^{-1},\quad "
+    R"\kappa - \tfrac{\kappa}{n}\mathrm{tr}\,\Sigma(\Sigma+\kappa)^{-1} = \lambda",
+    source="random matrices",
+    kind="asymptotic",
+    parameters=RESOLVENT_PARAMETERS,
+    tolerance=1.0,
+    sizes=SIZES,
+)
+def d1(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _resolvents(normal, **values)
+    return _one_point(instance), _one_point_sampled(instance)
+
+
+@claim(
+    "D2",
+    "Two resolvents with a matrix between them, at any two complex penalties.",
+    R"\lambda_1\lambda_2(\hat\Sigma+\lambda_1)^{-1}M(\hat\Sigma+\lambda_2)^{-1} \asymp "
+    R"\kappa_1\kappa_2(\Sigma+\kappa_1)^{-1}[M + a\Sigma](\Sigma+\kappa_2)^{-1}",
+    source="random matrices",
+    kind="asymptotic",
+    parameters=RESOLVENT_PARAMETERS,
+    tolerance=10.0,
+    sizes=SIZES,
+)
+def d2(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _resolvents(normal, **values)
+    return _two_points(instance), _two_points_sampled(instance)
+
+
+@claim(
+    "D3",
+    "The risk of ensembles of min-norm and ridge, on both domains, follows from the population.",
+    R"R(\tau) \asymp (1-\tau)^2\mathrm{tr}\,SM "
+    R"+ 2\tau(1-\tau)\,\kappa\,\mathrm{tr}\,S(\Sigma+\kappa)^{-1}M + \tau^2(B + \sigma^2 a)",
+    source="ours",
+    kind="asymptotic",
+    parameters=EXPERIMENT_PARAMETERS | {"penalty": PENALTY.within(1e-3, 0.1, lowest=1e-9)},
+    tolerance=5.0,
+    sizes=SIZES,
+)
+def d3(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _ridges(normal, **values)
+    return _predicted_risk(instance), _mean_exact_risk(instance)
+
+
+@claim(
+    "D4",
+    "So does that of gradient flow at any time, as a sum of resolvents on a contour.",
+    R"e^{-t\hat\Sigma} = \tfrac{1}{2\pi i}\oint e^{\lambda t}(\hat\Sigma+\lambda)^{-1}d\lambda",
+    source="ours",
+    kind="asymptotic",
+    parameters=EXPERIMENT_PARAMETERS | {"time": TIME.within(1.0, 1e3, highest=1e6)},
+    tolerance=5.0,
+    sizes=SIZES,
+)
+def d4(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _flows(normal, **values)
+    return _predicted_risk(instance), _mean_exact_risk(instance)
+
+
+@claim(
+    "D4.contour",
+    "Twenty-five complex ridges reproduce gradient flow at all times of a decade.",
+    R"e^{-ts} \approx \mathrm{Re}\textstyle\sum_k w_k\lambda_k/(s+\lambda_k),\quad s \ge 0",
+    source="ours",
+    kind="identity",
+    parameters={
+        "time": TIME.within(1e-3, 1e6, lowest=1e-9, highest=1e12),
+        "span": Parameter(low=1.0, high=10.0, scale="log", highest=1e4),
+    },
+    tolerance=1e-8,
+)
+def d4_contour(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _contour(normal, **values)
+    return _by_exponential(instance), _by_contour(instance)
+
+
+@claim(
+    "D5",
+    "Ridge uses up df₁ = n(1 − λ/κ) degrees of freedom.",
+    R"\mathrm{tr}\,\hat\Sigma(\hat\Sigma+\lambda)^{-1} \asymp "
+    R"\mathrm{tr}\,\Sigma(\Sigma+\kappa)^{-1} = n(1-\lambda/\kappa)",
+    source="random matrices",
+    kind="asymptotic",
+    parameters=DESIGN_PARAMETERS | {"penalty": PENALTY.within(0.1, 10.0, lowest=1e-6)},
+    tolerance=1.0,
+    sizes=SIZES,
+)
+def d5(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _sampled_designs(normal, **values)
+    return _expected_degrees(instance), _sampled_degrees(instance)
+
+
+@claim(
+    "D5.ranks",
+    "The effective ranks of benign overfitting are ordered.",
+    R"r_k \le R_k \le r_k^2",
+    source="Bartlett et al. 2020",
+    kind="inequality",
+    parameters={
+        "decay": DECAY.within(0.0, 3.0),
+        "roughness": Parameter(low=0.0, high=2.0, highest=10.0),
+        "k": Parameter(low=0, high=39, scale="whole"),
+    },
+    tolerance=1e-12,
+)
+def d5_ranks(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _spectrum(normal, **values)
+    return (lambda _: 0.0)(instance), _rank_margins(instance)

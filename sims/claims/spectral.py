@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit import Ridge, TwoTaskProblem, fine_tune, leave_one_out, risk_forms
-from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import (
+from linfit import Ridge, TwoTaskProblem, aligned_problem, fine_tune, leave_one_out, risk_forms, spectra
+from sims.claims import Normal, claim
+from sims.claims.problems import (
     EXACT_PARAMETERS,
     SIZES,
     Exact,
-    aligned_problem,
     exact_instance,
     matrix_of,
     moments,
     risk_by_algebra,
     totals,
 )
+from sims.parameters import ALIGNMENT, DECAY, PENALTY, TAU, Parameter
 
 REPLICATES = 1024
 
@@ -116,7 +116,7 @@ def _optimal_ensemble(exact: Exact) -> np.ndarray:
     """τ* and the gain over τ = 1 relative to R_ft(θ₁), on both domains (4, 2, 2)."""
     constant = float(exact.forms.finetune.constant)
     values = [
-        [(form.optimal_tau(filter), form.ensemble_gain(filter) / constant) for form in exact.forms]
+        [(form.optimal_tau(filter), form.along(filter).gain / constant) for form in exact.forms]
         for filter in exact.filters
     ]
     return np.array(values)
@@ -223,7 +223,7 @@ def _estimated(
 ) -> Estimated:
     """Samples are independent unless `repeated`, the correlation of consecutive rows of X, is not 0."""
     n, p = ESTIMATE_SIZE
-    problem = aligned_problem(p, decay, alignment, noise_variance)
+    problem = aligned_problem(spectra.power_law(p, decay), alignment=alignment, noise_std=noise_variance**0.5)
     mixing = np.linalg.cholesky(_autocorrelation(n, repeated))
     X = np.asarray(problem.finetune_covariance.colour(mixing @ normal(ESTIMATE_REPLICATES, n, p)))
     delta = np.asarray(problem.gap_covariance.colour(normal(ESTIMATE_REPLICATES, p)))  # type: ignore[union-attr,arg-type]
@@ -254,103 +254,113 @@ def _mean_square_left_out(data: Estimated) -> Array:
     return jax.vmap(one)(data.X, data.y)
 
 
-def claims() -> tuple[Claim, ...]:
-    """S1–S5."""
-    fitting = {name: EXACT_PARAMETERS[name] for name in ("size", "decay", "noise_variance", "penalty", "tau")}
-    return (
-        Claim(
-            id="S1",
-            statement="Minimum norm, ridge, gradient flow and gradient descent from θ₁ are spectral filters of XXᵀ/n.",
-            formula=R"\hat\theta = \theta_1 + \tfrac1n X^\top U\,\mathrm{diag}(g(s))\,U^\top (y - X\theta_1)",
-            source="paper 2506.01901 (estimators)",
-            kind="identity",
-            parameters=EXACT_PARAMETERS | {"speed": Parameter(0.1, 1.9, highest=2.5)},
-            instance=_labelled,
-            predict=_closed_form,
-            measure=_plain_algebra,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="S2",
-            statement="Given X, bias² and variance on both domains are quadratic forms in the filter.",
-            formula=R"R(g) = c - 2\,b\cdot g + g^\top H g,\quad H = (P\circ Q)/n^2 + \sigma^2\mathrm{diag}(Q_{ii})/n^2",
-            source="ours",
-            kind="identity",
-            parameters=EXACT_PARAMETERS | {"noise_correlation": Parameter(0.0, 0.0, highest=0.9)},
-            instance=exact_instance,
-            predict=_risk_forms,
-            measure=_risk_by_traces,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="S2.sampled",
-            statement="The quadratic form is the mean risk of weights actually fitted, whatever the law of the noise.",
-            formula=R"\mathbb E_{\delta,\varepsilon}\|\theta_\tau - \theta_2^*\|^2_{\Sigma_2} = R_\mathrm{ft}(\tau g)",
-            source="ours",
-            kind="statistical",
-            parameters=EXACT_PARAMETERS
-            | {"law": Parameter(0, 1, "whole"), "noise_correlation": Parameter(0.0, 0.0, highest=0.9)},
-            instance=_sampled,
-            predict=_expected,
-            measure=_realised,
-        ),
-        Claim(
-            id="S3",
-            statement="Along the ensemble the risk is a parabola; its vertex and the gain over τ = 1 are known.",
-            formula=R"\tau^* = b\cdot g / g^\top H g,\quad R(1) - R(\tau^*) = (1-\tau^*)^2\, g^\top H g",
-            source="ours",
-            kind="identity",
-            parameters=EXACT_PARAMETERS
-            | {
-                "noise_variance": Parameter(1e-3, 10.0, "log", lowest=1e-6, highest=1e3),
-                "decay": Parameter(0.0, 1.5, highest=3.0),
-                "pretrain_size": Parameter(0.1, 1.0, "log", lowest=1e-3, highest=10.0),
-            },
-            instance=exact_instance,
-            predict=_optimal_ensemble,
-            measure=_vertex,
-            tolerance=1e-7,
-        ),
-        Claim(
-            id="S4",
-            statement="No spectral filter has a lower fine-tuning risk than the oracle filter H⁻¹b.",
-            formula=R"R(g) \ge c - b^\top H^{-1} b",
-            source="ours",
-            kind="inequality",
-            parameters=EXACT_PARAMETERS | {"beyond_spectral": Parameter(0.0, 0.0, highest=1.0)},
-            instance=_exact_with_values,
-            predict=_oracle_floor,
-            measure=_many_filters,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="S5",
-            statement="Leave-one-out residuals of an ensemble of ridge need no refitting, the penalty nλ held fixed.",
-            formula=R"r_i - \tau\,\bigl(r_i - (Gr)_i/G_{ii}\bigr),\quad G = (XX^\top + n\lambda I)^{-1}",
-            source="ours",
-            kind="identity",
-            parameters=fitting | {"refit_ratio": Parameter(1.0, 1.0, "log", lowest=0.25, highest=4.0)},
-            instance=_left_out,
-            predict=_shortcut,
-            measure=_refit,
-            tolerance=1e-8,
-        ),
-        Claim(
-            id="S5.unbiased",
-            statement="The mean squared leave-one-out residual is unbiased for the prediction error at n − 1 samples.",
-            formula=R"\mathbb E\,\tfrac1n\textstyle\sum_i r_{(i)}^2 = \mathbb E\,R_\mathrm{ft}^{(n-1)} + \sigma^2",
-            source="ours",
-            kind="statistical",
-            parameters={
-                "decay": Parameter(0.0, 1.5),
-                "alignment": Parameter(-1.0, 1.0),
-                "noise_variance": Parameter(1e-2, 10.0, "log"),
-                "penalty": Parameter(1e-2, 10.0, "log"),
-                "tau": Parameter(-0.5, 1.5),
-                "repeated": Parameter(0.0, 0.0, highest=0.99),
-            },
-            instance=_estimated,
-            predict=_risk_with_one_sample_less,
-            measure=_mean_square_left_out,
-        ),
-    )
+FITTING = {name: EXACT_PARAMETERS[name] for name in ("size", "decay", "noise_variance", "penalty", "tau")}
+
+
+@claim(
+    "S1",
+    "Minimum norm, ridge, gradient flow and gradient descent from θ₁ are spectral filters of XXᵀ/n.",
+    R"\hat\theta = \theta_1 + \tfrac1n X^\top U\,\mathrm{diag}(g(s))\,U^\top (y - X\theta_1)",
+    source="paper 2506.01901 (estimators)",
+    kind="identity",
+    parameters=EXACT_PARAMETERS | {"speed": Parameter(low=0.1, high=1.9, highest=2.5)},
+    tolerance=1e-9,
+)
+def s1(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _labelled(normal, **values)
+    return _closed_form(instance), _plain_algebra(instance)
+
+
+@claim(
+    "S2",
+    "Given X, bias² and variance on both domains are quadratic forms in the filter.",
+    R"R(g) = c - 2\,b\cdot g + g^\top H g,\quad H = (P\circ Q)/n^2 + \sigma^2\mathrm{diag}(Q_{ii})/n^2",
+    source="ours",
+    kind="identity",
+    parameters=EXACT_PARAMETERS | {"noise_correlation": Parameter(low=0.0, high=0.0, highest=0.9)},
+    tolerance=1e-9,
+)
+def s2(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = exact_instance(normal, **values)
+    return _risk_forms(instance), _risk_by_traces(instance)
+
+
+@claim(
+    "S2.sampled",
+    "The quadratic form is the mean risk of weights actually fitted, whatever the law of the noise.",
+    R"\mathbb E_{\delta,\varepsilon}\|\theta_\tau - \theta_2^*\|^2_{\Sigma_2} = R_\mathrm{ft}(\tau g)",
+    source="ours",
+    kind="statistical",
+    parameters=EXACT_PARAMETERS
+    | {"law": Parameter(low=0, high=1, scale="whole"), "noise_correlation": Parameter(low=0.0, high=0.0, highest=0.9)},
+)
+def s2_sampled(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _sampled(normal, **values)
+    return _expected(instance), _realised(instance)
+
+
+@claim(
+    "S3",
+    "Along the ensemble the risk is a parabola; its vertex and the gain over τ = 1 are known.",
+    R"\tau^* = b\cdot g / g^\top H g,\quad R(1) - R(\tau^*) = (1-\tau^*)^2\, g^\top H g",
+    source="ours",
+    kind="identity",
+    parameters=EXACT_PARAMETERS
+    | {
+        "noise_variance": Parameter(low=1e-3, high=10.0, scale="log", lowest=1e-6, highest=1e3),
+        "decay": DECAY.within(0.0, 1.5, highest=3.0),
+        "pretrain_size": Parameter(low=0.1, high=1.0, scale="log", lowest=1e-3, highest=10.0),
+    },
+    tolerance=1e-7,
+)
+def s3(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = exact_instance(normal, **values)
+    return _optimal_ensemble(instance), _vertex(instance)
+
+
+@claim(
+    "S4",
+    "No spectral filter has a lower fine-tuning risk than the oracle filter H⁻¹b.",
+    R"R(g) \ge c - b^\top H^{-1} b",
+    source="ours",
+    kind="inequality",
+    parameters=EXACT_PARAMETERS | {"beyond_spectral": Parameter(low=0.0, high=0.0, highest=1.0)},
+    tolerance=1e-9,
+)
+def s4(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _exact_with_values(normal, **values)
+    return _oracle_floor(instance), _many_filters(instance)
+
+
+@claim(
+    "S5",
+    "Leave-one-out residuals of an ensemble of ridge need no refitting, the penalty nλ held fixed.",
+    R"r_i - \tau\,\bigl(r_i - (Gr)_i/G_{ii}\bigr),\quad G = (XX^\top + n\lambda I)^{-1}",
+    source="ours",
+    kind="identity",
+    parameters=FITTING | {"refit_ratio": Parameter(low=1.0, high=1.0, scale="log", lowest=0.25, highest=4.0)},
+    tolerance=1e-8,
+)
+def s5(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _left_out(normal, **values)
+    return _shortcut(instance), _refit(instance)
+
+
+@claim(
+    "S5.unbiased",
+    "The mean squared leave-one-out residual is unbiased for the prediction error at n − 1 samples.",
+    R"\mathbb E\,\tfrac1n\textstyle\sum_i r_{(i)}^2 = \mathbb E\,R_\mathrm{ft}^{(n-1)} + \sigma^2",
+    source="ours",
+    kind="statistical",
+    parameters={
+        "decay": DECAY.within(0.0, 1.5),
+        "alignment": ALIGNMENT.within(-1.0, 1.0),
+        "noise_variance": Parameter(low=1e-2, high=10.0, scale="log"),
+        "penalty": PENALTY.within(1e-2, 10.0),
+        "tau": TAU.within(-0.5, 1.5),
+        "repeated": Parameter(low=0.0, high=0.0, highest=0.99),
+    },
+)
+def s5_unbiased(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _estimated(normal, **values)
+    return _risk_with_one_sample_less(instance), _mean_square_left_out(instance)

@@ -8,8 +8,9 @@ import scipy.special
 
 from linfit import FixedShift, GradientDescent, GradientFlow, MinNorm, Ridge, TwoTaskProblem, fine_tune, flow_weights
 from linfit.weighting import robust_weights
-from theory.claims import Claim, Normal, Parameter
-from theory.claims.instances import dense_covariance, matrix_of, zero
+from sims.claims import Normal, claim
+from sims.claims.problems import dense_covariance, matrix_of, zero
+from sims.parameters import DECAY, PENALTY, TEMPERATURE, Parameter
 from theory.flow import (
     MEDIAN,
     best_averaging,
@@ -31,12 +32,12 @@ from theory.flow import (
 )
 
 P, REPLICATES = 4, 4096
-GAUSSIAN = Parameter(0.0, 0.0, highest=2.0)
+GAUSSIAN = Parameter(low=0.0, high=0.0, highest=2.0)
 """Spread of log S, where features (or noise) are √S times Gaussian ones: kurtosis 3e^{spread²}."""
 DATA = {
-    "decay": Parameter(0.0, 1.5),
-    "noise_variance": Parameter(1e-2, 10.0, "log", lowest=1e-6, highest=1e3),
-    "warmth": Parameter(0.1, 30.0, "log", lowest=1e-3, highest=1e3),
+    "decay": DECAY.within(0.0, 1.5),
+    "noise_variance": Parameter(low=1e-2, high=10.0, scale="log", lowest=1e-6, highest=1e3),
+    "warmth": Parameter(low=0.1, high=30.0, scale="log", lowest=1e-3, highest=1e3),
 }
 """Eigenvalues j^(−decay); σ² and the temperature in units of the signal ΔᵀΣΔ and of the median of r²."""
 
@@ -438,227 +439,259 @@ def _half(_: Any) -> float:
     return 0.5
 
 
-def claims() -> tuple[Claim, ...]:
-    """F1–F6."""
-    heavy = {"tail": GAUSSIAN, "noise_tail": GAUSSIAN}
-    theorem = {
-        "rho": Parameter(0.0, 0.95, highest=0.999),
-        "beta": Parameter(1e-2, 1.0, "log", lowest=1e-4),
-        "p": Parameter(2, 5, "whole"),
-        "distance": Parameter(0.3, 3.0, "log"),
-        "noise_variance": Parameter(0.0, 0.0, highest=1.0),
-        "step_ratio": Parameter(1.0, 1.0, lowest=0.5, highest=1.5),
-    }
-    two_tasks = {
-        "rho": Parameter(0.1, 0.95, lowest=0.0),
-        "strength": Parameter(0.2, 20.0, "log", highest=1e3),
-        "coupling": Parameter(-2.0, 0.9, lowest=-10.0, highest=2.0),
-        "spare": Parameter(1.0, 4.0, highest=100.0),
-    }
-    return (
-        Claim(
-            id="F1",
-            statement="Normalised, FLOW's weights minimise Σπℓ + TΣπ log π; their opposites maximise Σπℓ − TΣπ log π.",
-            formula=R"\pi \propto e^{-\ell/T} = \arg\min_\pi \textstyle\sum_i\pi_i\ell_i + T\sum_i\pi_i\log\pi_i",
-            source="paper 2502.02797, Prop. 4.3",
-            kind="identity",
-            parameters={
-                "temperature": Parameter(0.2, 5.0, "log"),
-                "temperature_ratio": Parameter(1.0, 1.0, "log", lowest=0.2, highest=5.0),
-            },
-            instance=_simplex,
-            predict=_normalised_weights,
-            measure=_entropic_optima,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="F2",
-            statement="Weighting Gaussian data deflates its covariance along one direction, ΣΔ.",
-            formula=R"\Sigma_w = Z\bigl(\Sigma - \tfrac{2}{T+2v}\Sigma\Delta\Delta^\top\Sigma\bigr),\ "
-            R"\mathbb E\,wxr = \tfrac{Z\,\Sigma\Delta}{1+2v/T}",
-            source="paper 2502.02797 (setting); ours (general)",
-            kind="statistical",
-            parameters=DATA | heavy,
-            instance=_sampled,
-            predict=_weighted_moments,
-            measure=_sampled_moments,
-        ),
-        Claim(
-            id="F2.median",
-            statement="The median of Gaussian squared residuals is 0.4549 of their variance.",
-            formula=R"T/v = \mathrm{median}\,\chi^2_1 = 0.4549",
-            source="paper 2502.02797 (T); ours (constant)",
-            kind="statistical",
-            parameters=DATA | heavy | {"warmth": Parameter(1.0, 1.0)},
-            instance=_sampled,
-            predict=_half,
-            measure=_below_the_median,
-        ),
-        Claim(
-            id="F3",
-            statement="In whitened coordinates FLOW slows learning along Σ^{1/2}Δ, and all else alike.",
-            formula=R"\mathrm{rate} = \frac{1+2\sigma^2/T}{1+2v/T},\quad \mathrm{drive} = \frac{1}{1+2v/T}",
-            source="paper 2502.02797 (stalls); ours (form)",
-            kind="statistical",
-            parameters=DATA | heavy,
-            instance=_sampled,
-            predict=_predicted_speeds,
-            measure=_measured_speeds,
-        ),
-        Claim(
-            id="F3.tails",
-            statement="For heavy-tailed features FLOW still slows Δ alone, at another rate.",
-            formula=R"\mathrm{rate} = (1+2\sigma^2/T)\,\mathbb E[SZ_S^3]/\mathbb E[SZ_S],\ x = \sqrt S z",
-            source="ours",
-            kind="statistical",
-            parameters=DATA | {"tail": Parameter(0.0, 0.7), "noise_tail": GAUSSIAN},
-            instance=_sampled,
-            predict=_predicted_heavy_speeds,
-            measure=_measured_speeds,
-        ),
-        Claim(
-            id="F3.path",
-            statement="Descent, flow and ridge under FLOW's weights follow from the spectrum of Σ alone.",
-            formula=R"\theta_k = \theta_1 + \tau[I-(I-\eta\Sigma_w)^k]\Delta",
-            source="paper 2502.02797 (setting); ours (general)",
-            kind="identity",
-            parameters=DATA
-            | {
-                "speed": Parameter(0.1, 1.9, highest=2.5),
-                "steps": Parameter(1, 60, "whole"),
-                "penalty": Parameter(1e-3, 1e3, "log"),
-            },
-            instance=_exact,
-            predict=_predicted_path,
-            measure=_measured_path,
-            tolerance=1e-7,
-        ),
-        Claim(
-            id="F4",
-            statement="With label noise FLOW ends on the way from θ₁ to θ₂*, whatever the law of the features.",
-            formula=R"\theta_\infty = \theta_1 + \Delta/(1+2\sigma^2/T)",
-            source="ours",
-            kind="statistical",
-            parameters=DATA | {"tail": Parameter(0.0, 0.7), "noise_tail": GAUSSIAN},
-            instance=_sampled,
-            predict=zero,
-            measure=_normal_equations,
-        ),
-        Claim(
-            id="F4.ridge",
-            statement="FLOW with ridge is averaged ridge: of penalty λ/Z, its τ set by what ridge leaves unexplained.",
-            formula=R"\theta_\lambda - \theta_1 = \frac{(\Sigma+\lambda/Z)^{-1}\Sigma\Delta}{1+2v_\lambda/T},\ "
-            R"v_\lambda = \sigma^2 + \Delta^\top\Sigma\tfrac{\lambda}{Z}(\Sigma+\tfrac{\lambda}{Z})^{-1}\Delta",
-            source="ours",
-            kind="identity",
-            parameters=DATA
-            | {"penalty": Parameter(1e-3, 1e3, "log"), "speed": Parameter(1.0, 1.0), "steps": Parameter(1, 1, "whole")},
-            instance=_exact,
-            predict=_ridge_as_ensemble,
-            measure=_weighted_ridge,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="F5",
-            statement="Where the model interpolates, weights do not move the limit of training.",
-            formula=R"n \le p \implies \hat\theta_w = \theta_1 + X^+(y-X\theta_1)",
-            source="ours",
-            kind="identity",
-            parameters={
-                "surplus": Parameter(-2, -1, "whole", highest=1),
-                "noise_variance": Parameter(1e-2, 10.0, "log"),
-                "warmth": Parameter(2.0, 30.0, "log", lowest=1e-2),
-            },
-            instance=_interpolated,
-            predict=_unweighted_limit,
-            measure=_weighted_limit,
-            tolerance=1e-6,
-        ),
-        Claim(
-            id="F6",
-            statement="Theorem 7.2: the iterates of FLOW in the paper's two-task setting.",
-            formula=R"\theta_K = \theta_2^* + \tfrac{\lambda_1^K+\lambda_2^K\beta^2\rho^2}{1+\beta^2\rho^2}e "
-            R"- \beta\rho\tfrac{\lambda_1^K-\lambda_2^K}{1+\beta^2\rho^2}\|e\|\bar e_\perp",
-            source="paper 2502.02797, Theorem 7.2",
-            kind="identity",
-            parameters=theorem,
-            instance=_theorem,
-            predict=_flow_by_theorem,
-            measure=_flow_iterated,
-            tolerance=1e-10,
-        ),
-        Claim(
-            id="F6.vanilla",
-            statement="Without weights, at η = ½, the error alternates between e and −‖e‖ē⊥ and shrinks by ρ.",
-            formula=R"\theta_K = \theta_2^* + \rho^K e\ (K\ \text{even}),\ \theta_2^* - \rho^K\|e\|\bar e_\perp\ "
-            R"(K\ \text{odd})",
-            source="paper 2502.02797, §7",
-            kind="identity",
-            parameters=theorem | {"noise_variance": Parameter(0.0, 0.0)},
-            instance=_theorem,
-            predict=_vanilla_by_theorem,
-            measure=_vanilla_iterated,
-            tolerance=1e-10,
-        ),
-        Claim(
-            id="F6.stalled",
-            statement="FLOW is stalled along e − βρ‖e‖ē⊥, the top eigenvector of its iteration.",
-            formula=R"Q(e-\beta\rho\|e\|\bar e_\perp) = \tfrac{1+\beta\rho^2}{1+\beta}(e-\beta\rho\|e\|\bar e_\perp)",
-            source="paper 2502.02797, Theorem 7.2",
-            kind="identity",
-            parameters=theorem,
-            instance=_theorem,
-            predict=_stalled,
-            measure=_one_step_of_the_stalled,
-            tolerance=1e-10,
-        ),
-        Claim(
-            id="F6.averaging",
-            statement="The best average of both models has total error s/(s+1), s = ēᵀΣ₁ē.",
-            formula=R"\min_\omega \mathrm{err}_\mathrm{tot}(\theta_2^*+\omega e) = \tfrac{s}{s+1}\|e\|^2",
-            source="paper 2502.02797, §7",
-            kind="identity",
-            parameters=two_tasks,
-            instance=_two_tasks,
-            predict=_best_average,
-            measure=_best_average_by_search,
-            tolerance=1e-9,
-        ),
-        Claim(
-            id="F6.remark",
-            statement="Remark 7.6: the best FLOW, over T and K, is at least as good as the best averaging.",
-            formula=R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} \le \min_\omega\mathrm{err}_\mathrm{tot}",
-            source="paper 2502.02797, Remark 7.6",
-            kind="inequality",
-            parameters=two_tasks
-            | {"rho": Parameter(0.0, 0.95), "coupling": Parameter(-2.0, 2.0, lowest=-10.0, highest=10.0)},
-            instance=_two_tasks,
-            predict=zero,
-            measure=_flow_gain,
-            tolerance=1e-3,
-        ),
-        Claim(
-            id="F6.better",
-            statement="The best FLOW is better than the best averaging if ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē, and only then.",
-            formula=R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} < \min_\omega\mathrm{err}_\mathrm{tot} \iff "
-            R"\bar e^\top\Sigma_1\bar e_\perp < \rho\,\bar e^\top\Sigma_1\bar e",
-            source="paper 2502.02797 (ρ > 0); ours (condition)",
-            kind="inequality",
-            parameters=two_tasks,
-            instance=_two_tasks,
-            predict=zero,
-            measure=_flow_gain,
-        ),
-        Claim(
-            id="F6.equal",
-            statement="At ρ = 0 FLOW is averaging: their best total errors are equal.",
-            formula=R"\rho = 0 \implies \min_{\beta,K}\mathrm{err}_\mathrm{tot} = \tfrac{s}{s+1}\|e\|^2",
-            source="paper 2502.02797, Remark 7.6",
-            kind="identity",
-            parameters=two_tasks | {"rho": Parameter(0.0, 0.0, highest=0.9)},
-            instance=_two_tasks,
-            predict=_best_average,
-            measure=_least_total,
-            tolerance=1e-6,
-        ),
-    )
+HEAVY = {"tail": GAUSSIAN, "noise_tail": GAUSSIAN}
+THEOREM = {
+    "rho": Parameter(low=0.0, high=0.95, highest=0.999),
+    "beta": Parameter(low=1e-2, high=1.0, scale="log", lowest=1e-4),
+    "p": Parameter(low=2, high=5, scale="whole"),
+    "distance": Parameter(low=0.3, high=3.0, scale="log"),
+    "noise_variance": Parameter(low=0.0, high=0.0, highest=1.0),
+    "step_ratio": Parameter(low=1.0, high=1.0, lowest=0.5, highest=1.5),
+}
+TWO_TASKS = {
+    "rho": Parameter(low=0.1, high=0.95, lowest=0.0),
+    "strength": Parameter(low=0.2, high=20.0, scale="log", highest=1e3),
+    "coupling": Parameter(low=-2.0, high=0.9, lowest=-10.0, highest=2.0),
+    "spare": Parameter(low=1.0, high=4.0, highest=100.0),
+}
+
+
+@claim(
+    "F1",
+    "Normalised, FLOW's weights minimise Σπℓ + TΣπ log π; their opposites maximise Σπℓ − TΣπ log π.",
+    R"\pi \propto e^{-\ell/T} = \arg\min_\pi \textstyle\sum_i\pi_i\ell_i + T\sum_i\pi_i\log\pi_i",
+    source="paper 2502.02797, Prop. 4.3",
+    kind="identity",
+    parameters={
+        "temperature": TEMPERATURE.within(0.2, 5.0),
+        "temperature_ratio": Parameter(low=1.0, high=1.0, scale="log", lowest=0.2, highest=5.0),
+    },
+    tolerance=1e-9,
+)
+def f1(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _simplex(normal, **values)
+    return _normalised_weights(instance), _entropic_optima(instance)
+
+
+@claim(
+    "F2",
+    "Weighting Gaussian data deflates its covariance along one direction, ΣΔ.",
+    R"\Sigma_w = Z\bigl(\Sigma - \tfrac{2}{T+2v}\Sigma\Delta\Delta^\top\Sigma\bigr),\ "
+    R"\mathbb E\,wxr = \tfrac{Z\,\Sigma\Delta}{1+2v/T}",
+    source="paper 2502.02797 (setting); ours (general)",
+    kind="statistical",
+    parameters=DATA | HEAVY,
+)
+def f2(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _sampled(normal, **values)
+    return _weighted_moments(instance), _sampled_moments(instance)
+
+
+@claim(
+    "F2.median",
+    "The median of Gaussian squared residuals is 0.4549 of their variance.",
+    R"T/v = \mathrm{median}\,\chi^2_1 = 0.4549",
+    source="paper 2502.02797 (T); ours (constant)",
+    kind="statistical",
+    parameters=DATA | HEAVY | {"warmth": Parameter(low=1.0, high=1.0)},
+)
+def f2_median(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _sampled(normal, **values)
+    return _half(instance), _below_the_median(instance)
+
+
+@claim(
+    "F3",
+    "In whitened coordinates FLOW slows learning along Σ^{1/2}Δ, and all else alike.",
+    R"\mathrm{rate} = \frac{1+2\sigma^2/T}{1+2v/T},\quad \mathrm{drive} = \frac{1}{1+2v/T}",
+    source="paper 2502.02797 (stalls); ours (form)",
+    kind="statistical",
+    parameters=DATA | HEAVY,
+)
+def f3(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _sampled(normal, **values)
+    return _predicted_speeds(instance), _measured_speeds(instance)
+
+
+@claim(
+    "F3.tails",
+    "For heavy-tailed features FLOW still slows Δ alone, at another rate.",
+    R"\mathrm{rate} = (1+2\sigma^2/T)\,\mathbb E[SZ_S^3]/\mathbb E[SZ_S],\ x = \sqrt S z",
+    source="ours",
+    kind="statistical",
+    parameters=DATA | {"tail": Parameter(low=0.0, high=0.7), "noise_tail": GAUSSIAN},
+)
+def f3_tails(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _sampled(normal, **values)
+    return _predicted_heavy_speeds(instance), _measured_speeds(instance)
+
+
+@claim(
+    "F3.path",
+    "Descent, flow and ridge under FLOW's weights follow from the spectrum of Σ alone.",
+    R"\theta_k = \theta_1 + \tau[I-(I-\eta\Sigma_w)^k]\Delta",
+    source="paper 2502.02797 (setting); ours (general)",
+    kind="identity",
+    parameters=DATA
+    | {
+        "speed": Parameter(low=0.1, high=1.9, highest=2.5),
+        "steps": Parameter(low=1, high=60, scale="whole"),
+        "penalty": PENALTY.within(1e-3, 1e3),
+    },
+    tolerance=1e-7,
+)
+def f3_path(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _exact(normal, **values)
+    return _predicted_path(instance), _measured_path(instance)
+
+
+@claim(
+    "F4",
+    "With label noise FLOW ends on the way from θ₁ to θ₂*, whatever the law of the features.",
+    R"\theta_\infty = \theta_1 + \Delta/(1+2\sigma^2/T)",
+    source="ours",
+    kind="statistical",
+    parameters=DATA | {"tail": Parameter(low=0.0, high=0.7), "noise_tail": GAUSSIAN},
+)
+def f4(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _sampled(normal, **values)
+    return zero(instance), _normal_equations(instance)
+
+
+@claim(
+    "F4.ridge",
+    "FLOW with ridge is averaged ridge: of penalty λ/Z, its τ set by what ridge leaves unexplained.",
+    R"\theta_\lambda - \theta_1 = \frac{(\Sigma+\lambda/Z)^{-1}\Sigma\Delta}{1+2v_\lambda/T},\ "
+    R"v_\lambda = \sigma^2 + \Delta^\top\Sigma\tfrac{\lambda}{Z}(\Sigma+\tfrac{\lambda}{Z})^{-1}\Delta",
+    source="ours",
+    kind="identity",
+    parameters=DATA
+    | {
+        "penalty": PENALTY.within(1e-3, 1e3),
+        "speed": Parameter(low=1.0, high=1.0),
+        "steps": Parameter(low=1, high=1, scale="whole"),
+    },
+    tolerance=1e-9,
+)
+def f4_ridge(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _exact(normal, **values)
+    return _ridge_as_ensemble(instance), _weighted_ridge(instance)
+
+
+@claim(
+    "F5",
+    "Where the model interpolates, weights do not move the limit of training.",
+    R"n \le p \implies \hat\theta_w = \theta_1 + X^+(y-X\theta_1)",
+    source="ours",
+    kind="identity",
+    parameters={
+        "surplus": Parameter(low=-2, high=-1, scale="whole", highest=1),
+        "noise_variance": Parameter(low=1e-2, high=10.0, scale="log"),
+        "warmth": Parameter(low=2.0, high=30.0, scale="log", lowest=1e-2),
+    },
+    tolerance=1e-6,
+)
+def f5(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _interpolated(normal, **values)
+    return _unweighted_limit(instance), _weighted_limit(instance)
+
+
+@claim(
+    "F6",
+    "Theorem 7.2: the iterates of FLOW in the paper's two-task setting.",
+    R"\theta_K = \theta_2^* + \tfrac{\lambda_1^K+\lambda_2^K\beta^2\rho^2}{1+\beta^2\rho^2}e "
+    R"- \beta\rho\tfrac{\lambda_1^K-\lambda_2^K}{1+\beta^2\rho^2}\|e\|\bar e_\perp",
+    source="paper 2502.02797, Theorem 7.2",
+    kind="identity",
+    parameters=THEOREM,
+    tolerance=1e-10,
+)
+def f6(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _theorem(normal, **values)
+    return _flow_by_theorem(instance), _flow_iterated(instance)
+
+
+@claim(
+    "F6.vanilla",
+    "Without weights, at η = ½, the error alternates between e and −‖e‖ē⊥ and shrinks by ρ.",
+    R"\theta_K = \theta_2^* + \rho^K e\ (K\ \text{even}),\ \theta_2^* - \rho^K\|e\|\bar e_\perp\ "
+    R"(K\ \text{odd})",
+    source="paper 2502.02797, §7",
+    kind="identity",
+    parameters=THEOREM | {"noise_variance": Parameter(low=0.0, high=0.0)},
+    tolerance=1e-10,
+)
+def f6_vanilla(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _theorem(normal, **values)
+    return _vanilla_by_theorem(instance), _vanilla_iterated(instance)
+
+
+@claim(
+    "F6.stalled",
+    "FLOW is stalled along e − βρ‖e‖ē⊥, the top eigenvector of its iteration.",
+    R"Q(e-\beta\rho\|e\|\bar e_\perp) = \tfrac{1+\beta\rho^2}{1+\beta}(e-\beta\rho\|e\|\bar e_\perp)",
+    source="paper 2502.02797, Theorem 7.2",
+    kind="identity",
+    parameters=THEOREM,
+    tolerance=1e-10,
+)
+def f6_stalled(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _theorem(normal, **values)
+    return _stalled(instance), _one_step_of_the_stalled(instance)
+
+
+@claim(
+    "F6.averaging",
+    "The best average of both models has total error s/(s+1), s = ēᵀΣ₁ē.",
+    R"\min_\omega \mathrm{err}_\mathrm{tot}(\theta_2^*+\omega e) = \tfrac{s}{s+1}\|e\|^2",
+    source="paper 2502.02797, §7",
+    kind="identity",
+    parameters=TWO_TASKS,
+    tolerance=1e-9,
+)
+def f6_averaging(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _two_tasks(normal, **values)
+    return _best_average(instance), _best_average_by_search(instance)
+
+
+@claim(
+    "F6.remark",
+    "Remark 7.6: the best FLOW, over T and K, is at least as good as the best averaging.",
+    R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} \le \min_\omega\mathrm{err}_\mathrm{tot}",
+    source="paper 2502.02797, Remark 7.6",
+    kind="inequality",
+    parameters=TWO_TASKS
+    | {"rho": Parameter(low=0.0, high=0.95), "coupling": Parameter(low=-2.0, high=2.0, lowest=-10.0, highest=10.0)},
+    tolerance=1e-3,
+)
+def f6_remark(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _two_tasks(normal, **values)
+    return zero(instance), _flow_gain(instance)
+
+
+@claim(
+    "F6.better",
+    "The best FLOW is better than the best averaging if ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē, and only then.",
+    R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} < \min_\omega\mathrm{err}_\mathrm{tot} \iff "
+    R"\bar e^\top\Sigma_1\bar e_\perp < \rho\,\bar e^\top\Sigma_1\bar e",
+    source="paper 2502.02797 (ρ > 0); ours (condition)",
+    kind="inequality",
+    parameters=TWO_TASKS,
+)
+def f6_better(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _two_tasks(normal, **values)
+    return zero(instance), _flow_gain(instance)
+
+
+@claim(
+    "F6.equal",
+    "At ρ = 0 FLOW is averaging: their best total errors are equal.",
+    R"\rho = 0 \implies \min_{\beta,K}\mathrm{err}_\mathrm{tot} = \tfrac{s}{s+1}\|e\|^2",
+    source="paper 2502.02797, Remark 7.6",
+    kind="identity",
+    parameters=TWO_TASKS | {"rho": Parameter(low=0.0, high=0.0, highest=0.9)},
+    tolerance=1e-6,
+)
+def f6_equal(normal: Normal, **values: Any) -> tuple[Any, Any]:
+    instance = _two_tasks(normal, **values)
+    return _best_average(instance), _least_total(instance)
