@@ -18,6 +18,14 @@ quick: $(VENV)/test
 bench: $(VENV)/test
 	OPENBLAS_NUM_THREADS=1 NPROC=4 $(RUN)python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
 
+# The everyday tests against the lower bounds in pyproject.toml; .ci/oldest.txt keeps those that were tried last.
+oldest:
+	$(PYTHON) -m venv --clear $(VENV)/oldest
+	$(PYTHON) .ci/oldest.py > $(VENV)/oldest/constraints.txt
+	$(VENV)/oldest/bin/python -m pip install --quiet --constraint $(VENV)/oldest/constraints.txt --editable '.[test]'
+	$(VENV)/oldest/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider -m "not slow"
+	cp $(VENV)/oldest/constraints.txt .ci/oldest.txt
+
 lint: $(VENV)/test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
@@ -42,4 +50,4 @@ $(VENV)/docs: $(VENV)/test
 	$(INSTALL) '.[docs]'
 	touch $@
 
-.PHONY: figures test quick bench lint docs
+.PHONY: figures test quick bench oldest lint docs
