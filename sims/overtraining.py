@@ -305,7 +305,7 @@ def token_budgets(
     """
     start_key, stream_key = jax.random.split(key)
     size = target.shape[0]
-    start = network.gaussian_network(start_key, (size, size, size), scale, replicas=(replicas,))
+    start = network.sample_network(start_key, (size, size, size), scale, replicas=(replicas,))
     settings = {"batch": batch, "noise_std": noise_std, "replicas": replicas, "start": start}
     steps = np.asarray(budgets) // batch
     losses, rises = [], []
@@ -447,7 +447,7 @@ def sharpness_and_forgetting(
     """
     start_key, stream_key = jax.random.split(key)
     size = target.shape[0]
-    start = network.gaussian_network(start_key, (size, size, size), *scales, replicas=(replicas,))
+    start = network.sample_network(start_key, (size, size, size), *scales, replicas=(replicas,))
     rows: dict[str, list] = {"loss": [], "sharpness": [], "forgetting": [], "angle": []}
     cases = [(schedule, step_size) for schedule in schedules for step_size in step_sizes]
     for schedule, step_size in progress(cases, "schedules", len(cases)):

@@ -14,7 +14,7 @@ SHAPES = {"square": (4, 4, 4), "wide hidden": (3, 6, 5), "bottleneck": (5, 2, 4)
 
 
 def random_network(seed: int, shape: tuple[int, int, int], scale: float = 0.5) -> TwoLayer:
-    return network.gaussian_network(jax.random.key(seed), shape, scale, 1.3 * scale)
+    return network.sample_network(jax.random.key(seed), shape, scale, 1.3 * scale)
 
 
 def random_target(seed: int, shape: tuple[int, int, int]) -> jax.Array:
@@ -80,7 +80,7 @@ def test_descent_is_the_plain_loop(name, penalty, rtol):
 
 def test_replicas_and_hyperparameters_broadcast():
     shape = (3, 4, 2)
-    starts = network.gaussian_network(jax.random.key(0), shape, 0.4, replicas=(5,))
+    starts = network.sample_network(jax.random.key(0), shape, 0.4, replicas=(5,))
     targets = jax.random.normal(jax.random.key(1), (5, 3, 2))
     rates = network.constant(jnp.array([0.02, 0.1]), 7)[:, None]  # (2, 1, 7)
     penalty = jnp.array([0.0, 1.0, 3.0])[:, None, None]
@@ -214,7 +214,7 @@ def test_layer_modes(imbalance):
 
 @pytest.mark.slow
 def test_random_weights_have_the_stated_moments():
-    start = network.gaussian_network(jax.random.key(0), (20, 30, 10), 0.2, 3.0, replicas=(5,))
+    start = network.sample_network(jax.random.key(0), (20, 30, 10), 0.2, 3.0, replicas=(5,))
     for weights, scale in zip(start, (0.2, 3.0)):
         assert abs(float(jnp.mean(weights**2)) / scale**2 - 1) < 4 * (2 / weights.size) ** 0.5
         assert abs(float(weights.mean())) < 4 * scale / weights.size**0.5
@@ -271,8 +271,8 @@ BAD = {
     "initial shape": (network.aligned_network, (TARGET, [1.0, 2.0, 3.0]), "initial"),
     "initial negative": (network.aligned_network, (TARGET, -1.0), "initial"),
     "hidden": (network.aligned_network, (TARGET, 0.1, 0.0, 1), "hidden_size"),
-    "sizes": (network.gaussian_network, (jax.random.key(0), (2, 0, 2), 0.1), "shape"),
-    "scale": (network.gaussian_network, (jax.random.key(0), (2, 2, 2), -0.1), "scale"),
+    "sizes": (network.sample_network, (jax.random.key(0), (2, 0, 2), 0.1), "shape"),
+    "scale": (network.sample_network, (jax.random.key(0), (2, 2, 2), -0.1), "scale"),
     "gamma": (network.perturb, (jax.random.key(0), NET, -0.1), "gamma"),
     "rate": (network.constant, (0.0, 5), "step_size"),
     "steps": (network.cosine, (0.1, 0), "steps"),

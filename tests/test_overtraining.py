@@ -404,7 +404,7 @@ def test_tasks():
 @pytest.mark.slow
 def test_token_stream_is_fresh_and_does_not_depend_on_the_batch_of_seeds():
     target = sims.power_law_target(jax.random.key(0), 3)
-    start = network.gaussian_network(jax.random.key(1), (3, 3, 3), 0.1, replicas=(3,))
+    start = network.sample_network(jax.random.key(1), (3, 3, 3), 0.1, replicas=(3,))
     settings = {"batch": 4, "noise_std": 0.2}
     rates, save = network.constant(0.05, 30), np.array([10, 30])
     three = sims.pretrain_on_tokens(jax.random.key(2), target, rates, save, replicas=3, start=start, **settings)
@@ -444,7 +444,7 @@ def test_sensitivity_grows_with_the_token_budget():
 
 @pytest.mark.slow
 def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian():
-    weights = network.gaussian_network(jax.random.key(0), (3, 4, 2), 0.7, replicas=(2,))
+    weights = network.sample_network(jax.random.key(0), (3, 4, 2), 0.7, replicas=(2,))
     target = jax.random.normal(jax.random.key(1), (3, 2))
     ours = sims.sharpness(weights, target)
     for index in range(2):
