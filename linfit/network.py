@@ -211,11 +211,7 @@ def sample_network(
 
 
 def perturb(
-    key: Array,
-    network: TwoLayer,
-    gamma: ArrayLike,
-    gamma_2: ArrayLike | None = None,
-    replicas: tuple[int, ...] = (),
+    key: Array, network: TwoLayer, gamma: ArrayLike, gamma_2: ArrayLike | None = None, replicas: tuple[int, ...] = ()
 ) -> TwoLayer:
     """The network plus independent Gaussian noise of standard deviation γ per entry (docs, N2; paper 2503.19206).
 
@@ -412,13 +408,7 @@ def gradient_flow(
 
 @partial(jax.jit, static_argnames=("rtol", "atol"))
 def _flow(
-    network: TwoLayer,
-    objective: Objective,
-    times: Array,
-    penalty: Array,
-    reference: TwoLayer,
-    rtol: float,
-    atol: float,
+    network: TwoLayer, objective: Objective, times: Array, penalty: Array, reference: TwoLayer, rtol: float, atol: float
 ) -> TwoLayer:
     pull = penalty[..., None, None]
 
