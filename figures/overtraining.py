@@ -206,15 +206,15 @@ def _draw_after(data: xr.Dataset) -> Figure:
                     axis.plot(data.line_time, here[f"{name}_line"].sel(shown_rate=rate), color=colour)
                 if name == "pretrain":
                     _mark_inflection(axis, here.pretrain.sel(step_size=rate), colour)
-            axis.plot(best.time, best[name], color="black", linestyle=":", label="tuned")
-            axis.plot(data.time, here[f"{name}_before"], color="grey", linewidth=1, label="before")
+            axis.plot(best.time, best[name], color="black", linestyle=":")
+            axis.plot(data.time, here[f"{name}_before"], color="grey", linewidth=1)
         rows["pretrain"].set_title(title, fontsize=8, loc="right")
         rows["pretrain"].set_ylim(0.7 * float(here.pretrain.sel(step_size=rates).min()), None)
         rows["finetune"].set(xscale="log", xlim=(0.5, float(data.time[-1])), xlabel="pretraining time")
     axes[0].set(ylabel="pretraining loss after", yscale="log")
     readable_ticks(axes[0].yaxis)
     axes[3].set_ylabel("fine-tuning loss after")
-    axes[4].legend(*axes[4].get_legend_handles_labels(), title="learning rate", title_fontsize=7, loc="upper right")
+    axes[4].legend(title="learning rate", title_fontsize=7, loc="upper right")
     panel_letters(axes)
     return figure
 
@@ -293,8 +293,7 @@ def _draw_inflections(data: xr.Dataset) -> Figure:
     both = both.where((both > 0) & np.isfinite(both))
     norm = mpl.colors.LogNorm(0.5, data.last_time)
     axes[2].set_facecolor("0.88")
-    style = {"cmap": "viridis", "shading": "nearest", "rasterized": True, "norm": norm}
-    mesh = axes[2].pcolormesh(data.step_size, data.gamma_after, both, **style)
+    mesh = axes[2].pcolormesh(data.step_size, data.gamma_after, both, cmap="viridis", norm=norm, rasterized=True)
     axes[2].set(xscale="log", xlabel="learning rate", ylabel="perturbation γ")
     figure.colorbar(mesh, ax=axes[2], label="inflection time")
     for axis, letter in zip(axes, "abc"):

@@ -228,16 +228,19 @@ def perturbed_losses(
     """
     checkpoints = pretrain(target, times, initial=initial, step_size=step_size, imbalance=imbalance)
     levels = jnp.asarray(gammas)
-    samples = replicate(
-        lambda noise_key: losses_under_noise(noise_key, checkpoints, target, levels), key, replicas, "perturbations"
-    )
-    a, shape = jnp.linalg.svd(target, compute_uv=False), (*checkpoints.w1.shape[-2:], target.shape[1])
+
+    def measure(noise_key: Array) -> Array:
+        return losses_under_noise(noise_key, checkpoints, target, levels)
+
+    samples = np.asarray(replicate(measure, key, replicas, "perturbations"))
+    a, (m, k) = jnp.linalg.svd(target, compute_uv=False), target.shape
+    shape = (m, checkpoints.w1.shape[-1], k)
     loss = network.loss(checkpoints, target)
     dims = ("gamma", "time")
     data = xr.Dataset(
         {
             **mean_and_error(samples, dims, "perturbed"),
-            "perturbed_expected": (dims, loss + theory.gaussian_sensitivity(*checkpoints, levels[:, None])),
+            "perturbed_expected": (dims, np.asarray(loss + theory.gaussian_sensitivity(*checkpoints, levels[:, None]))),
             "perturbed_flow": (dims, theory.perturbed_loss(initial, a, times, levels[:, None], shape, imbalance).total),
             "loss": ("time", loss),
             "inflection_flow": ("gamma", theory.inflection_time(initial, a, levels, shape, imbalance)),
@@ -349,8 +352,11 @@ def inflection_times(
     combined = plain.pretrain + (noise**2 * plain.spread + noise**4 * np.prod(shape)) / 2
     return xr.Dataset(
         {
-            "inflection": ("gamma", theory.inflection_time(initial, a, gammas, shape)),
-            "mode_inflection": (("gamma", "mode"), theory.mode_inflection_times(initial, a, gammas, shape)),
+            "inflection": ("gamma", np.asarray(theory.inflection_time(initial, a, gammas, shape))),
+            "mode_inflection": (
+                ("gamma", "mode"),
+                np.asarray(theory.mode_inflection_times(initial, a, gammas, shape)),
+            ),
             "fine_tuning_inflection": inflection(data.pretrain),
             "combined_inflection": inflection(combined),
         },
@@ -534,8 +540,8 @@ def sharpness_and_forgetting(
 ) -> xr.Dataset:
     """What the pretraining schedule leaves behind: loss, sharpness, and forgetting at matched fine-tuning loss.
 
-    Dimensions (schedule, step_size, replica): `loss` and `sharpness` after pretraining on streaming tokens, `forgetting`
-    and `angle` when fine-tuning has come down to `level`.
+    Dimensions (schedule, step_size, replica): `loss` and `sharpness` after pretraining on streaming tokens,
+    `forgetting` and `angle` when fine-tuning has come down to `level`.
 
     Args:
         key: of starts and streams.

@@ -202,8 +202,8 @@ def mode_inflection_times(
 
         t = (1/2a) log[ (a−g)(a−s₀) / (s₀g) ],  g = γ²(m+k)/2
 
-    if balanced, where s = a − g; 0 where g ≥ a − s₀, a mode that only ever hurts; ∞ at γ = 0. Arguments and errors as in
-    `inflection_time`.
+    if balanced, where s = a − g; 0 where g ≥ a − s₀, a mode that only ever hurts; ∞ at γ = 0. Arguments and errors as
+    in `inflection_time`.
 
     >>> from theory.overtraining import mode_inflection_times
     >>> mode_inflection_times(0.01, [2.0, 1.0, 0.05], gamma=[0.0, 0.1], shape=(10, 10, 10)).round(3)
