@@ -353,10 +353,7 @@ def inflection_times(
     return xr.Dataset(
         {
             "inflection": ("gamma", np.asarray(theory.inflection_time(initial, a, gammas, shape))),
-            "mode_inflection": (
-                ("gamma", "mode"),
-                np.asarray(theory.mode_inflection_times(initial, a, gammas, shape)),
-            ),
+            "mode_inflection": (("gamma", "mode"), np.asarray(theory.mode_inflection_times(initial, a, gammas, shape))),
             "fine_tuning_inflection": inflection(data.pretrain),
             "combined_inflection": inflection(combined),
         },

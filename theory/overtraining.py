@@ -66,17 +66,11 @@ def singular_values(initial: ArrayLike, target: ArrayLike, time: ArrayLike) -> A
            [2.   , 1.   , 0.007]], dtype=float64)
     """
     initial, target, time = non_negative("initial", initial), real_array("target", target), non_negative("time", time)
-    return _flow(initial, target, time[..., None])
-
-
-def _flow(initial: Array, target: Array, time: Array) -> Array:
-    """N1, also back in time; multiplied through by e^{2at} where that is the small exponential."""
-    exponent = 2 * target * time
-    small = jnp.exp(-jnp.abs(exponent))
-    flat = exponent == 0
-    ramp = -jnp.expm1(-jnp.abs(exponent)) / jnp.where(flat, 1, jnp.abs(target))
-    grown = initial * jnp.where(flat, 2 * time, jnp.sign(time) * ramp)
-    return initial * jnp.where(exponent >= 0, 1, small) / (jnp.where(exponent >= 0, small, 1) + grown)
+    time = time[..., None]
+    small = jnp.exp(-2 * jnp.abs(target) * time)  # multiplied through by e^{2at} where that is the small exponential
+    flat, falls = target == 0, target < 0
+    ramp = jnp.where(flat, 2 * time, -jnp.expm1(-2 * jnp.abs(target) * time) / jnp.where(flat, 1, jnp.abs(target)))
+    return initial * jnp.where(falls, small, 1) / (jnp.where(falls, 1, small) + initial * ramp)
 
 
 # Time to reach a given s. With R(s) = √(c² + 4s²) = w₁² + w₂² and d = R(a), s' = R(s)(a − s) has the integral
@@ -330,7 +324,7 @@ def fine_tuned_singular_values(
     if steps is not None:
         return _descent(pretrained, target, time / count("steps", steps), penalty, steps)
     if is_concrete(penalty) and not np.any(np.asarray(penalty)):
-        return _flow(pretrained, target, time)
+        return singular_values(pretrained, target, time[..., 0])
     return _penalised_flow(pretrained, target, time, penalty)
 
 
@@ -411,7 +405,8 @@ def fine_tuning(
 
 
 # Fine-tuning for a time T maps s to φ(s), which rises with s. So ½(φ(s(t)) − a)² falls as s(t) grows, until φ(s) = a,
-# s = φ⁻¹(a): the flow to b run backwards from a. That lies below a, and is passed at a finite time, only if b > a.
+# s = φ⁻¹(a) = bE / (E + b/a − 1), E = e^{−2bT}: the flow to b run backwards from a. That lies below a, and is passed
+# at a finite time, only if b > a.
 def fine_tuning_inflection_times(
     initial: ArrayLike, pretrain_target: ArrayLike, finetune_target: ArrayLike, finetune_time: ArrayLike
 ) -> Array:
@@ -438,8 +433,9 @@ def fine_tuning_inflection_times(
     same_size("finetune_target", b.shape[-1], "pretrain_target", a.shape[-1])
     time = non_negative("finetune_time", finetune_time)[..., None]
     overshoots = (b > a) & (time > 0)
-    back = _flow(a, jnp.where(overshoots, b, a), -time)
-    return learning_time(initial, a, jnp.where(overshoots, back, a))
+    b = jnp.where(overshoots, b, 2 * a)  # any b > a will do where it is not used
+    E = jnp.exp(-2 * b * time)
+    return learning_time(initial, a, jnp.where(overshoots, b * E / (E + b / a - 1), a))
 
 
 def _shape(shape: _Shape) -> _Shape:

@@ -19,8 +19,6 @@ from theory.overtraining import (
     singular_values,
 )
 
-__all__: list[str] = []
-
 _MODES, _REPLICATES = 3, 1024
 _START = {
     "decay": DECAY.within(0.0, 2.0),
