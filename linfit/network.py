@@ -233,13 +233,9 @@ def perturb(
     """
     gamma = non_negative("gamma", gamma, ndim=0)
     gamma_2 = gamma if gamma_2 is None else non_negative("gamma_2", gamma_2, ndim=0)
-    key_1, key_2 = jax.random.split(key)
-
-    def noisy(key: Array, weights: Array, scale: Array) -> Array:
-        noise = jax.random.normal(key, (*replicas, *weights.shape), weights.dtype)
-        return weights + scale.astype(weights.dtype) * noise
-
-    return TwoLayer(noisy(key_1, network.w1, gamma), noisy(key_2, network.w2, gamma_2))
+    (*leading, m, h), k = network.w1.shape, network.w2.shape[-1]
+    scales = gamma.astype(network.w1.dtype), gamma_2.astype(network.w2.dtype)
+    return jax.tree.map(jnp.add, network, sample_network(key, (m, h, k), *scales, (*replicas, *leading)))
 
 
 def constant(step_size: ArrayLike, steps: int) -> Array:
