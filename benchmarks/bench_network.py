@@ -65,7 +65,7 @@ def numpy_stacked(weights, target):
 def case(request):
     dtype = jnp.dtype(request.param)
     scale = jnp.asarray(0.02, dtype)
-    start = network.gaussian_network(jax.random.key(0), (SIZE, SIZE, SIZE), scale, replicas=(REPLICAS,))
+    start = network.sample_network(jax.random.key(0), (SIZE, SIZE, SIZE), scale, replicas=(REPLICAS,))
     target = jax.random.normal(jax.random.key(1), (SIZE, SIZE), dtype) / SIZE**0.5
     host = [np.asarray(weights) for weights in start]
     parts = [[weights[index::WORKERS] for weights in host] for index in range(WORKERS)]

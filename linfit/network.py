@@ -2,13 +2,12 @@
 
 W₁ (m, h), W₂ (h, k); the loss is L = ½‖W₁W₂ − A‖²_F, or on data (1/2n)‖XWᵀ − Y‖²_F. Leading axes of the weights are
 replicas; everything else (targets, step sizes, penalties) broadcasts against them, so that seeds × perturbations ×
-hyperparameters are one call. Besides descent and flow of the full matrices, `aligned_modes` is the flow in closed form
-where W₁, W₂ and A share their singular vectors.
+hyperparameters are one call. Time is step size × steps. Besides descent and flow of the full matrices, `aligned_modes`
+is the flow in closed form where W₁, W₂ and A share their singular vectors.
 
 >>> from linfit import network
->>> target = jnp.diag(jnp.array([2.0, 1.0]))
->>> start = network.aligned_network(target, 0.01)
->>> later = network.gradient_flow(start, target, [1.0, 2.0, 5.0])
+>>> target = [[2.0, 0.0], [0.0, 1.0]]
+>>> later = network.gradient_flow(network.aligned_network(target, 0.01), target, [1.0, 2.0, 5.0])
 >>> later.product[:, 0, 0].round(3)  # the larger feature first
 Array([0.431, 1.875, 2.   ], dtype=float64)
 >>> later.product[:, 1, 1].round(3)
@@ -27,6 +26,25 @@ import numpy as np
 from jax import Array
 
 from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
+
+__all__ = [
+    "Objective",
+    "TwoLayer",
+    "aligned_modes",
+    "aligned_network",
+    "constant",
+    "cosine",
+    "data_objective",
+    "descend",
+    "gradient",
+    "gradient_flow",
+    "layer_modes",
+    "loss",
+    "perturb",
+    "sample_network",
+    "target_objective",
+    "warmup_stable_decay",
+]
 
 
 class TwoLayer(NamedTuple):
@@ -67,8 +85,10 @@ class Objective(eqx.Module):
 def target_objective(target: ArrayLike) -> Objective:
     """L = ½‖W − A‖²_F for a target A (…, m, k): the population loss of white inputs.
 
-    >>> from linfit.network import target_objective
-    >>> target_objective([[3.0, 4.0]]).loss(jnp.zeros((1, 2)))
+    Raises ValueError for NaN or Inf, or fewer than two axes.
+
+    >>> from linfit.network import TwoLayer, loss, target_objective
+    >>> loss(TwoLayer([[0.0]], [[0.0, 0.0]]), target_objective([[3.0, 4.0]]))
     Array(12.5, dtype=float64)
     """
     target = real_array("target", target)
@@ -82,8 +102,8 @@ def data_objective(X: ArrayLike, Y: ArrayLike) -> Objective:
 
     Raises ValueError for NaN or Inf, or row counts that differ.
 
-    >>> from linfit.network import data_objective
-    >>> data_objective([[1.0, 0.0], [0.0, 2.0]], [[1.0], [3.0]]).loss(jnp.array([[1.0, 1.0]]))
+    >>> from linfit.network import TwoLayer, data_objective, loss
+    >>> loss(TwoLayer([[1.0]], [[1.0, 1.0]]), data_objective([[1.0, 0.0], [0.0, 2.0]], [[1.0], [3.0]]))
     Array(0.25, dtype=float64)
     """
     X, Y = real_array("X", X), real_array("Y", Y)
@@ -91,27 +111,24 @@ def data_objective(X: ArrayLike, Y: ArrayLike) -> Objective:
         raise ValueError(f"X and Y must have shapes (…, n, k) and (…, n, m), got {X.shape} and {Y.shape}")
     n = X.shape[-2]
     same_size("Y", Y.shape[-2], "the rows of X", n)
-    return Objective(_transpose(Y) @ X / n, _transpose(X) @ X / n, jnp.sum(Y**2, axis=(-2, -1)) / (2 * n))
+    return Objective(Y.mT @ X / n, X.mT @ X / n, jnp.sum(Y**2, axis=(-2, -1)) / (2 * n))
 
 
 def loss(network: TwoLayer, objective: Objective | ArrayLike) -> Array:
     """L(W₁W₂) (…,); a bare matrix (…, m, k) as objective is the target A of ½‖W₁W₂ − A‖²_F.
 
     >>> from linfit.network import TwoLayer, loss
-    >>> loss(TwoLayer(jnp.ones((2, 1)), jnp.ones((1, 3))), jnp.zeros((2, 3)))
-    Array(3., dtype=float64)
+    >>> loss(TwoLayer([[1.0], [1.0]], [[1.0, 2.0]]), [[0.0, 0.0], [1.0, 2.0]])
+    Array(2.5, dtype=float64)
     """
     network, objective = _checked(network, objective)
     return objective.loss(network.product)
 
 
 def gradient(network: TwoLayer, objective: Objective) -> TwoLayer:
-    """∂L/∂W₁ = (WC − M) W₂ᵀ and ∂L/∂W₂ = W₁ᵀ(WC − M)."""
+    """∂L/∂W₁ = (WC − M) W₂ᵀ and ∂L/∂W₂ = W₁ᵀ(WC − M), in the shapes of the weights."""
     slope = objective.slope(network.product)
-    return TwoLayer(slope @ _transpose(network.w2), _transpose(network.w1) @ slope)
-
-
-# ---------------------------------------------------------------------------------------------- initial weights
+    return TwoLayer(slope @ network.w2.mT, network.w1.mT @ slope)
 
 
 def aligned_network(
@@ -121,11 +138,16 @@ def aligned_network(
 
         W₁ = U diag(w₁) [I 0],  W₂ = [I 0]ᵀ diag(w₂) Vᵀ,  w₁w₂ = s,  w₁² − w₂² = c
 
-    target (m, k), `initial` s ≥ 0, a number or one per singular value of A (min(m, k),) in descending order;
-    `imbalance` c is kept by gradient flow, c = 0 is the balanced start. `hidden_size` h ≥ min(m, k), the default.
+    Args:
+        target: A (m, k).
+        initial: s ≥ 0, a number or one per singular value of A (min(m, k),) in descending order.
+        imbalance: c, a number or one per singular value; gradient flow keeps it. 0 is the balanced start.
+        hidden_size: h ≥ min(m, k), the default.
+
+    Raises ValueError for NaN or Inf, negative singular values or shapes that do not fit.
 
     >>> from linfit.network import aligned_network
-    >>> aligned_network(jnp.diag(jnp.array([2.0, 1.0])), [0.25, 0.04]).w1
+    >>> aligned_network([[2.0, 0.0], [0.0, 1.0]], [0.25, 0.04]).w1
     Array([[0.5, 0. ],
            [0. , 0.2]], dtype=float64)
     """
@@ -136,36 +158,46 @@ def aligned_network(
     initial = non_negative("initial", initial)
     if initial.shape not in ((), (rank,)):
         raise ValueError(f"initial must be a number or have shape ({rank},), got {initial.shape}")
-    w1, w2 = layer_modes(initial, real_array("imbalance", imbalance))
+    w1, w2 = layer_modes(initial, imbalance)
     padding = hidden_size - rank
     return TwoLayer(jnp.pad(U * w1, ((0, 0), (0, padding))), jnp.pad((Vt.T * w2).T, ((0, padding), (0, 0))))
 
 
-def layer_modes(product: Array, imbalance: Array) -> tuple[Array, Array]:
+def layer_modes(product: ArrayLike, imbalance: ArrayLike) -> tuple[Array, Array]:
     """w₁ and w₂ ≥ 0 with w₁w₂ = s and w₁² − w₂² = c: w₁² = (√(c²+4s²) + c)/2, w₂² = (√(c²+4s²) − c)/2.
 
     >>> from linfit.network import layer_modes
-    >>> layer_modes(jnp.array([2.0]), jnp.array([3.0]))
-    (Array([2.], dtype=float64), Array([1.], dtype=float64))
+    >>> w1, w2 = layer_modes(2.0, 3.0)
+    >>> float(w1), float(w2)
+    (2.0, 1.0)
     """
+    product, imbalance = real_array("product", product), real_array("imbalance", imbalance)
     larger = jnp.sqrt((jnp.hypot(imbalance, 2 * product) + jnp.abs(imbalance)) / 2)
     smaller = jnp.where(larger > 0, product / jnp.where(larger > 0, larger, 1), 0)  # no cancellation
     return jnp.where(imbalance >= 0, larger, smaller), jnp.where(imbalance >= 0, smaller, larger)
 
 
-def gaussian_network(
+def sample_network(
     key: Array,
     shape: tuple[int, int, int],
     scale: ArrayLike,
     scale_2: ArrayLike | None = None,
     replicas: tuple[int, ...] = (),
 ) -> TwoLayer:
-    """Independent N(0, scale²) entries; `shape` = (m, h, k), `scale_2` for W₂ where it differs, `replicas` in front.
+    """Independent N(0, scale²) entries: small, the usual start of feature learning.
 
-    A small scale is the usual start of feature learning, two different scales an unbalanced one.
+    Args:
+        key: of the random numbers.
+        shape: (m, h, k).
+        scale: standard deviation ≥ 0 of the entries of W₁.
+        scale_2: that of W₂; `scale` if not given. Two different scales make an unbalanced start.
+        replicas: leading axes, of independent networks.
 
-    >>> from linfit.network import gaussian_network
-    >>> gaussian_network(jax.random.key(0), (2, 5, 3), 0.01, replicas=(7,)).w2.shape
+    Raises ValueError for sizes below 1 and negative scales.
+
+    >>> import jax
+    >>> from linfit.network import sample_network
+    >>> sample_network(jax.random.key(0), (2, 5, 3), 0.01, replicas=(7,)).w2.shape
     (7, 5, 3)
     """
     m, h, k = (count(f"shape[{axis}]", size) for axis, size in enumerate(shape))
@@ -179,33 +211,31 @@ def gaussian_network(
 
 
 def perturb(
-    key: Array,
-    network: TwoLayer,
-    gamma: ArrayLike,
-    gamma_2: ArrayLike | None = None,
-    replicas: tuple[int, ...] = (),
+    key: Array, network: TwoLayer, gamma: ArrayLike, gamma_2: ArrayLike | None = None, replicas: tuple[int, ...] = ()
 ) -> TwoLayer:
-    """The network plus independent Gaussian noise of standard deviation γ per entry (docs, N2), `replicas` in front.
+    """The network plus independent Gaussian noise of standard deviation γ per entry (docs, N2; paper 2503.19206).
 
-    `gamma_2` is that of W₂ where it differs: γ times the two scales of a Gaussian initialisation gives noise with the
-    covariance of the initialisation (paper 2503.19206).
+    Args:
+        key: of the random numbers.
+        network: weights W₁ (…, m, h), W₂ (…, h, k), each entry of which gets noise of its own.
+        gamma: γ ≥ 0 of W₁.
+        gamma_2: that of W₂; `gamma` if not given. γ times the two scales of a Gaussian start gives noise with the
+            covariance of that start.
+        replicas: leading axes, of independent perturbations.
 
+    Raises ValueError for negative γ.
+
+    >>> import jax
     >>> from linfit.network import TwoLayer, perturb
-    >>> perturb(jax.random.key(0), TwoLayer(jnp.zeros((2, 3)), jnp.zeros((3, 2))), 0.1, replicas=(5,)).w1.shape
+    >>> network = TwoLayer(jax.numpy.zeros((2, 3)), jax.numpy.zeros((3, 2)))
+    >>> perturb(jax.random.key(0), network, 0.1, replicas=(5,)).w1.shape
     (5, 2, 3)
     """
     gamma = non_negative("gamma", gamma, ndim=0)
     gamma_2 = gamma if gamma_2 is None else non_negative("gamma_2", gamma_2, ndim=0)
-    key_1, key_2 = jax.random.split(key)
-
-    def noisy(key: Array, weights: Array, scale: Array) -> Array:
-        noise = jax.random.normal(key, (*replicas, *weights.shape), weights.dtype)
-        return weights + scale.astype(weights.dtype) * noise
-
-    return TwoLayer(noisy(key_1, network.w1, gamma), noisy(key_2, network.w2, gamma_2))
-
-
-# --------------------------------------------------------------------------------------- learning-rate schedules
+    (*leading, m, h), k = network.w1.shape, network.w2.shape[-1]
+    scales = gamma.astype(network.w1.dtype), gamma_2.astype(network.w2.dtype)
+    return jax.tree.map(jnp.add, network, sample_network(key, (m, h, k), *scales, (*replicas, *leading)))
 
 
 def constant(step_size: ArrayLike, steps: int) -> Array:
@@ -216,7 +246,7 @@ def constant(step_size: ArrayLike, steps: int) -> Array:
     Array([0.5, 0.5, 0.5], dtype=float64)
     """
     step_size = positive("step_size", step_size)
-    step_size = step_size.astype(step_size.dtype)  # a Python number becomes a full citizen, not a weak type
+    step_size = step_size.astype(step_size.dtype)  # strongly typed, where it was a Python number
     return jnp.broadcast_to(step_size[..., None], (*step_size.shape, count("steps", steps)))
 
 
@@ -233,7 +263,13 @@ def cosine(step_size: ArrayLike, steps: int, final: float = 0.0) -> Array:
 
 
 def warmup_stable_decay(step_size: ArrayLike, steps: int, warmup: float = 0.05, decay: float = 0.2) -> Array:
-    """Linear warm-up over the first fraction of the steps, linear decay to zero over the last, constant between.
+    """Linear warm-up over a first fraction of the steps, linear decay to zero over a last one, constant between.
+
+    Args:
+        step_size: the peak (…).
+        steps: their number K.
+        warmup: fraction of the steps that rise, in [0, 1].
+        decay: fraction of the steps that fall; both together at most 1.
 
     >>> from linfit.network import warmup_stable_decay
     >>> warmup_stable_decay(1.0, 8, warmup=0.25, decay=0.5)
@@ -255,9 +291,6 @@ def _fraction(name: str, value: float) -> float:
     return value
 
 
-# ------------------------------------------------------------------------------------------------------ training
-
-
 def descend(
     network: TwoLayer,
     objective: Objective | ArrayLike | Callable[[Array], Objective],
@@ -272,13 +305,17 @@ def descend(
 
         θ_{j+1} = θ_j − η_j (∇L(θ_j) + μ(θ_j − θ_ref))
 
-    step_sizes (…, steps) from a schedule, its leading axes broadcasting against the replicas; `penalty` μ ≥ 0 (…,)
-    pulls towards `reference`, the start by default. `objective` is a target (…, m, k), an `Objective`, or a function
-    of the step, for data that stream by. `save_at` (saved,) are ascending step counts, 0 being the start: the result
-    has a leading axis for them; without it only the last state is returned, without that axis.
+    Args:
+        network: the start, its leading axes replicas.
+        objective: a target (…, m, k), an `Objective`, or a function of the step, for data that stream by.
+        step_sizes: η (…, steps) from a schedule, its leading axes broadcasting against the replicas.
+        save_at: ascending step counts (saved,), 0 the start, which become the leading axis of the result; if not given,
+            the last state alone is returned, without that axis.
+        penalty: μ ≥ 0 (…).
+        reference: where the penalty pulls to; the start if not given.
+        throw: whether weights that overflow raise; otherwise they are returned as they are.
 
-    Raises ValueError for shapes that do not fit, and for a step size so large that the weights overflow;
-    `throw=False` returns the overflowed replicas as they are.
+    Raises ValueError for shapes that do not fit, and for a step size so large that the weights overflow.
 
     >>> from linfit import network
     >>> start = network.aligned_network([[1.0]], 0.1)
@@ -286,16 +323,17 @@ def descend(
     Array([0.1   , 0.8682, 1.    ], dtype=float64)
     """
     network, first = _checked(network, objective(jnp.asarray(0)) if callable(objective) else objective)
-    step_sizes = _rates(step_sizes)
-    steps = step_sizes.shape[-1]
-    save = _save_points(save_at, steps)
+    step_sizes = non_negative("step_sizes", step_sizes)
+    if step_sizes.ndim == 0:
+        raise ValueError("step_sizes must have shape (…, steps), got a number; `constant` makes a schedule of it")
+    save = _save_points(save_at, step_sizes.shape[-1])
     penalty = non_negative("penalty", penalty)
     unpenalised = is_concrete(penalty) and not np.any(np.asarray(penalty))
     anchor = None if unpenalised else (network if reference is None else _network("reference", reference))
     network = _broadcast(network, first, step_sizes.shape[:-1], penalty.shape)
     saved = _descend(network, objective if callable(objective) else first, step_sizes, save, penalty, anchor)
-    if throw:
-        _require_converging(saved)
+    if throw and is_concrete(saved.w1) and not all(np.isfinite(np.asarray(weights[-1])).all() for weights in saved):
+        raise ValueError("step_sizes must be smaller: the weights overflowed (throw=False returns the other replicas)")
     return saved if save_at is not None else jax.tree.map(lambda leaf: leaf[0], saved)
 
 
@@ -336,10 +374,18 @@ def gradient_flow(
     rtol: float = 1e-8,
     atol: float = 1e-10,
 ) -> TwoLayer:
-    """The limit of small steps, θ' = −∇L − μ(θ − θ_ref), at ascending times (saved,), which come in front.
+    """The limit of small steps of `descend`, θ' = −∇L − μ(θ − θ_ref), by diffrax (Dormand–Prince 5(4)).
 
-    Time is step size × steps. Integrated by diffrax (Dormand–Prince 5(4), errors per step below rtol and atol).
-    Arguments as in `descend`. Raises ValueError for times that are negative or not ascending.
+    Args:
+        network: the start, its leading axes replicas.
+        objective: a target (…, m, k) or an `Objective`.
+        times: ascending t ≥ 0 (saved,), step size × steps; they become the leading axis of the result.
+        penalty: μ ≥ 0 (…).
+        reference: where the penalty pulls to; the start if not given.
+        rtol: bound of the relative error of each step.
+        atol: of the absolute error.
+
+    Raises ValueError for times that are negative or not ascending, and shapes that do not fit.
 
     >>> from linfit import network
     >>> start = network.aligned_network([[1.0]], 0.1)
@@ -358,13 +404,7 @@ def gradient_flow(
 
 @partial(jax.jit, static_argnames=("rtol", "atol"))
 def _flow(
-    network: TwoLayer,
-    objective: Objective,
-    times: Array,
-    penalty: Array,
-    reference: TwoLayer,
-    rtol: float,
-    atol: float,
+    network: TwoLayer, objective: Objective, times: Array, penalty: Array, reference: TwoLayer, rtol: float, atol: float
 ) -> TwoLayer:
     pull = penalty[..., None, None]
 
@@ -395,8 +435,13 @@ def _flow(
 def aligned_modes(w1: ArrayLike, w2: ArrayLike, target: ArrayLike, time: ArrayLike) -> tuple[Array, Array]:
     """Gradient flow of aligned modes in closed form, (w₁, w₂) at time t, balanced (docs, N1) or not (ours).
 
-    w1, w2 and target a broadcast, (…, r); axes of `time` t ≥ 0 come in front of r. Raises ValueError for NaN or Inf,
-    or t < 0.
+    Args:
+        w1: at time 0, (…, r); w1, w2 and target broadcast.
+        w2: the same of the second layer.
+        target: a (…, r).
+        time: t ≥ 0 (…), its axes in front of r.
+
+    Raises ValueError for NaN or Inf, or t < 0.
 
     >>> from linfit.network import aligned_modes
     >>> w1, w2 = aligned_modes([1.0, 0.1], [0.1, 0.1], [2.0, 2.0], time=[0.0, 0.5, 50.0])
@@ -421,13 +466,6 @@ def aligned_modes(w1: ArrayLike, w2: ArrayLike, target: ArrayLike, time: ArrayLi
     root = jnp.sqrt(E + ramp * (growing**2 + E * decaying**2))
     root = jnp.where(root > 0, root, 1)
     return (growing * cos - E * decaying * sin) / root, (growing * sin + E * decaying * cos) / root
-
-
-# -------------------------------------------------------------------------------------------------------- checks
-
-
-def _transpose(matrix: Array) -> Array:
-    return jnp.swapaxes(matrix, -1, -2)
 
 
 def _network(name: str, network: TwoLayer) -> TwoLayer:
@@ -462,14 +500,6 @@ def _broadcast(network: TwoLayer, objective: Objective, *axes: tuple[int, ...]) 
     return jax.tree.map(lambda weights: jnp.broadcast_to(weights, batch + weights.shape[-2:]), network)
 
 
-def _rates(step_sizes: ArrayLike) -> Array:
-    """Step sizes (…, steps) ≥ 0."""
-    step_sizes = non_negative("step_sizes", step_sizes)
-    if step_sizes.ndim == 0:
-        raise ValueError("step_sizes must have shape (…, steps), got a number; `constant` makes a schedule of it")
-    return step_sizes
-
-
 def _save_points(save_at: ArrayLike | None, steps: int) -> Array:
     if save_at is None:
         return jnp.array([steps])
@@ -481,8 +511,3 @@ def _save_points(save_at: ArrayLike | None, steps: int) -> Array:
         if host[0] < 0 or host[-1] > steps or (np.diff(host) < 0).any():
             raise ValueError(f"save_at must be ascending within 0…{steps}, got {host}")
     return save
-
-
-def _require_converging(saved: TwoLayer) -> None:
-    if is_concrete(saved.w1) and not all(np.isfinite(np.asarray(weights[-1])).all() for weights in saved):
-        raise ValueError("step_sizes must be smaller: the weights overflowed (throw=False returns the other replicas)")

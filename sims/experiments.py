@@ -212,26 +212,20 @@ def measure_overtraining(key: "Array", parameters: Mapping[str, Any]) -> "dict[s
     import numpy as np
 
     from linfit import network
-    from sims.overtraining import power_law_target, pretrain, rotated_task
+    from sims.overtraining import losses_under_noise, pretrain, sample_rotated_task, sample_target
 
     target_key, noise_key, task_key = jax.random.split(key, 3)
-    target = power_law_target(target_key, parameters["size"], parameters["exponent"])
+    target = sample_target(target_key, parameters["size"], parameters["exponent"])
     times, gammas = np.asarray(parameters["time"]), jnp.asarray(parameters["gamma"])
     order = np.argsort(times)
     checkpoints = pretrain(target, times[order], initial=parameters["initial"], step_size=parameters["step_size"])
     checkpoints = jax.tree.map(lambda weights: weights[np.argsort(order)], checkpoints)
-    common = jax.tree.map(lambda weights: jnp.zeros_like(weights[0]), checkpoints)
-    noise = network.perturb(noise_key, common, 1.0)  # one draw for all checkpoints and sizes
-
-    def perturbed(gamma: "Array") -> "Array":
-        return network.loss(jax.tree.map(lambda w, e: w + gamma * e, checkpoints, noise), target)
-
-    task = rotated_task(task_key, target, parameters["angle"])
+    task = sample_rotated_task(task_key, target, parameters["angle"])
     rates = network.constant(parameters["step_size"], parameters["finetune_steps"])
     after = network.descend(checkpoints, task, rates, penalty=parameters["penalty"])
     return {
         "loss": network.loss(checkpoints, target),
-        "perturbed": jax.lax.map(perturbed, gammas),
+        "perturbed": losses_under_noise(noise_key, checkpoints, target, gammas),
         "finetuned": network.loss(after, task),
         "degradation": network.loss(after, target) - network.loss(checkpoints, target),
     }

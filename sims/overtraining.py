@@ -18,8 +18,29 @@ from jax import Array
 
 from linfit import network
 from linfit.network import Objective, TwoLayer
-from sims.estimate import mean_and_error, progress
+from sims.estimate import mean_and_error, progress, replicate
 from theory import overtraining as theory
+
+__all__ = [
+    "SCHEDULES",
+    "fine_tuned_losses",
+    "inflection",
+    "inflection_times",
+    "learning_curves",
+    "losses_under_noise",
+    "matched_forgetting",
+    "perturbed_losses",
+    "pretrain",
+    "pretrain_on_tokens",
+    "sample_rotated_task",
+    "sample_target",
+    "sample_tasks",
+    "sample_unrelated_task",
+    "sharpness",
+    "sharpness_and_forgetting",
+    "token_budgets",
+    "tuned",
+]
 
 SCHEDULES: dict[str, Callable[..., Array]] = {
     "constant": network.constant,
@@ -27,59 +48,75 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
     "warm-up, stable, decay": network.warmup_stable_decay,
 }
 
-# --------------------------------------------------------------------------------------------------------- tasks
 
-
-def power_law_target(key: Array, size: int, exponent: float = 1.0) -> Array:
+def sample_target(key: Array, size: int, exponent: float = 1.0) -> Array:
     """A = U diag(a) Vᵀ (size, size) with a_i = i^(−exponent) and random singular vectors.
 
-    >>> np.linalg.svd(power_law_target(jax.random.key(0), 3))[1].round(3)
+    >>> import jax, numpy
+    >>> from sims.overtraining import sample_target
+    >>> numpy.linalg.svd(sample_target(jax.random.key(0), 3))[1].round(3)
     array([1.   , 0.5  , 0.333])
     """
-    left, right = (random_rotation(part, size) for part in jax.random.split(key))
+
+    def rotation(key: Array) -> Array:
+        q, r = jnp.linalg.qr(jax.random.normal(key, (size, size)))
+        return q * jnp.sign(jnp.diagonal(r))
+
+    left, right = (rotation(part) for part in jax.random.split(key))
     return left * jnp.arange(1.0, size + 1) ** -exponent @ right.T
 
 
-def random_rotation(key: Array, size: int) -> Array:
-    """A uniformly distributed orthogonal matrix (size, size)."""
-    q, r = jnp.linalg.qr(jax.random.normal(key, (size, size)))
-    return q * jnp.sign(jnp.diagonal(r))
-
-
-def stretched_task(target: Array, factor: float) -> Array:
-    """The same features, each `factor` times as strong: B = U diag(factor·a) Vᵀ."""
-    return factor * target
-
-
-def rotated_task(key: Array, target: Array, angle: float) -> Array:
+def sample_rotated_task(key: Array, target: Array, angle: float) -> Array:
     """B = R_L A R_Rᵀ, both sides turned by e^{angle·K}, K random antisymmetric of spectral norm 1.
 
     The largest principal rotation is by `angle` radians; 0 is the pretraining task itself.
     """
 
-    def turn(part: Array, size: int) -> np.ndarray:
-        draw = np.asarray(jax.random.normal(part, (size, size)))
-        generator = draw - draw.T
+    def rotation(part: Array, size: int) -> np.ndarray:
+        latent = np.asarray(jax.random.normal(part, (size, size)))
+        generator = latent - latent.T
         return scipy.linalg.expm(angle * generator / np.linalg.norm(generator, 2))
 
     left, right = jax.random.split(key)
-    return jnp.asarray(turn(left, target.shape[0]) @ np.asarray(target) @ turn(right, target.shape[1]).T)
+    return jnp.asarray(rotation(left, target.shape[0]) @ np.asarray(target) @ rotation(right, target.shape[1]).T)
 
 
-def unrelated_task(key: Array, target: Array, entry_std: float) -> Array:
+def sample_unrelated_task(key: Array, target: Array, entry_std: float) -> Array:
     """B with independent N(0, entry_std²) entries, no feature in common with the target but by chance."""
     return entry_std * jax.random.normal(key, target.shape)
 
 
-# --------------------------------------------------------------------------------------------------- pretraining
+def sample_tasks(key: Array, target: Array, draws: int) -> dict[str, Array]:
+    """The four kinds of fine-tuning task of the figures, (draws, m, k) each.
+
+    "unrelated" and "same + noise" with independent entries of the same spectral norm at every size; "rotated" by 0.5
+    radians; "stretched", all features 1.5 times as strong.
+    """
+    keys = jax.random.split(key, draws)
+    entry_std = 0.15 * (24 / len(target)) ** 0.5
+    return {
+        "unrelated": jnp.stack([sample_unrelated_task(one, target, entry_std) for one in keys]),
+        "same + noise": jnp.stack([target + sample_unrelated_task(one, target, entry_std * 2 / 3) for one in keys]),
+        "rotated": jnp.stack([sample_rotated_task(one, target, 0.5) for one in keys]),
+        "stretched": jnp.stack([1.5 * target] * draws),
+    }
 
 
 def pretrain(target: Array, times: np.ndarray, *, initial: float, step_size: float, imbalance: float = 0.0) -> TwoLayer:
-    """Checkpoints (times, m, h), (times, h, k) of gradient descent from an aligned start; times are rounded to steps.
+    """Checkpoints (times, m, h), (times, h, k) of gradient descent from an aligned start.
 
-    >>> target = power_law_target(jax.random.key(0), 3)
-    >>> checkpoints = pretrain(target, np.array([0.0, 50.0]), initial=0.01, step_size=0.05)
-    >>> network.loss(checkpoints, target).round(3)
+    Args:
+        target: A (m, k).
+        times: ascending (times,), rounded to whole steps.
+        initial: s₀ of every mode.
+        step_size: η.
+        imbalance: c = w₁² − w₂² of every mode at the start.
+
+    >>> import jax, numpy
+    >>> from linfit import network
+    >>> from sims.overtraining import pretrain, sample_target
+    >>> target = sample_target(jax.random.key(0), 3)
+    >>> network.loss(pretrain(target, numpy.array([0.0, 50.0]), initial=0.01, step_size=0.05), target).round(3)
     Array([0.662, 0.   ], dtype=float64)
     """
     save_at = np.rint(np.asarray(times) / step_size).astype(int)
@@ -92,22 +129,24 @@ def learning_curves(
 ) -> xr.Dataset:
     """Singular values of the trained network beside gradient flow in closed form, dimensions (step_size, time, mode).
 
-    `measured` are the diagonal entries of UᵀWV, `exact` the closed form (docs, N1).
+    `measured` are the diagonal entries of UᵀWV, `exact` the closed form (docs, N1), `error` (step_size,) the largest
+    difference. Arguments as in `pretrain`, but for several step sizes.
     """
     U, a, Vt = jnp.linalg.svd(target)
     measured = []
     for step_size in progress(step_sizes, "learning curves", len(step_sizes)):
         checkpoints = pretrain(target, times, initial=initial, step_size=step_size, imbalance=imbalance)
         measured.append(jnp.einsum("pi,tpq,iq->ti", U, checkpoints.product, Vt))
-    w1, w2 = network.aligned_modes(*network.layer_modes(jnp.asarray(initial), jnp.asarray(imbalance)), a, times)
-    return xr.Dataset(
+    w1, w2 = network.aligned_modes(*network.layer_modes(initial, imbalance), a, times)
+    data = xr.Dataset(
         {"measured": (("step_size", "time", "mode"), np.stack(measured)), "exact": (("time", "mode"), w1 * w2)},
         {"step_size": step_sizes, "time": times, "mode": np.arange(1, a.size + 1)},
-        {"initial": initial, "imbalance": imbalance},
+        {"initial": initial, "imbalance": imbalance, "size": len(target)},
     )
+    return data.assign(error=abs(data.measured - data.exact).max(("time", "mode")))
 
 
-class TokenStream(eqx.Module):
+class _TokenStream(eqx.Module):
     """Fresh Gaussian tokens at every step: x ~ N(0, I), y = Ax + noise; `keys` (replicas,), one stream each."""
 
     keys: Array
@@ -129,21 +168,38 @@ class TokenStream(eqx.Module):
 def pretrain_on_tokens(
     key: Array,
     target: Array,
+    start: TwoLayer,
     step_sizes: Array,
-    save_at: np.ndarray,
+    save_at: np.ndarray | None = None,
     *,
     batch: int,
     noise_std: float,
-    replicas: int,
-    start: TwoLayer,
 ) -> TwoLayer:
-    """Checkpoints (saved, replicas, …) of one pass of stochastic gradient descent; tokens seen = batch × steps."""
-    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(replicas))
-    stream = TokenStream(keys, target, jnp.asarray(noise_std, target.dtype), batch)
+    """Checkpoints of one pass of stochastic gradient descent on tokens x ~ N(0, I), y = Ax + noise, each seen once.
+
+    Args:
+        key: of the streams; replica i has the same one however many others there are.
+        target: A (m, k).
+        start: weights with one leading axis of replicas.
+        step_sizes: η (steps,) from a schedule.
+        save_at: ascending step counts (saved,), the leading axis of the result; the last state alone if not given.
+        batch: tokens per step, so that tokens seen = batch × steps.
+        noise_std: σ of the label noise.
+    """
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(len(start.w1)))
+    stream = _TokenStream(keys, target, jnp.asarray(noise_std, target.dtype), batch)
     return network.descend(start, stream, step_sizes, save_at)
 
 
-# --------------------------------------------------------------------------------------- perturbation, fine-tuning
+def losses_under_noise(key: Array, checkpoints: TwoLayer, target: Array, gammas: Array) -> Array:
+    """Loss (gamma, time) of every checkpoint (time, …) under one draw of Gaussian noise, scaled by every γ."""
+    common = jax.tree.map(lambda weights: jnp.zeros_like(weights[0]), checkpoints)
+    noise = network.perturb(key, common, 1.0)
+
+    def at(gamma: Array) -> Array:
+        return network.loss(jax.tree.map(lambda w, e: w + gamma * e, checkpoints, noise), target)
+
+    return jax.lax.map(at, gammas)
 
 
 def perturbed_losses(
@@ -163,43 +219,39 @@ def perturbed_losses(
     gap to it in standard errors; `perturbed_flow`, N1 + N2 without any training; `loss` (time,) unperturbed;
     `inflection` and `inflection_flow` (gamma,), the time of least perturbed loss, measured and by N3. All checkpoints
     and all γ see the same noise, so that a curve has no jitter of its own.
+
+    Args:
+        key: of the perturbations.
+        target, times, initial, step_size, imbalance: as in `pretrain`.
+        gammas: standard deviations γ ≥ 0 of the noise on every weight.
+        replicas: number of perturbations.
     """
     checkpoints = pretrain(target, times, initial=initial, step_size=step_size, imbalance=imbalance)
+    levels = jnp.asarray(gammas)
 
-    @jax.jit
-    def draw(index: Array) -> Array:  # (gamma, time)
-        noise_key = jax.random.fold_in(key, index)
-        common = jax.tree.map(lambda weights: jnp.zeros_like(weights[0]), checkpoints)
-        noise = network.perturb(noise_key, common, 1.0)
+    def measure(noise_key: Array) -> Array:
+        return losses_under_noise(noise_key, checkpoints, target, levels)
 
-        def at(gamma: Array) -> Array:
-            return network.loss(jax.tree.map(lambda w, e: w + gamma * e, checkpoints, noise), target)
-
-        return jax.lax.map(at, jnp.asarray(gammas))
-
-    samples = np.stack([np.asarray(draw(jnp.asarray(i))) for i in progress(range(replicas), "perturbations", replicas)])
-    a = jnp.linalg.svd(target, compute_uv=False)
-    (m, h), k = checkpoints.w1.shape[-2:], target.shape[1]
-    flow = theory.perturbed_loss(initial, a, times, jnp.asarray(gammas)[:, None], (m, h, k), imbalance)
+    samples = np.asarray(replicate(measure, key, replicas, "perturbations"))
+    a, (m, k) = jnp.linalg.svd(target, compute_uv=False), target.shape
+    shape = (m, checkpoints.w1.shape[-1], k)
     loss = network.loss(checkpoints, target)
-    expected = np.asarray(loss + theory.gaussian_sensitivity(*checkpoints, jnp.asarray(gammas)[:, None]))
-    error = samples.std(axis=0, ddof=1) / replicas**0.5
+    dims = ("gamma", "time")
     data = xr.Dataset(
         {
-            **mean_and_error(samples, ("gamma", "time"), "perturbed"),
-            "perturbed_expected": (("gamma", "time"), expected),
-            "perturbed_z": (("gamma", "time"), (samples.mean(axis=0) - expected) / np.maximum(error, 1e-12 * expected)),
-            "perturbed_flow": (("gamma", "time"), flow.total),
+            **mean_and_error(samples, dims, "perturbed"),
+            "perturbed_expected": (dims, np.asarray(loss + theory.gaussian_sensitivity(*checkpoints, levels[:, None]))),
+            "perturbed_flow": (dims, theory.perturbed_loss(initial, a, times, levels[:, None], shape, imbalance).total),
             "loss": ("time", loss),
-            "inflection_flow": (
-                "gamma",
-                theory.inflection_time(initial, a, jnp.asarray(gammas), (m, h, k), imbalance),
-            ),
+            "inflection_flow": ("gamma", theory.inflection_time(initial, a, levels, shape, imbalance)),
         },
         {"gamma": gammas, "time": times},
-        {"replicas": replicas, "initial": initial, "step_size": step_size, "imbalance": imbalance},
+        {"replicas": replicas, "initial": initial, "step_size": step_size, "imbalance": imbalance, "size": len(target)},
     )
-    return data.assign(inflection=inflection(data.perturbed, rise=0.0))
+    error = np.maximum(data.perturbed_error, 1e-12 * data.perturbed_expected)
+    return data.assign(
+        perturbed_z=(data.perturbed - data.perturbed_expected) / error, inflection=inflection(data.perturbed, rise=0.0)
+    )
 
 
 def fine_tuned_losses(
@@ -215,10 +267,19 @@ def fine_tuned_losses(
 ) -> xr.Dataset:
     """Both losses after fine-tuning every checkpoint, dimensions (task, schedule, penalty, step_size, time).
 
-    `tasks` are stacks of targets (draws, m, k) by name, two draws or more, as many in each. `pretrain` and `finetune`
-    are means over the draws, `…_error` their standard errors; `…_before` the losses of the checkpoints. `spread` is the
-    mean of m‖W₂‖² + k‖W₁‖², so that Gaussian noise on the fine-tuned weights adds ½(γ²·spread + γ⁴mhk) to either loss
-    (docs, N2). A step size at which any draw overflows gives inf.
+    `pretrain` and `finetune` are means over the draws of a task, `…_error` their standard errors; `…_before` the losses
+    of the checkpoints. `spread` is the mean of m‖W₂‖² + k‖W₁‖², so that Gaussian noise on the fine-tuned weights adds
+    ½(γ²·spread + γ⁴mhk) to either loss (docs, N2). A step size at which any draw overflows gives inf.
+
+    Args:
+        checkpoints: weights (time, …), pretrained on `target` to the `times`.
+        times: (time,).
+        target: A (m, k).
+        tasks: stacks of targets (draws, m, k) by name, two draws or more, as many in each.
+        step_sizes: η (step_size,), the peaks of the schedules.
+        penalties: μ ≥ 0 (penalty,), towards the checkpoint.
+        steps: number of steps.
+        schedules: names in `SCHEDULES`.
     """
     pull = jnp.asarray(penalties)[:, None, None, None]
     samples: dict[str, list] = {"pretrain": [], "finetune": [], "spread": []}
@@ -227,44 +288,26 @@ def fine_tuned_losses(
         for schedule in schedules:
             rates = SCHEDULES[schedule](jnp.asarray(step_sizes), steps)[:, None, None]
             after = network.descend(checkpoints, objectives, rates, penalty=pull, throw=False)
-            samples["pretrain"].append(finite_or_inf(objective_loss(after, target)))
-            samples["finetune"].append(finite_or_inf(objective_loss(after, objectives)))
-            samples["spread"].append(finite_or_inf(spread(after)))
-    dims = ("task", "schedule", "penalty", "step_size", "time")
+            size_1, size_2 = (jnp.sum(layer**2, axis=(-2, -1)) for layer in after)
+            for name, values in (
+                ("pretrain", network.target_objective(target).loss(after.product)),
+                ("finetune", network.target_objective(objectives).loss(after.product)),
+                ("spread", target.shape[0] * size_2 + target.shape[1] * size_1),
+            ):
+                samples[name].append(np.where(np.isfinite(values), values, np.inf))
     variables: dict[str, xr.Variable | tuple] = {}
     for name, parts in samples.items():  # each (penalty, step_size, draw, time)
         by_task = np.stack(parts).reshape(len(tasks), len(schedules), *parts[0].shape)
         with np.errstate(invalid="ignore"):  # overflowed runs: inf − inf in the error
+            dims = ("task", "schedule", "penalty", "step_size", "time")
             variables |= mean_and_error(np.moveaxis(by_task, 4, 0), dims, name)
     before = [network.loss(checkpoints, stack[:, None]).mean(axis=0) for stack in tasks.values()]
     variables["finetune_before"] = (("task", "time"), np.stack(before))
     variables["pretrain_before"] = ("time", network.loss(checkpoints, target))
-    coordinates = {
-        "task": list(tasks),
-        "schedule": list(schedules),
-        "penalty": penalties,
-        "step_size": step_sizes,
-        "time": times,
-    }
-    return xr.Dataset(variables, coordinates, {"steps": steps})
-
-
-def spread(weights: TwoLayer) -> Array:
-    """m‖W₂‖² + k‖W₁‖² (…,)."""
-    size_1, size_2 = (jnp.sum(layer**2, axis=(-2, -1)) for layer in weights)
-    return weights.w1.shape[-2] * size_2 + weights.w2.shape[-1] * size_1
-
-
-def objective_loss(weights: TwoLayer, objective: Array) -> Array:
-    """½‖W₁W₂ − A‖²_F without the finiteness checks, for runs that may have overflowed."""
-    return network.target_objective(objective).loss(weights.product)
-
-
-def finite_or_inf(values: Array) -> np.ndarray:
-    """NaN, what an overflowed run leaves, as inf."""
-    host = np.array(values)
-    host[~np.isfinite(host)] = np.inf
-    return host
+    names = {"task": list(tasks), "schedule": list(schedules)}
+    coordinates = names | {"penalty": penalties, "step_size": step_sizes, "time": times}
+    draws = len(next(iter(tasks.values())))
+    return xr.Dataset(variables, coordinates, {"steps": steps, "draws": draws, "size": len(target)})
 
 
 def tuned(data: xr.Dataset) -> xr.Dataset:
@@ -276,12 +319,47 @@ def tuned(data: xr.Dataset) -> xr.Dataset:
 def inflection(curve: xr.DataArray, rise: float = 0.01) -> xr.DataArray:
     """The time of the least value along "time"; inf unless the curve ends higher than that by a fraction `rise` of it.
 
+    >>> import xarray
+    >>> from sims.overtraining import inflection
     >>> values, times = [[3.0, 1.0, 2.0], [3.0, 2.0, 1.0]], [0.0, 1.0, 2.0]
-    >>> inflection(xr.DataArray(values, dims=("case", "time"), coords={"time": times})).values
+    >>> inflection(xarray.DataArray(values, dims=("case", "time"), coords={"time": times})).values
     array([ 1., inf])
     """
     lowest = curve.idxmin("time")
     return lowest.where(curve.isel(time=-1, drop=True) > (1 + rise) * curve.min("time"), np.inf)
+
+
+def inflection_times(
+    data: xr.Dataset, target: Array, gammas: np.ndarray, levels: np.ndarray, *, initial: float
+) -> xr.Dataset:
+    """When more pretraining starts to hurt: perturbed, in closed form; fine-tuned; and both, one after the other.
+
+    `inflection` (gamma,) and `mode_inflection` (gamma, mode) by N3; `fine_tuning_inflection` (task, penalty,
+    step_size); `combined_inflection` (gamma_after, step_size), fine-tuned to "unrelated" without a penalty, then
+    perturbed.
+
+    Args:
+        data: from `fine_tuned_losses`, of one schedule.
+        target: A (m, k).
+        gammas: γ of the closed form.
+        levels: γ of the perturbation after fine-tuning.
+        initial: s₀ of every mode.
+    """
+    a, (m, k) = jnp.linalg.svd(target, compute_uv=False), target.shape
+    shape = (m, min(m, k), k)
+    plain = data.sel(task="unrelated", penalty=0.0, drop=True)
+    noise = xr.DataArray(levels, dims="gamma_after", coords={"gamma_after": levels})
+    combined = plain.pretrain + (noise**2 * plain.spread + noise**4 * np.prod(shape)) / 2
+    return xr.Dataset(
+        {
+            "inflection": ("gamma", np.asarray(theory.inflection_time(initial, a, gammas, shape))),
+            "mode_inflection": (("gamma", "mode"), np.asarray(theory.mode_inflection_times(initial, a, gammas, shape))),
+            "fine_tuning_inflection": inflection(data.pretrain),
+            "combined_inflection": inflection(combined),
+        },
+        {"gamma": gammas},
+        data.attrs | {"initial": initial, "last_time": float(data.time[-1])},
+    )
 
 
 def token_budgets(
@@ -301,62 +379,72 @@ def token_budgets(
 
     Dimensions (schedule, budget), and gamma in front for `perturbed`. `loss` is the population loss ½‖W − A‖²_F,
     `perturbed` the same expected under noise γ (docs, N2, exact for whatever weights were reached), both ± standard
-    errors over `replicas` seeds of start and stream. With a decaying schedule every budget is a run of its own.
+    errors over the replicas. With a decaying schedule every budget is a run of its own.
+
+    Args:
+        key: of starts and streams.
+        target: A (size, size).
+        budgets: ascending numbers of tokens, multiples of the batch.
+        gammas: γ ≥ 0 of the perturbation.
+        batch, noise_std: as in `pretrain_on_tokens`.
+        step_size: η, the peak of the schedules.
+        scale: standard deviation of the initial weights.
+        replicas: number of seeds of start and stream.
+        schedules: names in `SCHEDULES`.
     """
     start_key, stream_key = jax.random.split(key)
-    size = target.shape[0]
-    start = network.gaussian_network(start_key, (size, size, size), scale, replicas=(replicas,))
-    settings = {"batch": batch, "noise_std": noise_std, "replicas": replicas, "start": start}
-    steps = np.asarray(budgets) // batch
+    size, steps = len(target), np.asarray(budgets) // batch
+    start = network.sample_network(start_key, (size, size, size), scale, replicas=(replicas,))
+    train = partial(pretrain_on_tokens, stream_key, target, start, batch=batch, noise_std=noise_std)
     losses, rises = [], []
     for schedule in progress(schedules, "token budgets", len(schedules)):
         if schedule == "constant":
-            rates = network.constant(step_size, int(steps[-1]))
-            checkpoints = pretrain_on_tokens(stream_key, target, rates, steps, **settings)  # type: ignore[arg-type]
+            checkpoints = train(network.constant(step_size, int(steps[-1])), steps)
         else:
             ends = []
             for last in steps:
                 decayed = SCHEDULES[schedule](step_size, int(last))
                 rates = jnp.pad(decayed, (0, int(steps[-1] - last)))  # one length, one compilation
-                ends.append(pretrain_on_tokens(stream_key, target, rates, last[None], **settings))  # type: ignore[arg-type]
+                ends.append(train(rates, last[None]))
             checkpoints = jax.tree.map(lambda *parts: jnp.concatenate(parts), *ends)
         losses.append(network.loss(checkpoints, target))
         rises.append(theory.gaussian_sensitivity(*checkpoints, jnp.asarray(gammas)[:, None, None]))
     loss, rise = np.stack(losses), np.stack(rises, axis=1)  # (schedule, budget, replica), (gamma, …)
+    settings = {"batch": batch, "step_size": step_size, "noise_std": noise_std, "scale": scale}
     return xr.Dataset(
         {
             **mean_and_error(np.moveaxis(loss, -1, 0), ("schedule", "budget"), "loss"),
             **mean_and_error(np.moveaxis(loss + rise, -1, 0), ("gamma", "schedule", "budget"), "perturbed"),
         },
         {"schedule": list(schedules), "budget": budgets, "gamma": gammas},
-        {"replicas": replicas, "batch": batch, "step_size": step_size, "noise_std": noise_std},
+        settings | {"replicas": replicas, "size": size},
     )
 
 
-# ------------------------------------------------------------------------------------------------------ sharpness
-
-
-def sharpness(weights: TwoLayer, objective: Array, iterations: int = 40) -> Array:
-    """Largest Hessian eigenvalue of the loss (…,), by Lanczos on Hessian–vector products (a jvp of the gradient).
+@partial(jax.jit, static_argnames="iterations")
+def sharpness(weights: TwoLayer, target: Array, iterations: int = 40) -> Array:
+    """Largest Hessian eigenvalue (…,) of ½‖W₁W₂ − A‖²_F, by Lanczos on Hessian–vector products (a jvp of the gradient).
 
     Full reorthogonalisation; exact once `iterations` reaches the number of distinct eigenvalues.
 
-    >>> at_minimum = network.aligned_network(jnp.diag(jnp.array([2.0, 1.0])), [2.0, 1.0])
+    Args:
+        weights: (…, m, h), (…, h, k).
+        target: A (m, k).
+        iterations: of Lanczos.
+
+    >>> from linfit import network
+    >>> from sims.overtraining import sharpness
+    >>> at_minimum = network.aligned_network([[2.0, 0.0], [0.0, 1.0]], [2.0, 1.0])
     >>> round(float(sharpness(at_minimum, at_minimum.product)), 6)  # 2s₁
     4.0
     """
-    return _sharpness(weights, jnp.asarray(objective), iterations)
-
-
-@partial(jax.jit, static_argnames="iterations")
-def _sharpness(weights: TwoLayer, objective: Array, iterations: int) -> Array:
-    target = network.target_objective(objective)
+    objective = network.target_objective(target)
 
     def one(weights: TwoLayer) -> Array:
         flat, unravel = jax.flatten_util.ravel_pytree(weights)
 
         def hessian_times(vector: Array) -> Array:
-            slope = jax.jvp(lambda now: network.gradient(now, target), (weights,), (unravel(vector),))[1]
+            slope = jax.jvp(lambda now: network.gradient(now, objective), (weights,), (unravel(vector),))[1]
             return jax.flatten_util.ravel_pytree(slope)[0]
 
         start = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
@@ -386,15 +474,14 @@ def _largest_eigenvalue(times: Callable[[Array], Array], start: Array, iteration
     return jnp.linalg.eigvalsh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))[-1]
 
 
-def principal_angles(first: Array, second: Array, rank: int) -> Array:
+def _principal_angles(first: Array, second: Array, rank: int) -> Array:
     """Angles (…, rank) in radians, descending, between the spans of the leading left singular vectors of two products.
 
-    >>> principal_angles(jnp.diag(jnp.array([2.0, 1.0])), jnp.diag(jnp.array([1.0, 2.0])), 1).round(3)
+    >>> _principal_angles(jnp.diag(jnp.array([2.0, 1.0])), jnp.diag(jnp.array([1.0, 2.0])), 1).round(3)
     Array([1.571], dtype=float64)
     """
     left, right = (jnp.linalg.svd(product)[0][..., :rank] for product in (first, second))
-    cosines = jnp.linalg.svd(jnp.swapaxes(left, -1, -2) @ right, compute_uv=False)
-    return jnp.arccos(jnp.clip(cosines, -1, 1))[..., ::-1]
+    return jnp.arccos(jnp.clip(jnp.linalg.svd(left.mT @ right, compute_uv=False), -1, 1))[..., ::-1]
 
 
 def matched_forgetting(
@@ -403,7 +490,16 @@ def matched_forgetting(
     """Rise of the pretraining loss when the fine-tuning loss first falls to `level`, and the principal angle there.
 
     Both (…,), the angle the largest between the leading half of the left singular vectors before and after; NaN where
-    the level is not reached within the steps. The loss is interpolated linearly between saved steps.
+    the level is not reached. The loss is interpolated linearly between saved steps.
+
+    Args:
+        checkpoints: weights (…, m, h), (…, h, k), pretrained on `target`.
+        target: A (m, k).
+        task: B (m, k).
+        level: fine-tuning loss ½‖W − B‖²_F at which forgetting is compared.
+        step_size: η of gradient descent.
+        steps: at most this many.
+        saves: how many of them are looked at.
     """
     save_at = np.unique(np.linspace(0, steps, saves).astype(int))
     path = network.descend(checkpoints, task, network.constant(step_size, steps), save_at)
@@ -417,9 +513,8 @@ def matched_forgetting(
     above, below = at(finetune, first - 1), at(finetune, first)
     share = np.clip((above - level) / np.where(above > below, above - below, 1), 0, 1)
     after = (1 - share) * at(pretraining, first - 1) + share * at(pretraining, first)
-    products = path.product
-    landed = jnp.take_along_axis(products, jnp.asarray(first)[None, ..., None, None], axis=0)[0]
-    angle = principal_angles(checkpoints.product, landed, target.shape[0] // 2)[..., 0]
+    landed = jnp.take_along_axis(path.product, jnp.asarray(first)[None, ..., None, None], axis=0)[0]
+    angle = _principal_angles(checkpoints.product, landed, len(target) // 2)[..., 0]
     found = reached.any(axis=0)
     return np.where(found, after - pretraining[0], np.nan), np.where(found, angle, np.nan)
 
@@ -442,40 +537,38 @@ def sharpness_and_forgetting(
 ) -> xr.Dataset:
     """What the pretraining schedule leaves behind: loss, sharpness, and forgetting at matched fine-tuning loss.
 
-    Dimensions (schedule, step_size, replica): `loss`, `sharpness` after pretraining on streaming tokens from Gaussian
-    weights of the two `scales`; `forgetting` and `angle` when fine-tuning to `task` has come down to `level`.
+    Dimensions (schedule, step_size, replica): `loss` and `sharpness` after pretraining on streaming tokens,
+    `forgetting` and `angle` when fine-tuning has come down to `level`.
+
+    Args:
+        key: of starts and streams.
+        target: A (size, size) of pretraining.
+        task: B (size, size) of fine-tuning.
+        step_sizes: peak rates of pretraining.
+        steps: of pretraining.
+        batch, noise_std: as in `pretrain_on_tokens`.
+        scales: standard deviations of the initial weights of the two layers.
+        replicas: number of seeds of start and stream.
+        level, finetune_step_size, finetune_steps: of `matched_forgetting`.
+        schedules: names in `SCHEDULES`.
     """
     start_key, stream_key = jax.random.split(key)
-    size = target.shape[0]
-    start = network.gaussian_network(start_key, (size, size, size), *scales, replicas=(replicas,))
-    rows: dict[str, list] = {"loss": [], "sharpness": [], "forgetting": [], "angle": []}
+    size = len(target)
+    start = network.sample_network(start_key, (size, size, size), *scales, replicas=(replicas,))
+    rows = []
     cases = [(schedule, step_size) for schedule in schedules for step_size in step_sizes]
     for schedule, step_size in progress(cases, "schedules", len(cases)):
-        end = pretrain_on_tokens(
-            stream_key,
-            target,
-            SCHEDULES[schedule](step_size, steps),
-            np.array([steps]),
-            batch=batch,
-            noise_std=noise_std,
-            replicas=replicas,
-            start=start,
-        )
-        end = jax.tree.map(lambda weights: weights[0], end)
+        rates = SCHEDULES[schedule](step_size, steps)
+        end = pretrain_on_tokens(stream_key, target, start, rates, batch=batch, noise_std=noise_std)
         forgetting, angle = matched_forgetting(
             end, target, task, level=level, step_size=finetune_step_size, steps=finetune_steps
         )
-        for name, value in (
-            ("loss", network.loss(end, target)),
-            ("sharpness", sharpness(end, target)),
-            ("forgetting", forgetting),
-            ("angle", angle),
-        ):
-            rows[name].append(np.asarray(value))
-    shape = (len(schedules), len(step_sizes), replicas)
+        rows.append((network.loss(end, target), sharpness(end, target), forgetting, angle))
+    columns = np.array(rows).reshape(len(schedules), len(step_sizes), 4, replicas)
     dims = ("schedule", "step_size", "replica")
+    settings = {"steps": steps, "batch": batch, "noise_std": noise_std, "level": level, "scales": scales, "size": size}
     return xr.Dataset(
-        {name: (dims, np.stack(values).reshape(shape)) for name, values in rows.items()},
+        {name: (dims, columns[:, :, i]) for i, name in enumerate(("loss", "sharpness", "forgetting", "angle"))},
         {"schedule": list(schedules), "step_size": step_sizes},
-        {"steps": steps, "batch": batch, "noise_std": noise_std, "level": level},
+        settings,
     )

@@ -82,3 +82,15 @@ def brute_force_risk(X, R, problem: TwoTaskProblem, tau: float = 1.0):
 
 def keys(seed: int, count: int):
     return jax.random.split(jax.random.key(seed), count)
+
+
+def numpy_descent(start, gradient, rates, penalty=0.0, reference=None):
+    """Gradient descent of a two-layer network as a plain loop; the states before every step and after the last."""
+    w1, w2 = (np.array(weights) for weights in start)
+    r1, r2 = (w1, w2) if reference is None else (np.array(weights) for weights in reference)
+    states = [(w1, w2)]
+    for rate in rates:
+        g = gradient(w1 @ w2)
+        w1, w2 = w1 - rate * (g @ w2.T + penalty * (w1 - r1)), w2 - rate * (w1.T @ g + penalty * (w2 - r2))
+        states.append((w1, w2))
+    return states

@@ -8,13 +8,13 @@ import scipy.integrate
 
 from linfit import network
 from linfit.network import TwoLayer
-from tests.oracles import keys
+from tests.oracles import keys, numpy_descent
 
-SHAPES = {"square": (4, 4, 4), "wide hidden": (3, 6, 5), "bottleneck": (5, 2, 4)}
+SHAPES = {"wide hidden": (3, 4, 2), "bottleneck": (5, 2, 4)}
 
 
 def random_network(seed: int, shape: tuple[int, int, int], scale: float = 0.5) -> TwoLayer:
-    return network.gaussian_network(jax.random.key(seed), shape, scale, 1.3 * scale)
+    return network.sample_network(jax.random.key(seed), shape, scale, 1.3 * scale)
 
 
 def random_target(seed: int, shape: tuple[int, int, int]) -> jax.Array:
@@ -33,18 +33,6 @@ def objectives(shape):
         "target": (network.target_objective(A), lambda W: jnp.sum((W - A) ** 2) / 2),
         "data": (network.data_objective(X, Y), lambda W: jnp.sum((X @ W.T - Y) ** 2) / (2 * len(X))),
     }
-
-
-def numpy_descent(start, gradient, rates, penalty=0.0, reference=None):
-    """The loop one would write by hand; the states before every step and after the last."""
-    w1, w2 = (np.array(weights) for weights in start)
-    r1, r2 = (w1, w2) if reference is None else (np.array(weights) for weights in reference)
-    states = [(w1, w2)]
-    for rate in rates:
-        g = gradient(w1 @ w2)
-        w1, w2 = w1 - rate * (g @ w2.T + penalty * (w1 - r1)), w2 - rate * (w1.T @ g + penalty * (w2 - r2))
-        states.append((w1, w2))
-    return states
 
 
 @pytest.mark.numerical
@@ -80,13 +68,13 @@ def test_descent_is_the_plain_loop(name, penalty, rtol):
 
 def test_replicas_and_hyperparameters_broadcast():
     shape = (3, 4, 2)
-    starts = network.gaussian_network(jax.random.key(0), shape, 0.4, replicas=(5,))
+    starts = network.sample_network(jax.random.key(0), shape, 0.4, replicas=(5,))
     targets = jax.random.normal(jax.random.key(1), (5, 3, 2))
     rates = network.constant(jnp.array([0.02, 0.1]), 7)[:, None]  # (2, 1, 7)
     penalty = jnp.array([0.0, 1.0, 3.0])[:, None, None]
     together = network.descend(starts, targets, rates, penalty=penalty)
     assert together.w1.shape == (3, 2, 5, 3, 4)
-    for p, r, i in ((0, 1, 4), (2, 0, 1), (1, 1, 0)):
+    for p, r, i in ((0, 1, 4), (2, 0, 1)):
         alone = network.descend(
             jax.tree.map(lambda weights, i=i: weights[i], starts), targets[i], rates[r, 0], penalty=penalty[p, 0, 0]
         )
@@ -108,9 +96,9 @@ def test_memory_does_not_grow_with_steps_and_new_values_do_not_recompile():
 
     def temporary_bytes(steps):
         arguments = start, network.target_objective(target), network.constant(0.1, steps), jnp.array([steps])
-        compiled = network._descend.lower(*arguments, jnp.asarray(0.0), None).compile()
-        analysis = compiled.compiled.memory_analysis() if hasattr(compiled, "compiled") else compiled.memory_analysis()
-        return analysis.temp_size_in_bytes - 2 * 8 * steps  # the schedule itself is one number per step
+        compiled = network._descend.lower(*arguments, jnp.asarray(0.0), None).compile().compiled
+        # the schedule itself is one number per step
+        return compiled.memory_analysis().temp_size_in_bytes - 2 * 8 * steps
 
     assert temporary_bytes(20_000) <= temporary_bytes(20) + 4096
     traces = []
@@ -138,36 +126,17 @@ def test_flow_against_scipy(kind, penalty):
         return np.concatenate([np.ravel(part) for part in slope])
 
     flat = np.concatenate([np.ravel(part) for part in start])
-    exact = scipy.integrate.solve_ivp(velocity, (0, 3), flat, rtol=1e-10, atol=1e-12, t_eval=[0.5, 3.0]).y.T
-    ours = network.gradient_flow(start, objective, [0.5, 3.0], penalty=penalty, reference=reference)
-    np.testing.assert_allclose(np.concatenate([np.ravel(part[1]) for part in ours]), exact[1], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(np.ravel(ours.w1[0]), exact[0][:12], rtol=1e-6, atol=1e-7)
+    times = [0.0, 0.5, 3.0]
+    exact = scipy.integrate.solve_ivp(velocity, (0, 3), flat, rtol=1e-10, atol=1e-12, t_eval=times).y.T
+    ours = network.gradient_flow(start, objective, times, penalty=penalty, reference=reference)
+    ours = np.concatenate([part.reshape(3, -1) for part in ours], axis=1)
+    np.testing.assert_allclose(ours, exact, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_descent_approaches_flow_linearly_in_the_step():
-    start, target = random_network(8, (3, 3, 3)), random_target(8, (3, 3, 3))
-    flow = network.gradient_flow(start, target, [2.0]).product[0]
-    errors = [
-        float(jnp.abs(network.descend(start, target, network.constant(2.0 / steps, steps)).product - flow).max())
-        for steps in (100, 200, 400)
-    ]
-    assert errors[0] > 1e-4
-    np.testing.assert_allclose([errors[0] / errors[1], errors[1] / errors[2]], 2, rtol=0.1)
+MODES = [(2.0, 1.0, 0.1), (2.0, 0.1, 0.1), (-1.5, 0.5, 0.9), (0.0, 0.5, 0.5), (0.0, 0.7, 0.2), (1e-9, 0.7, 0.7)]
 
 
-@pytest.mark.parametrize(
-    ("a", "w1", "w2"),
-    [
-        (2.0, 1.0, 0.1),
-        (2.0, 0.1, 0.1),
-        (-1.5, 0.5, 0.9),
-        (0.0, 0.5, 0.5),
-        (0.0, 0.7, 0.2),
-        (1e-9, 0.7, 0.7),
-        (2, -0.5, 0.3),
-    ],
-)
+@pytest.mark.parametrize(("a", "w1", "w2"), [*MODES, (2, -0.5, 0.3)])
 def test_aligned_modes_against_scipy(a, w1, w2):
     def velocity(_, q):
         return [q[1] * (a - q[0] * q[1]), q[0] * (a - q[0] * q[1])]
@@ -180,10 +149,7 @@ def test_aligned_modes_against_scipy(a, w1, w2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("m", "h", "k", "imbalance"),
-    [(5, 6, 3, 0.4), (4, 4, 4, 0.0), (3, 3, 5, -0.3)],
-)
+@pytest.mark.parametrize(("m", "h", "k", "imbalance"), [(3, 4, 2, 0.4), (2, 2, 3, -0.3)])
 def test_aligned_network_follows_its_modes(m, h, k, imbalance):
     target = jax.random.normal(jax.random.key(0), (m, k))
     U, a, Vt = jnp.linalg.svd(target, full_matrices=False)
@@ -191,7 +157,7 @@ def test_aligned_network_follows_its_modes(m, h, k, imbalance):
     start = network.aligned_network(target, initial, imbalance, hidden_size=h)
     np.testing.assert_allclose(start.product, U * initial @ Vt, atol=1e-14)
     assert start.w1.shape == (m, h)
-    w1, w2 = network.aligned_modes(*network.layer_modes(initial, jnp.asarray(imbalance)), a, [0.0, 1.0, 4.0])
+    w1, w2 = network.aligned_modes(*network.layer_modes(initial, imbalance), a, [0.0, 1.0, 4.0])
     flow = network.gradient_flow(start, target, [0.0, 1.0, 4.0])
     np.testing.assert_allclose(flow.product, jnp.einsum("pi,ti,iq->tpq", U, w1 * w2, Vt), atol=1e-7)
     assert float(jnp.abs(flow.product[2] - target).max()) < 0.5 * float(jnp.abs(flow.product[0] - target).max())
@@ -207,31 +173,30 @@ def test_aligned_modes_reach_their_target_without_overflow():
 @pytest.mark.parametrize("imbalance", [0.0, 1e-3, 2.0, -2.0])
 def test_layer_modes(imbalance):
     product = jnp.array([1e-12, 0.3, 5.0])
-    w1, w2 = network.layer_modes(product, jnp.asarray(imbalance))
+    w1, w2 = network.layer_modes(product, imbalance)
     np.testing.assert_allclose(w1 * w2, product, rtol=1e-12)
     np.testing.assert_allclose(w1**2 - w2**2, imbalance, atol=1e-12)
 
 
 @pytest.mark.slow
 def test_random_weights_have_the_stated_moments():
-    start = network.gaussian_network(jax.random.key(0), (20, 30, 10), 0.2, 3.0, replicas=(5,))
-    for weights, scale in zip(start, (0.2, 3.0)):
-        assert abs(float(jnp.mean(weights**2)) / scale**2 - 1) < 4 * (2 / weights.size) ** 0.5
-        assert abs(float(weights.mean())) < 4 * scale / weights.size**0.5
-    assert abs(float(jnp.corrcoef(start.w1[0].ravel()[:300], start.w2[0].ravel()[:300])[0, 1])) < 4 / 300**0.5
-    base = TwoLayer(jnp.ones((4, 5)), jnp.full((5, 3), 2.0))
-    noisy = network.perturb(jax.random.key(1), base, 0.1, 0.3, replicas=(200,))
+    start = network.sample_network(jax.random.key(0), (20, 30, 10), 0.2, 3.0)
+    for weights, scale in zip(map(np.asarray, start), (0.2, 3.0)):
+        assert abs(np.mean(weights**2) / scale**2 - 1) < 4 * (2 / weights.size) ** 0.5
+        assert abs(weights.mean()) < 4 * scale / weights.size**0.5
+    assert abs(np.corrcoef(np.ravel(start.w1)[:300], np.ravel(start.w2))[0, 1]) < 4 / 300**0.5
+    base = TwoLayer(np.ones((20, 30)), np.full((30, 10), 2.0))
+    noisy = network.perturb(jax.random.key(1), base, 0.1, 0.3)
     for weights, centre, scale in zip(noisy, base, (0.1, 0.3)):
-        noise = weights - centre
-        assert abs(float(jnp.mean(noise**2)) / scale**2 - 1) < 4 * (2 / noise.size) ** 0.5
+        noise = np.asarray(weights) - np.asarray(centre)
+        assert abs(np.mean(noise**2) / scale**2 - 1) < 4 * (2 / noise.size) ** 0.5
     unmoved = network.perturb(jax.random.key(1), base, 0.0)
     np.testing.assert_array_equal(unmoved.w1, base.w1)
 
 
 def test_schedules():
-    rates = network.cosine(0.4, 10, final=0.1)
-    np.testing.assert_allclose(rates[0], 0.4)
-    np.testing.assert_allclose(rates[5], 0.4 * (0.1 + 0.9 / 2))
+    rates = np.asarray(network.cosine(0.4, 10, final=0.1))
+    np.testing.assert_allclose(rates[[0, 5]], [0.4, 0.4 * (0.1 + 0.9 / 2)])
     assert (np.diff(rates) < 0).all()
     assert rates[-1] > 0.04
     rates = network.warmup_stable_decay(jnp.array([1.0, 2.0]), 20, 0.25, 0.5)
@@ -250,6 +215,7 @@ def test_overflow_is_reported_not_silent():
     assert not np.isfinite(kept.w1[1]).all()
 
 
+@pytest.mark.slow
 def test_dtype_follows_the_weights():
     start = jax.tree.map(lambda weights: weights.astype(jnp.float32), random_network(0, (2, 2, 2)))
     target = jnp.eye(2, dtype=jnp.float32)
@@ -271,8 +237,8 @@ BAD = {
     "initial shape": (network.aligned_network, (TARGET, [1.0, 2.0, 3.0]), "initial"),
     "initial negative": (network.aligned_network, (TARGET, -1.0), "initial"),
     "hidden": (network.aligned_network, (TARGET, 0.1, 0.0, 1), "hidden_size"),
-    "sizes": (network.gaussian_network, (jax.random.key(0), (2, 0, 2), 0.1), "shape"),
-    "scale": (network.gaussian_network, (jax.random.key(0), (2, 2, 2), -0.1), "scale"),
+    "sizes": (network.sample_network, (jax.random.key(0), (2, 0, 2), 0.1), "shape"),
+    "scale": (network.sample_network, (jax.random.key(0), (2, 2, 2), -0.1), "scale"),
     "gamma": (network.perturb, (jax.random.key(0), NET, -0.1), "gamma"),
     "rate": (network.constant, (0.0, 5), "step_size"),
     "steps": (network.cosine, (0.1, 0), "steps"),

@@ -1,6 +1,7 @@
-"""Overtraining: closed forms against integrators, search and Monte Carlo; simulations against closed forms."""
+"""Overtraining: closed forms against integrators and search; simulations against closed forms and plain loops.
 
-import itertools
+What the claims N1–N4 verify by themselves is not repeated here.
+"""
 
 import jax
 import jax.flatten_util
@@ -8,32 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.linalg
 import xarray as xr
 
 from linfit import network
 from sims import overtraining as sims
+from tests.oracles import numpy_descent
 from theory import overtraining as theory
 
 A3 = np.array([2.0, 1.0, 0.4])
-
-
-def growth(s0, a, t):
-    """N1 as it is written down."""
-    return a * np.exp(2 * a * t) / (np.exp(2 * a * t) - 1 + a / s0)
 
 
 def integrated(velocity, start, time):
     return scipy.integrate.solve_ivp(velocity, (0, time), [start], rtol=1e-11, atol=1e-13).y[0, -1]
 
 
-# ------------------------------------------------------------------------------------------------------------- N1
-
-
 @pytest.mark.numerical
 def test_singular_values(rtol):
-    times = np.array([0.0, 0.3, 2.0])
-    expected = np.stack([growth(0.02, A3, t) for t in times])
-    np.testing.assert_allclose(theory.singular_values(0.02, A3, times), expected, rtol=rtol)
     for a in (1.3, 0.0, -0.7):
         exact = integrated(lambda _, s, a=a: 2 * s * (a - s), 0.05, 1.7)
         np.testing.assert_allclose(theory.singular_values(0.05, [a], 1.7)[0], exact, rtol=max(rtol, 1e-9))
@@ -45,9 +37,7 @@ def test_singular_values_at_the_limits():
 
 
 def test_features_are_learned_one_after_another():
-    half = theory.learning_time(1e-4, A3, A3 / 2)
-    ninety = theory.learning_time(1e-4, A3, 0.9 * A3)
-    assert (np.diff(half) > 0).all()
+    half, ninety = (theory.learning_time(1e-4, A3, share * A3) for share in (0.5, 0.9))
     assert (ninety[:-1] < half[1:]).all()
 
 
@@ -55,14 +45,9 @@ def test_features_are_learned_one_after_another():
 def test_learning_time_inverts_the_flow(imbalance):
     levels = 0.01 + np.array([0.1, 0.5, 0.99])[:, None] * (A3 - 0.01)
     times = theory.learning_time(0.01, A3, levels, imbalance)
-    start = network.layer_modes(jnp.asarray(0.01), jnp.asarray(imbalance))
-    for mode in range(3):
-        w1, w2 = network.aligned_modes(*start, A3[mode : mode + 1], times[:, mode])
-        np.testing.assert_allclose((w1 * w2)[:, 0], levels[:, mode], rtol=1e-10)
+    w1, w2 = network.aligned_modes(*network.layer_modes(0.01, imbalance), A3[:, None], times)  # (level, mode, 1)
+    np.testing.assert_allclose((w1 * w2)[..., 0], levels, rtol=1e-10)
     np.testing.assert_array_equal(theory.learning_time(0.1, 1.0, [0.05, 0.1, 1.0, 1.5]), [0, 0, np.inf, np.inf])
-
-
-# ------------------------------------------------------------------------------------------------------------- N2
 
 
 def test_sensitivity_by_unit_perturbations():
@@ -77,30 +62,14 @@ def test_sensitivity_by_unit_perturbations():
     np.testing.assert_allclose(theory.gaussian_sensitivity(w1, w2, g1, g2), total / 2, rtol=1e-12)
 
 
-def test_sensitivity_by_monte_carlo_for_twenty_shapes(seed):
-    generator = np.random.default_rng(seed)
-    scores = []
-    for _ in range(20):
-        m, h, k = generator.integers(1, 9, 3)
-        w1, w2 = generator.standard_normal((m, h)), generator.standard_normal((h, k))
-        target, gamma = generator.standard_normal((m, k)), 10 ** generator.uniform(-2, 0.5)
-        moved = (w1 + gamma * generator.standard_normal((4000, m, h))) @ (
-            w2 + gamma * generator.standard_normal((4000, h, k))
-        )
-        rises = np.sum((moved - target) ** 2, axis=(1, 2)) / 2 - np.sum((w1 @ w2 - target) ** 2) / 2
-        scores.append((rises.mean() - theory.gaussian_sensitivity(w1, w2, gamma)) / (rises.std() / 4000**0.5))
-    assert np.abs(scores).max() < 4
-    assert np.abs(scores).max() > 0.1  # not an echo
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("imbalance", [0.0, 0.5, -0.5])
 def test_perturbed_loss_is_that_of_the_matrices(imbalance):
-    target = jax.random.normal(jax.random.key(0), (4, 3))
+    target = jax.random.normal(jax.random.key(0), (3, 2))
     a = jnp.linalg.svd(target, compute_uv=False)
-    start = network.aligned_network(target, 0.02, imbalance, hidden_size=5)
+    start = network.aligned_network(target, 0.02, imbalance, hidden_size=4)
     weights = network.gradient_flow(start, target, [0.0, 0.8, 3.0])
-    ours = theory.perturbed_loss(0.02, a, [0.0, 0.8, 3.0], 0.2, (4, 5, 3), imbalance)
+    ours = theory.perturbed_loss(0.02, a, [0.0, 0.8, 3.0], 0.2, (3, 4, 2), imbalance)
     np.testing.assert_allclose(ours.loss, network.loss(weights, target), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(ours.sensitivity, theory.gaussian_sensitivity(*weights, 0.2), rtol=1e-6)
     assert (np.diff(ours.sensitivity) > 0).all()
@@ -114,26 +83,20 @@ def test_the_sizes_may_be_traced():
     np.testing.assert_allclose(jax.jit(total)(4, 5, 3), total(4, 5, 3), rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- N3
-
-
 @pytest.mark.parametrize("imbalance", [0.0, 0.4, -1.0])
 def test_inflection_is_the_minimum_found_by_search(imbalance, seed):
     generator = np.random.default_rng(seed + 10)
-    shape = (7, 4, 5)
-    for _ in range(2):
-        a, s0 = generator.uniform(0.1, 3, 3), generator.uniform(1e-4, 0.05, 3)
-        gamma = 10 ** generator.uniform(-1.8, -0.3)
-        end = float(np.max(theory.learning_time(s0, a, 0.9999 * a, imbalance)))
-        times = np.linspace(0, end, 4_001)
-        heights = np.asarray(theory.perturbed_loss(s0, a, times, gamma, shape, imbalance).total)
-        ours = float(theory.inflection_time(s0, a, gamma, shape, imbalance))
-        assert float(theory.perturbed_loss(s0, a, ours, gamma, shape, imbalance).total) <= heights.min() + 1e-12
-        assert abs(ours - times[heights.argmin()]) <= 1.01 * times[1]
-        alone = theory.mode_inflection_times(s0, a, gamma, shape, imbalance)
-        for mode in range(3):
-            one = np.asarray(theory.perturbed_loss(s0[mode], a[mode : mode + 1], times, gamma, shape, imbalance).total)
-            assert abs(float(alone[mode]) - times[one.argmin()]) <= 1.01 * times[1]
+    shape, a, s0 = (7, 4, 5), generator.uniform(0.1, 3, 3), generator.uniform(1e-4, 0.05, 3)
+    gamma = 10 ** generator.uniform(-1.8, -0.3)
+    times = np.linspace(0, float(np.max(theory.learning_time(s0, a, 0.9999 * a, imbalance))), 4_001)
+    w1, w2 = network.aligned_modes(*network.layer_modes(s0, imbalance), a, times)
+    heights = ((a - w1 * w2) ** 2 + gamma**2 * (7 * w2**2 + 5 * w1**2)) / 2  # of each mode, but for a constant
+    ours = np.append(
+        theory.mode_inflection_times(s0, a, gamma, shape, imbalance),
+        theory.inflection_time(s0, a, gamma, shape, imbalance),
+    )
+    searched = times[np.argmin(np.column_stack([heights, heights.sum(axis=1)]), axis=0)]
+    assert (np.abs(ours - searched) <= 1.01 * times[1]).all()
 
 
 def test_inflection_on_both_sides_of_its_conditions():
@@ -151,14 +114,6 @@ def test_inflection_on_both_sides_of_its_conditions():
     assert theory.mode_inflection_times(s0, a, 0.4, shape, imbalance=2.0)[1] > 0
 
 
-def test_inflection_comes_earlier_for_larger_perturbations():
-    gammas = np.geomspace(0.01, 0.6, 25)
-    times = theory.inflection_time(1e-3, A3, gammas, (6, 6, 6))
-    assert (np.diff(times) < 0)[np.asarray(times)[1:] > 0].all()
-    assert times[0] > 1.3 * times[12] > 0
-    assert times[-1] < times[0] / 3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("imbalance", [0.0, 0.3])
 def test_inflection_is_differentiable(imbalance):
@@ -173,9 +128,6 @@ def test_inflection_is_differentiable(imbalance):
         np.testing.assert_allclose(slopes[1][mode], (moved[0] - moved[1]) / (2 * step), rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------- N4
-
-
 def test_fine_tuned_singular_values_against_integration():
     before, b = np.array([1.2, 0.3]), np.array([0.5, 2.0])
     for penalty in (0.0, 0.7, 20.0):
@@ -184,44 +136,36 @@ def test_fine_tuned_singular_values_against_integration():
             w0 = s**0.5
             exact = integrated(lambda _, w, t=target, w0=w0, p=penalty: w * (t - w**2) - p * (w - w0), w0, 0.9) ** 2
             np.testing.assert_allclose(value, exact, rtol=1e-7)
-            if penalty < 1:  # and by quadrature: the time to get there is ∫ dw / w'
-                time = scipy.integrate.quad(
-                    lambda w, t=target, w0=w0, p=penalty: 1 / (w * (t - w**2) - p * (w - w0)), w0, value**0.5
-                )
-                np.testing.assert_allclose(time[0], 0.9, rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_fine_tuning_in_steps_is_that_of_the_matrices():
-    target = jax.random.normal(jax.random.key(2), (4, 4))
-    U, a, Vt = jnp.linalg.svd(target)
-    b = a * jnp.array([1.5, 0.5, 1.0, 2.0])
+    target = jax.random.normal(jax.random.key(0), (3, 2))
+    U, a, Vt = jnp.linalg.svd(target, full_matrices=False)
+    b = a * jnp.array([1.5, 0.5])
     task, time = U * b @ Vt, jnp.array([0.5, 1.5, 4.0])
-    start = network.gradient_flow(network.aligned_network(target, 0.01), target, time)
+    start = network.gradient_flow(network.aligned_network(target, 0.01, hidden_size=4), target, time)
     after = network.descend(start, task, network.constant(0.6 / 7, 7), penalty=0.4)
     ours = theory.fine_tuning(0.01, a, b, time, 0.6, penalty=0.4, steps=7)
-    np.testing.assert_allclose(ours.pretrain_before, network.loss(start, target), atol=1e-6)
-    np.testing.assert_allclose(ours.pretrain_after, network.loss(after, target), atol=1e-5)
-    np.testing.assert_allclose(ours.finetune_before, network.loss(start, task), atol=1e-5)
-    np.testing.assert_allclose(ours.finetune_after, network.loss(after, task), atol=1e-5)
-    np.testing.assert_allclose(ours.degradation, ours.pretrain_after - ours.pretrain_before)
+    for weights, losses in ((start, ours.before), (after, ours.after)):
+        np.testing.assert_allclose(losses.pretrain, network.loss(weights, target), atol=1e-5)
+        np.testing.assert_allclose(losses.finetune, network.loss(weights, task), atol=1e-5)
+    np.testing.assert_allclose(ours.degradation, ours.after.pretrain - ours.before.pretrain)
     flow = theory.fine_tuning(0.01, a, b, time, 0.6, penalty=0.4)
     steps = theory.fine_tuning(0.01, a, b, time, 0.6, penalty=0.4, steps=20_000)
-    np.testing.assert_allclose(flow.finetune_after, steps.finetune_after, rtol=1e-3)
-    assert float(jnp.abs(flow.finetune_after - ours.finetune_after).max()) > 1e-3
+    np.testing.assert_allclose(flow.after.finetune, steps.after.finetune, rtol=1e-3)
+    assert float(jnp.abs(flow.after.finetune - ours.after.finetune).max()) > 1e-3
 
 
 def test_fine_tuning_inflection_on_both_sides():
-    a, b = np.array([1.0, 1.0, 1.0]), np.array([1.5, 1.0, 0.5])
+    a, b = np.ones(3), np.array([1.5, 1.0, 0.5])
     times = np.linspace(0, 15, 15_001)
+    losses = np.asarray([theory.fine_tuning(0.01, [1.0], [target], times, 0.7).after.pretrain for target in b])
     ours = np.asarray(theory.fine_tuning_inflection_times(0.01, a, b, 0.7))
     assert np.isfinite(ours).tolist() == [True, False, False]
-    loss = np.asarray(theory.fine_tuning(0.01, a[:1], b[:1], times, 0.7).pretrain_after)
-    assert abs(times[loss.argmin()] - ours[0]) < 2e-3
-    assert loss[-1] > loss.min() + 0.01
-    for mode in (1, 2):
-        loss = np.asarray(theory.fine_tuning(0.01, a[mode : mode + 1], b[mode : mode + 1], times, 0.7).pretrain_after)
-        assert (np.diff(loss) <= 1e-15).all()
+    assert abs(times[losses[0].argmin()] - ours[0]) < 2e-3
+    assert losses[0, -1] > losses[0].min() + 0.01
+    assert (np.diff(losses[1:]) <= 1e-15).all()
     # Larger learning rate, that is longer fine-tuning time: earlier; long enough to overshoot from the start: at once.
     stretched = np.asarray(theory.fine_tuning_inflection_times(0.01, [1.0], [1.5], [0.0, 0.2, 0.7, 1.5, 3.0]))[:, 0]
     assert stretched[0] == np.inf
@@ -241,79 +185,39 @@ def test_degradation_grows_with_pretraining_and_with_the_rate_but_not_without_ex
     assert stretched.argmax() > 200
 
 
-@pytest.mark.slow
-def test_penalty_delays_and_costs():
-    times = np.linspace(0, 8, 801)
-    runs = [theory.fine_tuning(1e-3, [1.0], [1.5], times, 0.7, penalty) for penalty in (0.0, 0.5, 2.0)]
-    turns = [times[np.argmin(run.pretrain_after)] for run in runs]
-    assert turns[0] + 0.02 < turns[1] < turns[2] - 0.02
-    for lighter, heavier in itertools.pairwise(runs):
-        assert (heavier.finetune_after - lighter.finetune_after >= -1e-9).all()
-        assert heavier.pretrain_after[-1] < lighter.pretrain_after[-1]
-
-
-# ----------------------------------------------------------------------------------------------------- simulations
-
-
-def test_trained_singular_values_follow_the_closed_form():
-    target = sims.power_law_target(jax.random.key(0), 3)
-    data = sims.learning_curves(target, np.linspace(0, 6, 13), initial=0.02, step_sizes=[4e-3, 2e-3, 1e-3])
-    errors = abs(data.measured - data.exact).max(("time", "mode")).values
-    assert errors[2] < 1e-3
-    np.testing.assert_allclose(errors[:2] / errors[1:], 2, rtol=0.02)
+@pytest.mark.parametrize("imbalance", [0.0, 0.5])
+def test_trained_singular_values_follow_the_closed_form(imbalance):
+    target, times = sims.sample_target(jax.random.key(0), 3), np.linspace(0, 6, 13)
+    data = sims.learning_curves(target, times, initial=0.02, step_sizes=[4e-3, 2e-3], imbalance=imbalance)
+    assert 1e-4 < data.error[1] < 3e-3
+    np.testing.assert_allclose(data.error[0] / data.error[1], 2, rtol=0.02)
     assert float(data.measured.sel(mode=1).isel(time=-1, step_size=0)) > 0.99
-
-
-@pytest.mark.slow
-def test_unbalanced_training_leaves_the_balanced_formula_but_not_the_general_one():
-    target = sims.power_law_target(jax.random.key(0), 3)
-    times = np.linspace(0, 4, 9)
-    data = sims.learning_curves(target, times, initial=0.02, step_sizes=[1e-3], imbalance=0.5)
-    assert float(abs(data.measured - data.exact).max()) < 2e-3
     balanced = theory.singular_values(0.02, jnp.linalg.svd(target, compute_uv=False), times)
-    assert float(abs(data.measured[0] - np.asarray(balanced)).max()) > 0.05
+    assert float(abs(data.exact - np.asarray(balanced)).max()) > 0.05 or imbalance == 0
 
 
 @pytest.mark.slow
 def test_simulated_perturbed_loss_and_its_inflection(seed):
-    target = sims.power_law_target(jax.random.key(1), 6)
-    times = np.linspace(0, 20, 101)
-    data = sims.perturbed_losses(
-        jax.random.key(seed), target, times, np.array([0.1, 0.2, 0.3]), initial=1e-3, step_size=0.01, replicas=200
-    )
-    assert float(abs(data.perturbed_z).max()) < 4.5
-    assert float(abs(data.perturbed_z).max()) > 0.05
-    # N3 within the resolution of the checkpoints, as far as 200 perturbations let one see the bottom of a flat valley
+    target, times = sims.sample_target(jax.random.key(1), 4), np.linspace(0, 12, 61)
+    gammas, key = np.array([0.1, 0.2, 0.3]), jax.random.key(seed)
+    data = sims.perturbed_losses(key, target, times, gammas, initial=1e-3, step_size=0.01, replicas=128)
+    assert 0.05 < float(abs(data.perturbed_z).max()) < 4.5
+    # N3 within the resolution of the checkpoints, as far as 128 perturbations let one see the bottom of a flat valley
     for gamma in (0.2, 0.3):
         at = data.sel(gamma=gamma)
-        bottom = at.perturbed.min()
         near = at.perturbed.interp(time=float(at.inflection_flow))
-        assert float(near - bottom) < 4 * float(at.perturbed_error.sel(time=float(at.inflection)))
-        exact = at.time[int(at.perturbed_expected.argmin("time"))]
-        assert abs(float(exact) - float(at.inflection_flow)) <= 0.2
-
-
-def small_sweep():
-    target = sims.power_law_target(jax.random.key(3), 6)
-    times = np.rint(np.concatenate([[0.0], np.geomspace(0.5, 40, 14)]) / 0.05) * 0.05
-    checkpoints = sims.pretrain(target, times, initial=1e-3, step_size=0.05)
-    keys = jax.random.split(jax.random.key(4), 4)
-
-    def stack(draw):
-        return jnp.stack([draw(key) for key in keys])
-
-    tasks = {
-        "unrelated": stack(lambda key: sims.unrelated_task(key, target, 0.3)),
-        "rotated": stack(lambda key: sims.rotated_task(key, target, 0.4)),
-        "stretched": stack(lambda key: sims.stretched_task(target, 1.5)),
-    }
-    settings = {"step_sizes": np.array([0.004, 0.008, 0.016, 3.0]), "penalties": np.array([0.0, 1.0]), "steps": 100}
-    return target, times, sims.fine_tuned_losses(checkpoints, times, target, tasks, **settings).isel(schedule=0)
+        assert float(near - at.perturbed.min()) < 4 * float(at.perturbed_error.sel(time=float(at.inflection)))
+        assert abs(float(at.perturbed_expected.idxmin("time") - at.inflection_flow)) <= 0.2
 
 
 @pytest.fixture(scope="module")
 def sweep():
-    return small_sweep()
+    target = sims.sample_target(jax.random.key(3), 6)
+    times = np.rint(np.concatenate([[0.0], np.geomspace(0.5, 40, 14)]) / 0.05) * 0.05
+    checkpoints = sims.pretrain(target, times, initial=1e-3, step_size=0.05)
+    tasks = sims.sample_tasks(jax.random.key(4), target, 4)
+    settings = {"step_sizes": np.array([0.004, 0.008, 0.016, 3.0]), "penalties": np.array([0.0, 1.0]), "steps": 100}
+    return target, times, sims.fine_tuned_losses(checkpoints, times, target, tasks, **settings).isel(schedule=0)
 
 
 def test_fine_tuned_modes_follow_the_closed_recursion(sweep):
@@ -322,16 +226,16 @@ def test_fine_tuned_modes_follow_the_closed_recursion(sweep):
     exact = theory.fine_tuning(1e-3, a, 1.5 * a, times, 1.6, steps=100)
     measured = data.sel(task="stretched", penalty=0.0, step_size=0.016)
     # what is left is the finite step of pretraining
-    np.testing.assert_allclose(measured.pretrain, exact.pretrain_after, atol=0.02)
-    np.testing.assert_allclose(measured.finetune, exact.finetune_after, atol=0.05)
+    np.testing.assert_allclose(measured.pretrain, exact.after.pretrain, atol=0.02)
+    np.testing.assert_allclose(measured.finetune, exact.after.finetune, atol=0.05)
     assert float(measured.pretrain_error.max()) < 1e-12
 
 
 def test_fine_tuning_under_every_schedule_equals_a_numpy_loop():
-    target = sims.power_law_target(jax.random.key(3), 4)
+    target = sims.sample_target(jax.random.key(3), 4)
     times = np.array([2.0, 10.0])
     checkpoints = sims.pretrain(target, times, initial=1e-2, step_size=0.05)
-    tasks = {"unrelated": jnp.stack([sims.unrelated_task(jax.random.key(i), target, 0.3) for i in range(2)])}
+    tasks = {"unrelated": jnp.stack([sims.sample_unrelated_task(jax.random.key(i), target, 0.3) for i in range(2)])}
     settings = {"step_sizes": np.array([0.03]), "penalties": np.array([0.5]), "steps": 20}
     schedules = tuple(sims.SCHEDULES)
     data = sims.fine_tuned_losses(checkpoints, times, target, tasks, schedules=schedules, **settings)
@@ -340,11 +244,8 @@ def test_fine_tuning_under_every_schedule_equals_a_numpy_loop():
         for index, time in enumerate(times):
             losses = []
             for task in np.asarray(tasks["unrelated"]):
-                w1, w2 = start = [np.asarray(layer[index]) for layer in checkpoints]
-                for rate in rates:
-                    slope = w1 @ w2 - task
-                    step_1, step_2 = slope @ w2.T + 0.5 * (w1 - start[0]), w1.T @ slope + 0.5 * (w2 - start[1])
-                    w1, w2 = w1 - rate * step_1, w2 - rate * step_2
+                start = [layer[index] for layer in checkpoints]
+                w1, w2 = numpy_descent(start, lambda W, task=task: W - task, rates, penalty=0.5)[-1]
                 losses.append([np.sum((w1 @ w2 - goal) ** 2) / 2 for goal in (target, task)])
             at = data.sel(task="unrelated", schedule=schedule, penalty=0.5, step_size=0.03, time=time)
             np.testing.assert_allclose([at.pretrain, at.finetune], np.mean(losses, axis=0), rtol=1e-10)
@@ -367,13 +268,13 @@ def test_catastrophic_overtraining_where_it_is_and_where_it_is_not(sweep):
 
 
 def test_the_final_loss_climbs_beyond_its_standard_error():
-    target = sims.power_law_target(jax.random.key(3), 6)
+    target = sims.sample_target(jax.random.key(3), 6)
     checkpoints = sims.pretrain(target, np.array([4.0, 40.0]), initial=1e-3, step_size=0.05)
-    tasks = jnp.stack([sims.unrelated_task(jax.random.key(seed), target, 0.3) for seed in range(40)])[:, None]
+    tasks = jnp.stack([sims.sample_unrelated_task(jax.random.key(seed), target, 0.3) for seed in range(40)])[:, None]
     after = network.loss(network.descend(checkpoints, tasks, network.constant(0.016, 100)), target)  # (draws, 2)
-    climb = np.asarray(after[:, 1] - after[:, 0])
+    climb, before = np.asarray(after[:, 1] - after[:, 0]), network.loss(checkpoints, target)
     assert climb.mean() > 4 * climb.std(ddof=1) / 40**0.5
-    assert network.loss(checkpoints, target)[1] < 0.01 * network.loss(checkpoints, target)[0]
+    assert before[1] < 0.01 * before[0]
 
 
 def test_rates_that_overflow_are_infinite_and_never_chosen(sweep):
@@ -392,27 +293,25 @@ def test_inflection_needs_a_real_rise():
 
 
 def test_tasks():
-    target = sims.power_law_target(jax.random.key(0), 5, exponent=2.0)
+    target = sims.sample_target(jax.random.key(0), 5, exponent=2.0)
     np.testing.assert_allclose(jnp.linalg.svd(target)[1], np.arange(1.0, 6) ** -2, rtol=1e-10)
-    turned = sims.rotated_task(jax.random.key(1), target, 0.6)
+    turned = sims.sample_rotated_task(jax.random.key(1), target, 0.6)
     np.testing.assert_allclose(jnp.linalg.svd(turned)[1], np.arange(1.0, 6) ** -2, rtol=1e-10)
-    np.testing.assert_allclose(sims.rotated_task(jax.random.key(1), target, 0.0), target, atol=1e-14)
-    angles = sims.principal_angles(target, turned, 2)
-    assert 0.05 < float(angles[0]) <= 0.6 + 1e-9
+    np.testing.assert_allclose(sims.sample_rotated_task(jax.random.key(1), target, 0.0), target, atol=1e-14)
+    leading = [np.linalg.svd(matrix)[0][:, :2] for matrix in (target, turned)]
+    assert 0.05 < scipy.linalg.subspace_angles(*leading)[0] <= 0.6 + 1e-9
 
 
 @pytest.mark.slow
 def test_token_stream_is_fresh_and_does_not_depend_on_the_batch_of_seeds():
-    target = sims.power_law_target(jax.random.key(0), 3)
-    start = network.gaussian_network(jax.random.key(1), (3, 3, 3), 0.1, replicas=(3,))
+    target = sims.sample_target(jax.random.key(0), 3)
+    start = network.sample_network(jax.random.key(1), (3, 3, 3), 0.1, replicas=(3,))
     settings = {"batch": 4, "noise_std": 0.2}
     rates, save = network.constant(0.05, 30), np.array([10, 30])
-    three = sims.pretrain_on_tokens(jax.random.key(2), target, rates, save, replicas=3, start=start, **settings)
-    two = sims.pretrain_on_tokens(
-        jax.random.key(2), target, rates, save, replicas=2, start=jax.tree.map(lambda w: w[:2], start), **settings
-    )
-    np.testing.assert_allclose(three.w1[:, :2], two.w1, rtol=1e-12)
-    stream = sims.TokenStream(jax.random.split(jax.random.key(0), 1), target, jnp.asarray(0.0), 4)
+    three = sims.pretrain_on_tokens(jax.random.key(2), target, start, rates, save, **settings)
+    two = sims.pretrain_on_tokens(jax.random.key(2), target, jax.tree.map(lambda w: w[:2], start), rates, **settings)
+    np.testing.assert_allclose(three.w1[1, :2], two.w1, rtol=1e-12)
+    stream = sims._TokenStream(jax.random.split(jax.random.key(0), 1), target, jnp.asarray(0.0), 4)
     first, second = stream(jnp.asarray(0)), stream(jnp.asarray(1))
     assert float(jnp.abs(first.covariance - second.covariance).max()) > 0.1
     np.testing.assert_allclose(first.cross, target @ first.covariance, atol=1e-12)
@@ -420,7 +319,7 @@ def test_token_stream_is_fresh_and_does_not_depend_on_the_batch_of_seeds():
 
 @pytest.mark.slow
 def test_sensitivity_grows_with_the_token_budget():
-    target = sims.power_law_target(jax.random.key(0), 6)
+    target = sims.sample_target(jax.random.key(0), 6)
     budgets = np.array([200, 1600, 4000, 16000])
     data = sims.token_budgets(
         jax.random.key(1),
@@ -444,18 +343,16 @@ def test_sensitivity_grows_with_the_token_budget():
 
 @pytest.mark.slow
 def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian():
-    weights = network.gaussian_network(jax.random.key(0), (3, 4, 2), 0.7, replicas=(2,))
+    weights = network.sample_network(jax.random.key(0), (3, 4, 2), 0.7, replicas=(2,))
     target = jax.random.normal(jax.random.key(1), (3, 2))
-    ours = sims.sharpness(weights, target)
-    for index in range(2):
-        one = jax.tree.map(lambda w, index=index: w[index], weights)
-        flat, unravel = jax.flatten_util.ravel_pytree(one)
-        hessian = jax.hessian(lambda x, unravel=unravel: network.loss(unravel(x), target))(flat)
-        np.testing.assert_allclose(ours[index], np.linalg.eigvalsh(hessian)[-1], rtol=1e-8)
-    for imbalance in (0.0, 1.5):  # at a minimum w₁² + w₂² of the first mode
-        minimum = network.aligned_network(target, jnp.linalg.svd(target)[1], imbalance)
-        first = np.hypot(imbalance, 2 * jnp.linalg.svd(target)[1][0])
-        np.testing.assert_allclose(sims.sharpness(minimum, target), first, rtol=1e-6)
+    flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(lambda w: w[1], weights))
+    hessian = jax.hessian(lambda x: network.loss(unravel(x), target))(flat)
+    np.testing.assert_allclose(sims.sharpness(weights, target)[1], np.linalg.eigvalsh(hessian)[-1], rtol=1e-8)
+    # at a minimum w₁² + w₂² of the first mode
+    imbalances, s = np.array([0.0, 1.5]), jnp.linalg.svd(target, compute_uv=False)
+    minima = [network.aligned_network(target, s, imbalance, hidden_size=4) for imbalance in imbalances]
+    minima = jax.tree.map(lambda *layers: jnp.stack(layers), *minima)
+    np.testing.assert_allclose(sims.sharpness(minima, target), np.hypot(imbalances, 2 * s[0]), rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -475,8 +372,8 @@ def test_matched_forgetting_reads_the_path():
 
 @pytest.mark.slow
 def test_decaying_rates_leave_sharper_checkpoints_that_forget_more():
-    target = sims.power_law_target(jax.random.key(0), 8)
-    task = target + sims.unrelated_task(jax.random.key(1), target, 0.06)
+    target = sims.sample_target(jax.random.key(0), 8)
+    task = target + sims.sample_unrelated_task(jax.random.key(1), target, 0.06)
     data = sims.sharpness_and_forgetting(
         jax.random.key(2), target, task, step_sizes=np.array([0.05, 0.2]), steps=3000, batch=8, noise_std=0.3,
         scales=(0.4, 0.01), replicas=8, level=0.05, finetune_step_size=0.02, finetune_steps=2000,
@@ -489,8 +386,6 @@ def test_decaying_rates_leave_sharper_checkpoints_that_forget_more():
     # at a large rate gradient noise has balanced the layers in time, decay or not
     assert float(data.sharpness.sel(step_size=0.2, schedule="cosine").mean()) < 2.1
 
-
-# ------------------------------------------------------------------------------------------------------- bad input
 
 SHAPE, NAN = (3, 3, 3), float("nan")
 BAD = {

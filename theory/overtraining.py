@@ -5,7 +5,8 @@ grow one after another (N1); the damage a Gaussian perturbation does grows with 
 falls while there is something to learn and rises afterwards (N3); fine-tuning to another task can do the same (N4).
 
 The setting is that of paper 2503.19206; of the formulas, what is marked "ours" was derived for this project. Modes are
-the last axis, (…, r); `shape` is (m, h, k); a start is given by singular values s₀ and the imbalance c = w₁² − w₂².
+the last axis, (…, r); `shape` is (m, h, k); a start is given by singular values s₀ and the imbalance c = w₁² − w₂²,
+0 for a balanced one. Times are step size × steps, losses are ½‖·‖²_F.
 
 >>> from theory import overtraining
 >>> time = overtraining.inflection_time(0.01, [2.0, 1.0], gamma=0.1, shape=(10, 10, 10))
@@ -23,21 +24,38 @@ import numpy as np
 import optimistix
 from jax import Array
 
+from linfit import Pair
 from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
 from linfit.network import aligned_modes, layer_modes
 
-Shape = tuple[int, int, int]
+__all__ = [
+    "FineTuning",
+    "PerturbedLoss",
+    "fine_tuned_singular_values",
+    "fine_tuning",
+    "fine_tuning_inflection_times",
+    "gaussian_sensitivity",
+    "inflection_time",
+    "learning_time",
+    "mode_inflection_times",
+    "perturbed_loss",
+    "singular_values",
+]
 
-# ------------------------------------------------------------------------------- N1: features one after another
+_Shape = tuple[int, int, int]
 
 
 def singular_values(initial: ArrayLike, target: ArrayLike, time: ArrayLike) -> Array:
-    """Singular values along gradient flow from a balanced aligned start (docs, N1).
+    """Singular values (…, r) along gradient flow from a balanced aligned start (docs, N1; paper 2503.19206).
 
         s(t) = a e^{2at} / (e^{2at} − 1 + a/s₀) = s₀ / (e^{−2at} + s₀(1 − e^{−2at})/a)
 
-    initial s₀ ≥ 0 and target a broadcast, (…, r); axes of time t ≥ 0 (…) come in front of r. The second form has the
-    exact limits: s₀/(1 + 2s₀t) at a = 0, and a as t → ∞. a < 0 is a feature to unlearn: s falls to 0.
+    The second form has the exact limits: s₀/(1 + 2s₀t) at a = 0, and a as t → ∞.
+
+    Args:
+        initial: s₀ ≥ 0 (…, r), broadcast against the target.
+        target: a (…, r); a < 0 is a feature to unlearn, s falls to 0.
+        time: t ≥ 0 (…), its axes in front of r.
 
     Raises ValueError for NaN or Inf, negative initial values or times.
 
@@ -48,17 +66,11 @@ def singular_values(initial: ArrayLike, target: ArrayLike, time: ArrayLike) -> A
            [2.   , 1.   , 0.007]], dtype=float64)
     """
     initial, target, time = non_negative("initial", initial), real_array("target", target), non_negative("time", time)
-    return _flow(initial, target, time[..., None])
-
-
-def _flow(initial: Array, target: Array, time: Array) -> Array:
-    """N1, also back in time; multiplied through by e^{2at} where that is the small exponential."""
-    exponent = 2 * target * time
-    small = jnp.exp(-jnp.abs(exponent))
-    flat = exponent == 0
-    ramp = -jnp.expm1(-jnp.abs(exponent)) / jnp.where(flat, 1, jnp.abs(target))
-    grown = initial * jnp.where(flat, 2 * time, jnp.sign(time) * ramp)
-    return initial * jnp.where(exponent >= 0, 1, small) / (jnp.where(exponent >= 0, small, 1) + grown)
+    time = time[..., None]
+    small = jnp.exp(-2 * jnp.abs(target) * time)  # multiplied through by e^{2at} where that is the small exponential
+    flat, falls = target == 0, target < 0
+    ramp = jnp.where(flat, 2 * time, -jnp.expm1(-2 * jnp.abs(target) * time) / jnp.where(flat, 1, jnp.abs(target)))
+    return initial * jnp.where(falls, small, 1) / (jnp.where(falls, 1, small) + initial * ramp)
 
 
 # Time to reach a given s. With R(s) = √(c² + 4s²) = w₁² + w₂² and d = R(a), s' = R(s)(a − s) has the integral
@@ -69,7 +81,15 @@ def learning_time(initial: ArrayLike, target: ArrayLike, level: ArrayLike, imbal
 
         t = (1/d) log[ (c² + 4as + dR(s))(a − s₀) / ((c² + 4as₀ + dR(s₀))(a − s)) ],  R(s) = √(c² + 4s²), d = R(a)
 
-    Arguments broadcast. 0 for levels at or below s₀, ∞ at or above the target a > 0.
+    0 for levels at or below s₀, ∞ at or above the target. Arguments broadcast.
+
+    Args:
+        initial: s₀ ≥ 0.
+        target: a > 0.
+        level: s.
+        imbalance: c.
+
+    Raises ValueError for NaN or Inf, negative initial values, targets that are not positive.
 
     >>> from theory.overtraining import learning_time, singular_values
     >>> time = learning_time(0.01, 2.0, level=[1.0, 1.99, 2.0])
@@ -93,19 +113,23 @@ def learning_time(initial: ArrayLike, target: ArrayLike, level: ArrayLike, imbal
     return jnp.where(reached, 0, jnp.where(learned, jnp.inf, time))
 
 
-# ------------------------------------------------------------------------------- N2: sensitivity to perturbations
-
-
 def gaussian_sensitivity(w1: ArrayLike, w2: ArrayLike, gamma: ArrayLike, gamma_2: ArrayLike | None = None) -> Array:
     """Expected rise of ½‖W₁W₂ − A‖²_F under independent N(0, γ²) noise on every weight (docs, N2).
 
         E L(W₁+γE₁, W₂+γE₂) − L = ½[γ²(m‖W₂‖²_F + k‖W₁‖²_F) + γ⁴mhk],  whatever A
 
-    w1 (…, m, h), w2 (…, h, k); axes of γ ≥ 0 broadcast against the replicas. With another γ₂ for W₂:
-    ½[γ²m‖W₂‖² + γ₂²k‖W₁‖² + γ²γ₂²mhk]. Raises ValueError for shapes that do not chain, NaN or Inf, negative γ.
+    The formula is ours. With another γ₂ for W₂ it is ½[γ²m‖W₂‖² + γ₂²k‖W₁‖² + γ²γ₂²mhk].
+
+    Args:
+        w1: W₁ (…, m, h).
+        w2: W₂ (…, h, k).
+        gamma: γ ≥ 0 (…), its axes broadcasting against the replicas.
+        gamma_2: γ₂ ≥ 0; `gamma` if not given.
+
+    Raises ValueError for shapes that do not chain, NaN or Inf, negative γ.
 
     >>> from theory.overtraining import gaussian_sensitivity
-    >>> gaussian_sensitivity(jnp.ones((2, 1)), jnp.ones((1, 3)), gamma=[0.0, 0.1]).round(5)
+    >>> gaussian_sensitivity([[1.0], [1.0]], [[1.0, 1.0, 1.0]], gamma=[0.0, 0.1]).round(5)
     Array([0.    , 0.0603], dtype=float64)
     """
     w1, w2 = real_array("w1", w1), real_array("w2", w2)
@@ -134,16 +158,19 @@ class PerturbedLoss(NamedTuple):
 
 
 def perturbed_loss(
-    initial: ArrayLike,
-    target: ArrayLike,
-    time: ArrayLike,
-    gamma: ArrayLike,
-    shape: Shape,
-    imbalance: ArrayLike = 0.0,
+    initial: ArrayLike, target: ArrayLike, time: ArrayLike, gamma: ArrayLike, shape: _Shape, imbalance: ArrayLike = 0.0
 ) -> PerturbedLoss:
     """Loss and Gaussian sensitivity after pretraining time t, in closed form (docs, N1 + N2; unbalanced: ours).
 
-    initial s₀ and target a (r,), time t and γ broadcast to (…), `imbalance` c (r,) or a number.
+    Args:
+        initial: s₀ with 0 < s₀ < a, (r,) or a number.
+        target: a (r,).
+        time: t ≥ 0 (…).
+        gamma: γ ≥ 0 (…), broadcast against the time.
+        shape: (m, h, k).
+        imbalance: c (r,) or a number.
+
+    Raises ValueError for NaN or Inf, negative times or γ, a start that is not between 0 and the target.
 
     >>> from theory.overtraining import perturbed_loss
     >>> perturbed_loss(0.01, [2.0, 1.0], [0.0, 3.3, 30.0], gamma=0.1, shape=(10, 10, 10)).total.round(3)
@@ -158,20 +185,19 @@ def perturbed_loss(
     return PerturbedLoss(*jnp.broadcast_arrays(loss, (gamma**2 * sizes + gamma**4 * m * h * k) / 2))
 
 
-# ------------------------------------------------------------------------------------------ N3: the inflection
-
-
 # One mode. With R = √(c² + 4s²), w₁² and w₂² are (R ± c)/2, so the perturbed loss of a mode is
 #     ½(a − s)² + g R/2 + const,   g = γ²(m + k)/2,
 # and, s growing, it turns where a − s = 2gs/R. (a − s)R/s falls strictly in s, so there is one such s: balanced
 # (R = 2s) it is s = a − g, which the mode never passes if g ≥ a − s₀; unbalanced, R > 2s, it always lies above 0.
 def mode_inflection_times(
-    initial: ArrayLike, target: ArrayLike, gamma: ArrayLike, shape: Shape, imbalance: ArrayLike = 0.0
+    initial: ArrayLike, target: ArrayLike, gamma: ArrayLike, shape: _Shape, imbalance: ArrayLike = 0.0
 ) -> Array:
     """When further pretraining of each mode alone starts to hurt the perturbed loss, (…, r) (docs, N3; ours).
 
-    Balanced, s = a − g with g = γ²(m+k)/2 is reached at t = (1/2a) log[ (a−g)(a−s₀) / (s₀g) ]; 0 where g ≥ a − s₀, a
-    mode that only ever hurts; ∞ at γ = 0. Arguments as in `inflection_time`.
+        t = (1/2a) log[ (a−g)(a−s₀) / (s₀g) ],  g = γ²(m+k)/2
+
+    if balanced, where s = a − g; 0 where g ≥ a − s₀, a mode that only ever hurts; ∞ at γ = 0. Arguments and errors as
+    in `inflection_time`.
 
     >>> from theory.overtraining import mode_inflection_times
     >>> mode_inflection_times(0.01, [2.0, 1.0, 0.05], gamma=[0.0, 0.1], shape=(10, 10, 10)).round(3)
@@ -182,7 +208,7 @@ def mode_inflection_times(
     return _mode_times(initial, target, _cost(gamma, shape)[..., None], imbalance)
 
 
-def _cost(gamma: ArrayLike, shape: Shape) -> Array:
+def _cost(gamma: ArrayLike, shape: _Shape) -> Array:
     """g = γ²(m + k)/2, the price of one unit of singular value."""
     m, _, k = _shape(shape)
     return non_negative("gamma", gamma) ** 2 * (m + k) / 2
@@ -203,17 +229,23 @@ def _mode_times(initial: Array, target: Array, cost: Array, imbalance: Array) ->
 
 
 def inflection_time(
-    initial: ArrayLike, target: ArrayLike, gamma: ArrayLike, shape: Shape, imbalance: ArrayLike = 0.0
+    initial: ArrayLike, target: ArrayLike, gamma: ArrayLike, shape: _Shape, imbalance: ArrayLike = 0.0
 ) -> Array:
     """The pretraining time of least perturbed loss (…,), a differentiable root (docs, N3; ours).
 
         Σ_i s_i'(s_i − a_i + 2g s_i/R_i) = 0,  g = γ²(m+k)/2,  R = √(c² + 4s²), balanced 2s
 
-    initial s₀ and target a (r,) with 0 < s₀ < a, γ ≥ 0 (…), shape (m, h, k), `imbalance` c (r,) or a number. Every mode
-    falls before its own inflection and rises after it, so the minimum lies between the first and the last of
+    Every mode falls before its own inflection and rises after it, so the minimum lies between the first and the last of
     `mode_inflection_times`, and beyond the last one more pretraining always hurts: **it is finite if and only if
     γ > 0**. It is 0, no fall at all, if g ≥ a − s₀ for every mode of a balanced start; ∞ at γ = 0. Of several local
     minima (one per feature, if far apart) the lowest is returned.
+
+    Args:
+        initial: s₀ with 0 < s₀ < a, (r,) or a number.
+        target: a (r,).
+        gamma: γ ≥ 0 (…).
+        shape: (m, h, k).
+        imbalance: c (r,) or a number.
 
     Raises ValueError for NaN or Inf, γ < 0, a start that is not between 0 and the target.
 
@@ -229,45 +261,31 @@ def inflection_time(
 @jax.jit
 def _inflection(initial: Array, target: Array, cost: Array, imbalance: Array) -> Array:
     start = layer_modes(initial, imbalance)
+    g = jnp.where(cost > 0, cost, 1)
 
-    def height(time: Array, cost: Array) -> Array:  # the perturbed loss, but for a constant
+    def height(time: Array, g: Array) -> Array:  # the perturbed loss, but for a constant
         w1, w2 = aligned_modes(*start, target, time)
-        return jnp.sum((target - w1 * w2) ** 2 + cost * (w1**2 + w2**2)) / 2
+        return jnp.sum((target - w1 * w2) ** 2 + g * (w1**2 + w2**2)) / 2
 
-    positive_cost = jnp.where(cost > 0, cost, 1)
-    own = _mode_times(initial, target, positive_cost, imbalance)
-    knots = _knots(initial, target, imbalance)
+    heights_at, slope = jax.vmap(height, (0, None)), jax.grad(height)
+    # Times at which the modes pass fixed fractions of their way, dense enough that no minimum slips between.
+    fractions = jax.nn.sigmoid(jnp.linspace(-16, 16, 48)).astype(target.dtype)[:, None]
+    knots = learning_time(initial, target, initial + fractions * (target - initial), imbalance).ravel()
+    own = _mode_times(initial, target, g, imbalance)
     knots = jnp.sort(jnp.concatenate([own, jnp.clip(knots, jnp.min(own), jnp.max(own))]))
-    return jnp.where(cost > 0, _lowest(height, positive_cost, knots), jnp.inf)
-
-
-def _knots(initial: Array, target: Array, imbalance: Array, number: int = 48) -> Array:
-    """Times at which the modes pass fixed fractions of their way, dense enough that no minimum slips between."""
-    fractions = jax.nn.sigmoid(jnp.linspace(-16, 16, number)).astype(target.dtype)[:, None]
-    return learning_time(initial, target, initial + fractions * (target - initial), imbalance).ravel()
-
-
-VALLEYS = 8
-"""Local minima that are followed to their bottom before the lowest is chosen."""
-
-
-def _lowest(height: Callable[[Array, Array], Array], args: Array, knots: Array) -> Array:
-    """The time of least height: from the lowest valleys among the knots, ascending, each to the root of its slope."""
-    heights = jax.vmap(lambda time: height(time, args))(knots)
-    beyond = jnp.full(1, jnp.inf, heights.dtype)
+    # The eight lowest valleys among these, each followed to the root of its slope.
+    heights, beyond = heights_at(knots, g), jnp.full(1, jnp.inf, knots.dtype)
     valley = (heights <= jnp.append(heights[1:], beyond)) & (heights <= jnp.append(beyond, heights[:-1]))
-    _, chosen = jax.lax.top_k(jnp.where(valley, -heights, -jnp.inf), min(VALLEYS, knots.size))
-    slope = jax.grad(height)
+    _, chosen = jax.lax.top_k(jnp.where(valley, -heights, -jnp.inf), min(8, knots.size))
 
     def bottom(best: Array) -> Array:
         lower = jnp.max(jnp.where(knots < best, knots, knots[0]))
         upper = jnp.min(jnp.where(knots > best, knots, knots[-1]))
-        inside = (slope(lower, args) < 0) & (slope(upper, args) > 0)
-        return jnp.where(inside, _root(slope, args, lower, upper), best)
+        inside = (slope(lower, g) < 0) & (slope(upper, g) > 0)
+        return jnp.where(inside, _root(slope, g, lower, upper), best)
 
     bottoms = jax.vmap(bottom)(knots[chosen])
-    depths = jax.vmap(lambda time: height(time, args))(bottoms)
-    return bottoms[jnp.argmin(depths)]
+    return jnp.where(cost > 0, bottoms[jnp.argmin(heights_at(bottoms, g))], jnp.inf)
 
 
 def _root(function: Callable[..., Array], args: object, lower: Array, upper: Array, *, rising: bool = True) -> Array:
@@ -278,26 +296,26 @@ def _root(function: Callable[..., Array], args: object, lower: Array, upper: Arr
     return optimistix.root_find(function, solver, middle, args, options, max_steps=64, throw=False).value
 
 
-# -------------------------------------------------------------------------------------------- N4: fine-tuning
-
-
 def fine_tuned_singular_values(
-    pretrained: ArrayLike,
-    target: ArrayLike,
-    time: ArrayLike,
-    penalty: ArrayLike = 0.0,
-    steps: int | None = None,
+    pretrained: ArrayLike, target: ArrayLike, time: ArrayLike, penalty: ArrayLike = 0.0, steps: int | None = None
 ) -> Array:
-    """Singular values after fine-tuning the balanced modes s = w² to another target b (docs, N4).
+    """Singular values (…, r) after fine-tuning the balanced modes s = w² to another target b (docs, N4; ours).
 
         w' = w(b − w²) − μ(w − w_pre),  from w_pre = √s;  s(t) as in N1 at μ = 0
 
-    the flow of ½‖W − B‖²_F + (μ/2)‖θ − θ_pre‖². pretrained s ≥ 0 (…, r), target b (r,), time t ≥ 0 and penalty μ ≥ 0
-    (…). With `steps` K it is exact gradient descent of step size t/K instead of the flow. Raises ValueError for NaN
-    or Inf or negative values.
+    the flow of ½‖W − B‖²_F + (μ/2)‖θ − θ_pre‖².
+
+    Args:
+        pretrained: s ≥ 0 (…, r).
+        target: b (r,).
+        time: t ≥ 0 (…).
+        penalty: μ ≥ 0 (…).
+        steps: K; if given, exact gradient descent of step size t/K instead of the flow.
+
+    Raises ValueError for NaN or Inf or negative values.
 
     >>> from theory.overtraining import fine_tuned_singular_values
-    >>> fine_tuned_singular_values([1.0, 0.01], [2.0, 2.0], 1.0, penalty=jnp.array([0.0, 3.0])).round(3)
+    >>> fine_tuned_singular_values([1.0, 0.01], [2.0, 2.0], 1.0, penalty=[0.0, 3.0]).round(3)
     Array([[1.964, 0.431],
            [1.47 , 0.049]], dtype=float64)
     """
@@ -306,7 +324,7 @@ def fine_tuned_singular_values(
     if steps is not None:
         return _descent(pretrained, target, time / count("steps", steps), penalty, steps)
     if is_concrete(penalty) and not np.any(np.asarray(penalty)):
-        return _flow(pretrained, target, time)
+        return singular_values(pretrained, target, time[..., 0])
     return _penalised_flow(pretrained, target, time, penalty)
 
 
@@ -339,17 +357,15 @@ def _penalised_flow(pretrained: Array, target: Array, time: Array, penalty: Arra
 
 
 class FineTuning(NamedTuple):
-    """Losses around fine-tuning, ½ Σ (s − a)² on the pretraining task and ½ Σ (s − b)² on the other; one shape."""
+    """Losses before and after fine-tuning, ½ Σ (s − b)² on the new task and ½ Σ (s − a)² on that of pretraining."""
 
-    pretrain_before: Array
-    pretrain_after: Array
-    finetune_before: Array
-    finetune_after: Array
+    before: Pair[Array]
+    after: Pair[Array]
 
     @property
     def degradation(self) -> Array:
         """What fine-tuning cost on the pretraining task."""
-        return self.pretrain_after - self.pretrain_before
+        return self.after.pretrain - self.before.pretrain
 
 
 def fine_tuning(
@@ -361,34 +377,36 @@ def fine_tuning(
     penalty: ArrayLike = 0.0,
     steps: int | None = None,
 ) -> FineTuning:
-    """Both losses before and after fine-tuning to B = U diag(b) Vᵀ from pretraining time t (docs, N4).
+    """Both losses before and after fine-tuning to B = U diag(b) Vᵀ from pretraining time t, each (…) (docs, N4; ours).
 
-    initial s₀, targets a and b (r,); pretrain_time, finetune_time and penalty broadcast to (…). finetune_time is
-    learning rate × number of steps; with `steps` given it is exact gradient descent with that many steps, so that
-    rates too large for the sharpness of the pretrained network show (the sharpness is 2s₁ at a minimum).
+    Args:
+        initial: s₀ ≥ 0, (r,) or a number.
+        pretrain_target: a (r,).
+        finetune_target: b (r,).
+        pretrain_time: t ≥ 0 (…); the next two broadcast against it.
+        finetune_time: T ≥ 0 (…), learning rate × number of steps.
+        penalty: μ ≥ 0 (…) of `fine_tuned_singular_values`.
+        steps: if given, exact gradient descent with that many steps, so that rates too large for the sharpness of the
+            pretrained network show (the sharpness is 2s₁ at a minimum).
+
+    Raises ValueError for NaN or Inf or negative values.
 
     >>> from theory.overtraining import fine_tuning
-    >>> times = jnp.array([0.5, 2.0, 8.0])
-    >>> fine_tuning(0.01, [2.0], [3.0], times, finetune_time=0.8).pretrain_after.round(3)
+    >>> fine_tuning(0.01, [2.0], [3.0], [0.5, 2.0, 8.0], finetune_time=0.8).after.pretrain.round(3)
     Array([0.03 , 0.485, 0.488], dtype=float64)
     """
     initial, a = non_negative("initial", initial), real_array("pretrain_target", pretrain_target)
     b = real_array("finetune_target", finetune_target)
     before = singular_values(initial, a, pretrain_time)
     after = fine_tuned_singular_values(before, b, finetune_time, penalty, steps)
-
-    def half_square(s: Array, target: Array) -> Array:
-        return jnp.sum((s - target) ** 2, axis=-1) / 2
-
-    return FineTuning(
-        *jnp.broadcast_arrays(
-            half_square(before, a), half_square(after, a), half_square(before, b), half_square(after, b)
-        )
-    )
+    losses = [jnp.sum((s - target) ** 2, axis=-1) / 2 for s in (before, after) for target in (b, a)]
+    losses = jnp.broadcast_arrays(*losses)
+    return FineTuning(Pair(*losses[:2]), Pair(*losses[2:]))
 
 
 # Fine-tuning for a time T maps s to φ(s), which rises with s. So ½(φ(s(t)) − a)² falls as s(t) grows, until φ(s) = a,
-# s = φ⁻¹(a): the flow to b run backwards from a. That lies below a, and is passed at a finite time, only if b > a.
+# s = φ⁻¹(a) = bE / (E + b/a − 1), E = e^{−2bT}: the flow to b run backwards from a. That lies below a, and is passed
+# at a finite time, only if b > a.
 def fine_tuning_inflection_times(
     initial: ArrayLike, pretrain_target: ArrayLike, finetune_target: ArrayLike, finetune_time: ArrayLike
 ) -> Array:
@@ -396,7 +414,15 @@ def fine_tuning_inflection_times(
 
     Finite if and only if b > a (and T > 0): fine-tuning overshoots a feature that it stretches, once there is enough
     of it, at the s from which the flow to b reaches a in time T. A feature that is shrunk or left alone (b ≤ a) never
-    turns: ∞. 0 where fine-tuning overshoots from the start. 0 < s₀ < a, all (r,); axes of T ≥ 0 come in front.
+    turns: ∞. 0 where fine-tuning overshoots from the start.
+
+    Args:
+        initial: s₀ with 0 < s₀ < a, (r,) or a number.
+        pretrain_target: a (r,).
+        finetune_target: b (r,).
+        finetune_time: T ≥ 0 (…), its axes in front of r.
+
+    Raises ValueError for NaN or Inf, negative times, targets of different lengths.
 
     >>> from theory.overtraining import fine_tuning_inflection_times
     >>> fine_tuning_inflection_times(0.01, [2.0, 2.0, 2.0], [3.0, 2.0, 1.0], finetune_time=0.8).round(3)
@@ -407,14 +433,12 @@ def fine_tuning_inflection_times(
     same_size("finetune_target", b.shape[-1], "pretrain_target", a.shape[-1])
     time = non_negative("finetune_time", finetune_time)[..., None]
     overshoots = (b > a) & (time > 0)
-    back = _flow(a, jnp.where(overshoots, b, a), -time)
-    return learning_time(initial, a, jnp.where(overshoots, back, a))
+    b = jnp.where(overshoots, b, 2 * a)  # any b > a will do where it is not used
+    E = jnp.exp(-2 * b * time)
+    return learning_time(initial, a, jnp.where(overshoots, b * E / (E + b / a - 1), a))
 
 
-# -------------------------------------------------------------------------------------------------------- checks
-
-
-def _shape(shape: Shape) -> Shape:
+def _shape(shape: _Shape) -> _Shape:
     try:
         m, h, k = shape
     except (TypeError, ValueError):

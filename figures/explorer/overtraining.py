@@ -71,11 +71,11 @@ def curves(
     a, b = targets_of(decay, stretch)
     times = np.concatenate([[time], TIMES])
     gammas = np.concatenate([[gamma], GAMMAS])
-    turn, own, both, modes, losses = jax.device_get(predict(initial, a, b, times, gammas, rate, penalty, size))
+    turn, own, both, modes, (before, after) = jax.device_get(predict(initial, a, b, times, gammas, rate, penalty, size))
     turning = np.clip(turn[:1], TIMES[0], TIMES[-1])
     loss, perturbed, at_turn = both.loss[1:], both.total[1:], both.total[:1]
-    tuned, plain = np.swapaxes(losses, 0, 1)
-    worst = int(np.argmin(tuned[1][1:]))
+    tuned, plain = (jax.tree.map(lambda losses, i=i: losses[i], after) for i in (0, 1))
+    worst = int(np.argmin(tuned.pretrain[1:]))
     return {
         "time": {
             "time": TIMES,
@@ -83,11 +83,11 @@ def curves(
             "loss": loss[1:],
             "sensitivity": both.sensitivity[2:],
             "perturbed": perturbed[1:],
-            "pretrain_before": tuned[0][1:],
-            "pretrain_after": tuned[1][1:],
-            "finetune_after": tuned[3][1:],
-            "pretrain_after_unpenalised": plain[1][1:],
-            "finetune_after_unpenalised": plain[3][1:],
+            "pretrain_before": before.pretrain[0, 1:],
+            "pretrain_after": tuned.pretrain[1:],
+            "finetune_after": tuned.finetune[1:],
+            "pretrain_after_unpenalised": plain.pretrain[1:],
+            "finetune_after_unpenalised": plain.finetune[1:],
         },
         "gamma": {
             "gamma": GAMMAS,
@@ -99,8 +99,8 @@ def curves(
             **{f"mode_{i + 1}": modes[:1, i] for i in range(MODES)},
             "loss": loss[:1],
             "perturbed": perturbed[:1],
-            "pretrain_after": tuned[1][:1],
-            "finetune_after": tuned[3][:1],
+            "pretrain_after": tuned.pretrain[:1],
+            "finetune_after": tuned.finetune[:1],
             "gamma": gammas[:1],
         },
         "turn": {
@@ -110,8 +110,8 @@ def curves(
             "gamma": gammas[:1],
             "shown": np.where(turn[:1] > 0, turn[:1], np.nan),
             "least_after_time": TIMES[[worst]],
-            "least_after": tuned[1][1:][[worst]],
-            "degradation": tuned[1][:1] - tuned[0][:1],
+            "least_after": tuned.pretrain[1:][[worst]],
+            "degradation": tuned.pretrain[:1] - before.pretrain[0, :1],
         },
     }
 
