@@ -11,9 +11,11 @@ import xarray as xr
 
 from figures.style import SETTINGS, canvas
 from linfit.internal.files import whole_file
-from sims.store import read, read_sweep
-from sims.sweep import Sweep
-from sims.sweep_report import best_points
+from sims.sweep.plan import Sweep
+from sims.sweep.store import read, read_sweep
+from sims.sweep.summary import best_points
+
+__all__ = ["draw_sweep"]
 
 MOST_LINES = 7
 """More values than this are thinned out."""

@@ -15,11 +15,11 @@ import pytest
 import xarray as xr
 import zarr
 
-from sims import store as stores
-from sims.cluster import local
-from sims.experiments import SETTINGS
-from sims.store import create, export, opened, read, read_attributes, read_sweep
-from sims.sweep import measure, run, sweep_over
+from sims.sweep import read, run, sweep_over
+from sims.sweep import store as stores
+from sims.sweep.executors import local
+from sims.sweep.store import create, export, opened, read_attributes, read_sweep
+from sims.sweep.task import measure
 from tests.sweep_toys import NOISE, numbers
 
 ROOT = Path(__file__).parents[1]
@@ -27,10 +27,7 @@ LINFIT = [str(Path(sys.executable).with_name("linfit"))]
 AXES = {"level": [1.0, 2.0, 3.5], "kind": ["plain", "other"], "tau": "0:1:5"}
 
 
-@pytest.fixture(autouse=True)
-def _like_a_worker(monkeypatch):
-    for name, value in SETTINGS.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("like_a_worker")
 
 
 @pytest.fixture
@@ -52,9 +49,6 @@ def some(count):
         raise KeyboardInterrupt
 
     return execute
-
-
-# ------------------------------------------------------------------------------------------------------------ contents
 
 
 @pytest.mark.filterwarnings("error")
@@ -126,9 +120,6 @@ def test_export(sweep, path, tmp_path):
         with pytest.raises(ValueError, match=message):
             export(path, out)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.csv", "a.nc", "runs"]
-
-
-# ------------------------------------------------------------------------------------------------------------ resuming
 
 
 def test_resuming_does_exactly_what_is_missing(sweep, path, tmp_path):
@@ -231,9 +222,6 @@ def test_drafts_and_leftovers_vanish(sweep, path, monkeypatch):
     assert [entry.name for entry in path.parent.iterdir()] == ["a.zarr"]
 
 
-# ------------------------------------------------------------------------------------------------ drivers, disasters
-
-
 def drive(sweep, path, workers):
     run(sweep, path, resume=True, executor=local(workers) if workers else None)
 
@@ -241,7 +229,7 @@ def drive(sweep, path, workers):
 def driver(sweep, path, workers=0):
     """Another process that runs the sweep, of a clean parent that has the modules loaded."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["sims.store", "tests.sweep_toys"])
+    context.set_forkserver_preload(["sims.sweep.driver", "tests.sweep_toys"])
     process = context.Process(target=drive, args=(sweep, path, workers))
     process.start()
     return process
@@ -397,7 +385,7 @@ def test_a_read_only_store(sweep, tmp_path):
             entry.chmod(0o555 if entry.is_dir() else 0o444)
         script = (
             "import sys, os\n"
-            "from sims.store import read\nfrom sims.sweep import run\nfrom sims.store import read_sweep\n"
+            "from sims.sweep import read, run\nfrom sims.sweep.store import read_sweep\n"
             "from pathlib import Path\nimport tests.sweep_toys\n"
             "path = Path(sys.argv[1])\nsweep, data = read_sweep(path), read(path).load()\n"
             "run(sweep, sys.argv[2])\n"  # whatever is imported late is imported before
