@@ -55,7 +55,7 @@ def run(
     *,
     resume: bool = False,
     retry: bool = False,
-    executor: Executor = here,
+    executor: Executor | None = None,
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Compute what is missing of a sweep into a store, and the means and standard errors of finished cells (ours).
@@ -91,7 +91,7 @@ def run(
         failures: list[Failure] = []
         finished = 0
         try:
-            for task, result in executor(sweep, missing):
+            for task, result in (executor or here)(sweep, missing):
                 if isinstance(result, str):
                     failures.append(Failure(sweep.where(task.cell, task.first), result))
                     watcher.lost(failures[-1])
