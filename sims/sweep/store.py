@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import zarr
@@ -52,23 +52,21 @@ def create(path: Path, sweep: Sweep) -> None:
     """An empty store for a sweep; it appears whole or not at all. ValueError if something is there already."""
     if path.exists():
         raise ValueError(f"{path} exists; --resume computes what is missing in it, another --store starts anew")
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error:
-        _cannot_write(path, error)
-    try:
-        _lay_out(draft, sweep)
-        draft.chmod(0o755)
-        _sync([draft, *draft.rglob("*")])
-        draft.rename(path)  # fails if another process was quicker
-        _sync([path.parent])
-    except OSError as error:
-        if path.exists():
-            raise ValueError(f"{path} exists: another sweep has just created it") from None
-        _cannot_write(path, error)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            _lay_out(draft, sweep)
+            draft.chmod(0o755)
+            _sync([draft, *draft.rglob("*")])
+            draft.rename(path)  # fails if another process was quicker
+            _sync([path.parent])
+        except OSError:
+            if path.exists():
+                raise ValueError(f"{path} exists: another sweep has just created it") from None
+            raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _lay_out(folder: Path, sweep: Sweep) -> None:
@@ -166,10 +164,8 @@ def opened(path: Path, sweep: Sweep) -> Iterator["Store"]:
     found += _differences(json.loads(attributes["versions"]), versions())
     if found:
         raise ValueError(f"{path} holds another sweep: " + "; ".join(found))
-    try:
+    with _writing(path):
         lock = (path / "status" / "zarr.json").open("r+b")  # never replaced, unlike zarr.json of the store
-    except OSError as error:
-        _cannot_write(path, error)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,7 +231,7 @@ class Store:
         if failed.any() or (self.status[region] == FAILED).any():
             values["message"] = np.array(result.messages, dtype=object)
         status = np.where(failed, FAILED, DONE).astype(np.int8)
-        with self._writing():
+        with _writing(self.path, _KEPT):
             self._put(values, region, place)
             self._put({"status": status}, region, place)
         self.status[region] = status
@@ -245,8 +241,8 @@ class Store:
     def summarise(self) -> None:
         """Means and standard errors of finished cells that have none, because a run ended just before."""
         counts = np.asarray(self._array("replicates")[...])
-        for cell in np.argwhere((self.status == DONE).all(axis=-1) & (counts == 0)):
-            self._summarise(tuple(int(index) for index in cell))
+        for cell in np.argwhere((self.status == DONE).all(axis=-1) & (counts == 0)).tolist():
+            self._summarise(tuple(cell))
 
     def _summarise(self, cell: tuple[int, ...]) -> None:
         values = {}
@@ -256,30 +252,24 @@ class Store:
                 values[name] = samples.mean(axis=0)
                 spread = samples.std(axis=0, ddof=1) if len(samples) > 1 else np.full(samples.shape[1:], np.nan)
             values[f"{name}_error"] = spread / len(samples) ** 0.5
-        with self._writing():
+        with _writing(self.path, _KEPT):
             self._put(values, cell, cell)
             self._put({"replicates": np.asarray(self.sweep.seeds)}, cell, cell)
 
     def add_wall_time(self, seconds: float) -> None:
         """Note how long a run took, and under which revision of the code."""
         attributes = read_attributes(self.path)
-        revisions = [known for known in attributes["revision"].split(", ") if known]
-        now = revision()
-        if now and now not in revisions:
-            revisions.append(now)
-        self._note(wall_time=attributes["wall_time"] + seconds, revision=", ".join(revisions))
+        revisions = dict.fromkeys([*attributes["revision"].split(", "), revision()])
+        self._note(wall_time=attributes["wall_time"] + seconds, revision=", ".join(filter(None, revisions)))
 
     def _check_origin(self, origin: Mapping[str, str]) -> None:
         expected = versions() | SETTINGS | {"device": self.device or origin["device"]}
-        found = [
-            f"{name} is {origin.get(name, 'not set')} there, {value} here"
-            for name, value in expected.items()
-            if origin.get(name) != value
-        ]
-        if found:
+        found = {name: (origin.get(name, "not set"), value) for name, value in expected.items()}
+        wrong = [f"{name} is {there} there, {here} here" for name, (there, here) in found.items() if there != here]
+        if wrong:
             start = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
             raise ValueError(
-                f"a worker would give other numbers: {'; '.join(found)}. Start workers with `{start} dask worker …`"
+                f"a worker would give other numbers: {'; '.join(wrong)}. Start workers with `{start} dask worker …`"
             )
         if not self.device:
             self.device = origin["device"]
@@ -304,13 +294,6 @@ class Store:
             _sync([draft])
         _sync([self.path])
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            _cannot_write(self.path, error, "; what was finished is kept, and --resume computes the rest")
-
 
 def _sync(paths: Iterable[Path]) -> None:
     """Bring files and folders to the disk, all at once; chunks that hold nothing are not there."""
@@ -323,8 +306,15 @@ def _sync(paths: Iterable[Path]) -> None:
         list(threads.map(one, paths))
 
 
-def _cannot_write(path: Path, error: OSError, consequence: str = "") -> NoReturn:
-    raise OSError(f"cannot write to {path}: {error.strerror or error}{consequence}") from error
+_KEPT = "; what was finished is kept, and --resume computes the rest"
+
+
+@contextmanager
+def _writing(path: Path, consequence: str = "") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write to {path}: {error.strerror or error}{consequence}") from error
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
@@ -374,6 +364,6 @@ def export(path: Path, out: Path) -> None:
         data = read(path)[names] if axes else read(path)[names].expand_dims("row")
         table = data.to_dataframe(dim_order=axes or None).reset_index()  # what does not vary along an axis repeats
         with whole_file(out) as draft:
-            table[[*sweep.parameters, *names]].to_csv(draft, index=False, na_rep="nan")
+            table[[*sweep.parameters, *names]].to_csv(draft, index=False, na_rep="nan", lineterminator="\r\n")
     else:
         raise ValueError(f"--out must end in .nc or .csv, got {out.name}")
