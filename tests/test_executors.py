@@ -18,7 +18,6 @@ import xarray as xr
 
 from sims.sweep import Watcher, executors, run, sweep_over
 from sims.sweep.environment import SETTINGS
-from sims.sweep.task import measure
 from tests.sweep_toys import DEADLY, NOISE, numbers
 
 AXES = {"level": [1.0, 2.0, 3.5], "tau": "0:1:5"}
@@ -66,22 +65,17 @@ class Killer(Watcher):
     """Kills a worker some time after a given number of tasks."""
 
     def __init__(self, pids, after, delay):
-        self.pids, self.after, self.delay, self.count = pids, after, delay, 0
+        self.pids, self.left, self.delay = pids, after, delay
 
-    def started(self, total, done, store):
-        self._look()
-
-    def finished(self, seconds, failures):
-        self.count += 1
-        self._look()
-
-    def _look(self):
-        if self.count == self.after:
+    def started(self, *_):
+        if self.left == 0:
             threading.Timer(self.delay, self._kill).start()
+        self.left -= 1
+
+    finished = started
 
     def _kill(self):
-        pids = [pid for pid in self.pids() if pid]
-        if pids:
+        if pids := [pid for pid in self.pids() if pid]:
             os.kill(random.choice(pids), signal.SIGKILL)
 
 
@@ -149,14 +143,12 @@ def test_a_cluster_without_workers_is_not_waited_for(monkeypatch):
     with running(0) as workers, Client(workers) as client, pytest.raises(executors._NoWorkers, match="stays alive"):
         list(executors._through(client, sweep, sweep.tasks, patience=0.3))
 
-    class Lonely:
+    def lonely(client, sweep, tasks, patience):
         """Workers that never come up."""
+        raise executors._NoWorkers
+        yield
 
-        def __call__(self, client, sweep, tasks, patience):
-            raise executors._NoWorkers
-            yield
-
-    monkeypatch.setattr(executors, "_through", Lonely())
+    monkeypatch.setattr(executors, "_through", lonely)
     monkeypatch.setattr(executors, "RETRIES", 0)
     told = dict(executors.local(1)(sweep, sweep.tasks))
     assert list(told) == sweep.tasks
@@ -196,7 +188,7 @@ echo "Submitted batch job $!"
 
 
 @pytest.mark.slow
-def test_slurm_jobs(tmp_path, monkeypatch):
+def test_slurm_jobs(tmp_path, monkeypatch, like_a_worker):
     """Against commands of the names that Slurm has, which run the job scripts here."""
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -223,15 +215,8 @@ def test_slurm_jobs(tmp_path, monkeypatch):
         outcome = run(sweep, tmp_path / "a.zarr", executor=executors.slurm(1), watcher=Cancel())
     assert (outcome.tasks, outcome.left) == (6, 0)
     assert len((tmp_path / "jobs").read_text().split()) == 2  # another one was submitted in its place
-    run(sweep, tmp_path / "b.zarr", executor=alike)
+    run(sweep, tmp_path / "b.zarr")
     assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
     script = (tmp_path / "script").read_text()
     for line in ("#SBATCH", "export OPENBLAS_NUM_THREADS=1", "--nthreads 1"):
         assert line in script
-
-
-def alike(sweep, tasks):
-    """In this process, which the store would refuse: eigenvalues of 50 × 50 do not depend on threads."""
-    for task in tasks:
-        result = measure(sweep, task)
-        yield task, result._replace(environment=result.environment | SETTINGS)

@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 
 from sims.parameters import Parameter
-from sims.sweep import run, sweep_over
+from sims.sweep import read, run, sweep_over
 from sims.sweep.axes import read_axis
 from sims.sweep.experiments import EXPERIMENTS, find_experiment
 from sims.sweep.plan import Task, sweep_from_configuration, sweep_from_toml
@@ -216,7 +216,7 @@ def test_samples_are_the_kernels_and_means_their_means(tmp_path, like_a_worker):
     sweep = sweep_over(NOISE, AXES, seeds=7, seed=5, chunk=3)
     outcome = run(sweep, tmp_path / "a.zarr")
     assert (outcome.tasks, outcome.left, outcome.failed, outcome.failures) == (9, 0, 0, [])
-    data = xr.open_zarr(tmp_path / "a.zarr", chunks=None)
+    data = read(tmp_path / "a.zarr")
     for cell in range(3):
         for replicate in range(7):
             expected = NOISE.measure(np.random.SeedSequence([5, replicate]), sweep.arguments((cell,)))
@@ -228,32 +228,21 @@ def test_samples_are_the_kernels_and_means_their_means(tmp_path, like_a_worker):
     assert len(np.unique(data.size_samples)) == data.size_samples.size  # no two replicates alike
 
 
-@pytest.mark.parametrize("chunk", [1, 100])
-def test_chunks_of_replicates_do_not_matter(tmp_path, like_a_worker, chunk):
-    run(sweep_over(NOISE, AXES, seeds=7, chunk=3), tmp_path / "a.zarr")
-    run(sweep_over(NOISE, AXES, seeds=7, chunk=chunk), tmp_path / "b.zarr")
-    assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
-
-
-def test_order_does_not_matter_nor_do_more_replicates_or_values(tmp_path, like_a_worker):
+def test_neither_chunks_nor_order_nor_more_replicates_or_values_matter_but_the_seed(tmp_path, like_a_worker):
     def shuffled(sweep, tasks):
         for index in np.random.default_rng(0).permutation(len(tasks)):
             yield tasks[index], measure(sweep, tasks[index])
 
     run(sweep_over(NOISE, AXES, seeds=7, chunk=3), tmp_path / "a.zarr")
-    run(sweep_over(NOISE, AXES, seeds=7, chunk=3), tmp_path / "b.zarr", executor=shuffled)
-    assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
-    run(sweep_over(NOISE, AXES | {"level": [0.5, 2.0]}, seeds=12), tmp_path / "c.zarr")
-    small, large = (xr.open_zarr(tmp_path / name, chunks=None) for name in ("a.zarr", "c.zarr"))
-    both = [data.risk_samples.sel(level=2.0).isel(replicate=slice(7)).values for data in (small, large)]
+    for name, chunk, executor in (("one", 1, None), ("all", 100, None), ("shuffled", 3, shuffled)):
+        run(sweep_over(NOISE, AXES, seeds=7, chunk=chunk), tmp_path / name, executor=executor)
+        assert numbers(tmp_path / name) == numbers(tmp_path / "a.zarr"), name
+    run(sweep_over(NOISE, AXES | {"level": [0.5, 2.0]}, seeds=12), tmp_path / "larger")
+    run(sweep_over(NOISE, AXES, seeds=2, seed=1), tmp_path / "seed")
+    data, larger, other = (read(tmp_path / name) for name in ("a.zarr", "larger", "seed"))
+    both = [part.risk_samples.sel(level=2.0).isel(replicate=slice(7)).values for part in (data, larger)]
     np.testing.assert_array_equal(*both)
-
-
-def test_another_seed_gives_other_numbers(tmp_path, like_a_worker):
-    run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr")
-    run(sweep_over(NOISE, AXES, seeds=2, seed=1), tmp_path / "b.zarr")
-    one, other = (xr.open_zarr(tmp_path / name, chunks=None).size_samples.values for name in ("a.zarr", "b.zarr"))
-    assert not np.isin(one, other).any()
+    assert not np.isin(data.size_samples, other.size_samples).any()
 
 
 def test_a_failing_cell_is_recorded_and_the_rest_completes(tmp_path, like_a_worker):
@@ -262,7 +251,7 @@ def test_a_failing_cell_is_recorded_and_the_rest_completes(tmp_path, like_a_work
     assert (outcome.tasks, outcome.left, outcome.failed) == (6, 0, 3)
     assert {failure.message for failure in outcome.failures} == {"ValueError: level 2.0 is broken"}
     assert [failure.where for failure in outcome.failures] == [{"level": 2.0, "replicate": r} for r in range(3)]
-    data = xr.open_zarr(tmp_path / "a.zarr", chunks=None)
+    data = read(tmp_path / "a.zarr")
     np.testing.assert_array_equal(data.status, [[1] * 3, [2] * 3, [1] * 3])
     assert (data.message.sel(level=2.0) == "ValueError: level 2.0 is broken").all()
     assert (data.message.sel(level=[1.0, 3.5]) == "").all()
@@ -332,19 +321,16 @@ def test_overadaptation_is_the_exact_risk_of_the_design():
     samples = measure(sweep, Task((), 1, 2)).samples
     key = jax.random.fold_in(jax.random.key(4), 1)
     assert (jax.random.key_data(replicate_key(sweep, 1)) == jax.random.key_data(key)).all()
-    for row, noise in enumerate((0.2, 0.9)):
-        problem = aligned_problem(spectra.power_law(40, 1.3), alignment=-0.5, noise_std=noise, pretrain_risk=0.1)
+    filter, tau = Ridge([0.01, 0.1, 1.0]), jnp.array([[0.3], [1.0]])
+    for row, noise_std in enumerate((0.2, 0.9)):
+        problem = aligned_problem(spectra.power_law(40, 1.3), alignment=-0.5, noise_std=noise_std, pretrain_risk=0.1)
         X = sample_design(key, problem.finetune_covariance, 12)
         forms = risk_forms(X, problem)
-        for column, penalty in enumerate((0.01, 0.1, 1.0)):
-            for last, tau in enumerate((0.3, 1.0)):
-                risk = forms.finetune(Ridge(penalty), tau)
-                np.testing.assert_allclose(samples["finetune"][0, row, column, last], risk.total, rtol=1e-12)
-                np.testing.assert_allclose(samples["finetune_bias"][0, row, column, last], risk.bias, rtol=1e-12)
-                pretrain = forms.pretrain(Ridge(penalty), tau).total
-                np.testing.assert_allclose(samples["pretrain"][0, row, column, last], pretrain, rtol=1e-12)
-            best = forms.finetune.optimal_tau(Ridge(penalty))
-            np.testing.assert_allclose(samples["best_tau"][0, row, column], best, rtol=1e-12)
+        risk, best = forms.finetune(filter, tau), forms.finetune.optimal_tau(filter)
+        expected = {"finetune": risk.total.T, "finetune_bias": risk.bias.T, "best_tau": best}
+        expected["pretrain"] = forms.pretrain(filter, tau).total.T
+        for name, values in expected.items():
+            np.testing.assert_allclose(samples[name][0, row], values, rtol=1e-12)
 
 
 @pytest.mark.slow
@@ -426,6 +412,7 @@ def called(monkeypatch, capsys, like_a_worker):
     return call
 
 
+@pytest.mark.slow
 def test_command_runs_shows_plots_exports(tmp_path, called):
     store = tmp_path / "runs" / "oa.zarr"
     options = ("--n", "12", "--p", "40", "--penalty", "1e-2:1:3:log", "--tau", "0:1:4", "--alignment=-1,1")
