@@ -198,7 +198,7 @@ def test_slurm_jobs(tmp_path, monkeypatch, like_a_worker):
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
-    for name in ("figures.py", "linfit.py", "theory.py"):  # of the user, where the jobs start
+    for name in ("figures.py", "linfit.py", "sims.py", "theory.py"):  # of the user, where the jobs start
         (tmp_path / name).write_text("raise ImportError('in the place of ours')")
     sweep = sweep_over(BY_PATH, AXES, seeds=4, chunk=2)
 

@@ -44,7 +44,7 @@ class _What(_How):
     seeds: int = 16
     """Replicates of every point."""
     seed: int = 0
-    """Seed of every random draw."""
+    """Seed of every random number."""
     chunk: int = 8
     """Replicates in a task; no number depends on it."""
     points: int | None = None

@@ -190,7 +190,7 @@ def measure_overtraining(key: "Array", parameters: Mapping[str, Any]) -> "dict[s
     checkpoints = pretrain(target, times[order], initial=parameters["initial"], step_size=parameters["step_size"])
     checkpoints = jax.tree.map(lambda weights: weights[np.argsort(order)], checkpoints)
     common = jax.tree.map(lambda weights: jnp.zeros_like(weights[0]), checkpoints)
-    noise = network.perturb(noise_key, common, 1.0)  # one draw for all checkpoints and sizes
+    noise = network.perturb(noise_key, common, 1.0)  # the same for all checkpoints and sizes
 
     def perturbed(gamma: "Array") -> "Array":
         return network.loss(jax.tree.map(lambda w, e: w + gamma * e, checkpoints, noise), target)
@@ -292,7 +292,7 @@ def measure_s3ft(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Arra
 
     from sims.s3ft import Procedure, content_and_style_problem
 
-    problem_key, design_key, draw_key = jax.random.split(key, 3)
+    problem_key, design_key, sample_key = jax.random.split(key, 3)
     names = ("decay", "alignment", "content_signal", "style_signal")
     problem = content_and_style_problem(
         problem_key,
@@ -306,7 +306,7 @@ def measure_s3ft(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Arra
     settings = [jnp.ravel(values) for values in jnp.meshgrid(*axes, indexing="ij")]
     procedure = Procedure(**dict(zip(_PROCEDURE, settings, strict=True)))
     run = _self_supervised(parameters["n"], parameters["law"])
-    found = run(design_key, draw_key, problem, procedure, jnp.asarray(parameters["penalty"]))
+    found = run(design_key, sample_key, problem, procedure, jnp.asarray(parameters["penalty"]))
     shape = [len(values) for values in axes]
     shares = {name: found[name][0].reshape(shape) for name in ("own", "paraphrase", "gold")}
     return shares | {name: values.reshape(-1, *shape) for name, values in found.items() if name not in shares}
@@ -321,9 +321,9 @@ def _self_supervised(n: int, law: str) -> "Callable[..., dict[str, Array]]":
     from sims.s3ft import measure_once
 
     @jax.jit
-    def run(design_key: "Array", draw_key: "Array", problem: Any, procedure: Any, penalty: "Array") -> Any:
+    def run(design_key: "Array", sample_key: "Array", problem: Any, procedure: Any, penalty: "Array") -> Any:
         X = sample_design(design_key, problem.finetune_covariance, n, law)
-        return jax.lax.map(lambda one: measure_once(draw_key, X, problem, procedure, Ridge(one)), penalty)
+        return jax.lax.map(lambda one: measure_once(sample_key, X, problem, procedure, Ridge(one)), penalty)
 
     return run
 
