@@ -36,7 +36,7 @@ from sims.sweep.task import Result
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["export", "read", "read_attributes", "read_sweep"]
+__all__ = ["export", "read", "read_sweep"]
 
 FORMAT = 1
 MISSING, DONE, FAILED = 0, 1, 2

@@ -18,7 +18,7 @@ from sims.sweep.store import DONE, FAILED, MISSING, Store, read, read_attributes
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["Progress", "best_points", "print_outcome", "print_plan", "show", "summary"]
+__all__ = ["Progress", "best_points", "print_outcome", "print_plan", "show"]
 
 SHOWN_FAILURES = 10
 """Failures told one by one; the rest are counted."""
@@ -175,7 +175,7 @@ def best_points(sweep: Sweep, data: "xr.Dataset") -> dict[str, dict[str, Any]]:
     return found
 
 
-def summary(path: Path) -> dict[str, Any]:
+def _summary(path: Path) -> dict[str, Any]:
     """A store in plain JSON values."""
     sweep, data, attributes = read_sweep(path), read(path), read_attributes(path)
     status, seconds = data["status"].values, data["seconds"].values
@@ -204,7 +204,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 def show(path: Path, json: bool) -> None:
     """Print a summary of a store."""
-    found = summary(path)
+    found = _summary(path)
     if json:
         print(json_format.dumps(_finite(found), indent=2, ensure_ascii=False))
         return
