@@ -15,8 +15,18 @@ test: $(VENV)/test
 quick: $(VENV)/test
 	$(RUN)python -m pytest -n auto --dist worksteal -m "not slow"
 
+BENCH = OPENBLAS_NUM_THREADS=1 NPROC=4 $(RUN)python -m
+
 bench: $(VENV)/test
-	OPENBLAS_NUM_THREADS=1 NPROC=4 $(RUN)python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
+	$(BENCH) pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
+
+# Every benchmark at a size that takes seconds, to see that it runs.
+bench-quick: $(VENV)/test
+	BENCH_QUICK=1 $(BENCH) pytest benchmarks --benchmark-disable
+	$(BENCH) benchmarks.bench_scale --size 20 1000
+	$(BENCH) benchmarks.bench_scale --sweep --quick
+	$(BENCH) benchmarks.bench_bridge --bytes 3e7 --repeats 1
+	$(BENCH) benchmarks.bench_explorer --page empty --page overtraining --presses 1
 
 # The everyday tests against the lower bounds in pyproject.toml; .ci/oldest.txt keeps those that were tried last.
 oldest:
@@ -50,4 +60,4 @@ $(VENV)/docs: $(VENV)/test
 	$(INSTALL) '.[docs]'
 	touch $@
 
-.PHONY: figures test quick bench oldest lint docs
+.PHONY: figures test quick bench bench-quick oldest lint docs

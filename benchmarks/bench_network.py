@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.timing import median_seconds
+from benchmarks.timing import median_seconds, sized
 from linfit import network
 from linfit.network import TwoLayer
 
-REPLICAS, SIZE, STEPS, RATE = 64, 200, 20, 0.01
+REPLICAS, SIZE, STEPS, RATE = *sized((64, 200, 20), (4, 10, 3)), 0.01
 WORKERS = min(2, os.cpu_count() or 1)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.timing import median_seconds
+from benchmarks.timing import median_seconds, sized
 from linfit import (
     GradientFlow,
     RandomShift,
@@ -22,7 +22,7 @@ from linfit import (
     spectra,
 )
 
-N, P, DESIGNS = 500, 5000, 32
+N, P, DESIGNS = sized((500, 5000, 32), (20, 60, 2))
 PENALTIES, TIMES, TAU = np.logspace(-5, 2, 60), np.logspace(-2, 5, 60), np.linspace(0, 1, 101)
 SPECTRUM = spectra.power_law(P)
 PROBLEMS = {
@@ -124,7 +124,7 @@ def test_scikit_learn_refit(benchmark, stack, baselines):
 
 def test_streamed_million_features(benchmark):
     """From a key at p = 10⁶, n = 500, against numpy generating and multiplying the same blocks."""
-    p = 1_000_000
+    p = sized(1_000_000, 10_000)
     flat = spectra.isotropic(p)
     problem = TwoTaskProblem(flat, flat, RandomShift(flat), 0.3)
 

@@ -1,7 +1,7 @@
 """Time and memory of one streamed design against n and p, each size in a process of its own; and of sweeps.
 
     OPENBLAS_NUM_THREADS=1 NPROC=4 python benchmarks/bench_scale.py [--size N P]...
-    python benchmarks/bench_scale.py --sweep
+    python benchmarks/bench_scale.py --sweep [--quick]
 
 A design is drawn in column blocks and reduced to both risk forms, then 60 penalties × 101 τ are evaluated. The problem
 has Σ₁ = Σ₂ diagonal, an isotropic shift and a pretraining error, so two Gram matrices and three projections are needed.
@@ -59,13 +59,12 @@ def measure(n: int, p: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def measure_sweeps() -> None:
+def measure_sweeps(quick: bool) -> None:
     """Sweeps of a surface in this process and on local workers, between their fourth task and their last."""
-    from sims.experiments import SETTINGS
+    from sims.sweep.environment import SETTINGS
 
     os.environ.update(SETTINGS)
-    from sims import cluster
-    from sims.sweep import Watcher, run, sweep_over
+    from sims.sweep import Watcher, executors, run, sweep_over
 
     class Clock(Watcher):
         """Of every task: when it was stored, the processor time of this process until then, time in the kernel."""
@@ -76,13 +75,14 @@ def measure_sweeps() -> None:
         def finished(self, seconds: np.ndarray, failures: list) -> None:
             self.rows.append((time.perf_counter(), time.process_time(), seconds.sum()))
 
-    axes = {"n": 300, "p": 3000, "penalty": "1e-4:1e2:60:log", "tau": "0:1:101", "noise": [0.1, 0.5, 1.0]}
-    for chunk in (4, 16):
-        sweep = sweep_over("overadaptation", axes, seeds=20 * chunk, chunk=chunk)
-        for workers in (0, 1, 2):
+    n, chunks, tasks, most = (30, (2,), 6, 1) if quick else (300, (4, 16), 20, 2)
+    axes = {"n": n, "p": 10 * n, "penalty": "1e-4:1e2:60:log", "tau": "0:1:101", "noise_std": [0.1, 0.5, 1.0]}
+    for chunk in chunks:
+        sweep = sweep_over("overadaptation", axes, seeds=tasks * chunk, chunk=chunk)
+        for workers in range(most + 1):
             clock = Clock()
             with tempfile.TemporaryDirectory() as folder:
-                executor = cluster.local(workers) if workers else None
+                executor = executors.local(workers) if workers else None
                 run(sweep, f"{folder}/a.zarr", executor=executor, watcher=clock)
             stored, used, kernels = np.array(clock.rows[3:]).T
             share = kernels[1:].sum() / (stored[-1] - stored[0]) / max(workers, 1)
@@ -100,9 +100,10 @@ def main() -> None:
     parser.add_argument("--size", type=float, nargs=2, action="append", metavar=("N", "P"))
     parser.add_argument("--one", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--sweep", action="store_true", help="measure sweeps instead")
+    parser.add_argument("--quick", action="store_true", help="sweeps of a size that takes seconds")
     arguments = parser.parse_args()
     if arguments.sweep:
-        measure_sweeps()
+        measure_sweeps(arguments.quick)
         return
     if arguments.one:
         print(dumps(measure(*arguments.one)))

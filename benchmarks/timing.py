@@ -1,8 +1,17 @@
-"""How every benchmark takes its time."""
+"""How every benchmark takes its time, and its size."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+Size = TypeVar("Size")
+
+
+def sized(full: Size, quick: Size) -> Size:
+    """The size to measure at, or that of `make bench-quick`, which only sees whether a benchmark still runs."""
+    return quick if os.environ.get("BENCH_QUICK") else full
 
 
 def median_seconds(function: Callable[[], object], rounds: int = 5) -> float:

@@ -11,9 +11,11 @@ import xarray as xr
 
 from figures.style import SETTINGS, canvas
 from linfit.internal.files import whole_file
-from sims.store import read, read_sweep
-from sims.sweep import Sweep
-from sims.sweep_report import best_points
+from sims.sweep.plan import Sweep
+from sims.sweep.store import read, read_sweep
+from sims.sweep.summary import best_points
+
+__all__ = ["draw_sweep"]
 
 MOST_LINES = 7
 """More values than this are thinned out."""
@@ -33,11 +35,12 @@ def draw_sweep(
         raise ValueError(f"--out must end in .png, .pdf or .svg, got {out.name}")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out: there is no folder {out.absolute().parent}")
-    _require_axis(sweep, data, "x", x)
-    if lines is not None:
-        _require_axis(sweep, data, "lines", lines)
-        if lines == x:
-            raise ValueError(f"--lines must be another axis than --x, got {lines} for both")
+    axes = [*sweep.task_dims, *sweep.batched_dims]
+    for option, name in {"x": x, "lines": lines}.items():
+        if name is not None and name not in axes:
+            raise ValueError(f"--{option} must be an axis of the sweep, one of {', '.join(axes) or 'none'}; got {name}")
+    if lines == x:
+        raise ValueError(f"--lines must be another axis than --x, got {lines} for both")
     outputs = _outputs(sweep, data, x, y)
     held = _held(sweep, data, outputs[0], x, lines, at)
     chosen = data.sel(held)
@@ -57,12 +60,6 @@ def draw_sweep(
         with whole_file(out) as draft:
             figure.savefig(draft, format=out.suffix[1:])
     return out
-
-
-def _require_axis(sweep: Sweep, data: xr.Dataset, option: str, name: str) -> None:
-    axes = [*sweep.task_dims, *sweep.batched_dims]
-    if name not in axes:
-        raise ValueError(f"--{option} must be an axis of the sweep, one of {', '.join(axes) or 'none'}; got {name}")
 
 
 def _outputs(sweep: Sweep, data: xr.Dataset, x: str, asked: Sequence[str]) -> list[str]:

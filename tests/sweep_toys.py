@@ -6,9 +6,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import zarr
 
-from sims.experiments import Experiment, Output, Parameter
+from sims.parameters import Parameter
+from sims.sweep import Experiment, Output
+from sims.sweep.environment import SETTINGS
+
+
+@pytest.fixture
+def like_a_worker(monkeypatch):
+    """The settings under which tasks are computed in this process."""
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
 
 
 def measure_noise(key, parameters):
@@ -32,13 +42,13 @@ def measure_deadly(key, parameters):
 
 
 _PARAMETERS = {
-    "level": Parameter(1.0, "scale of the numbers"),
-    "kind": Parameter("plain", "a word"),
-    "count": Parameter(3, "a whole number"),
-    "pause": Parameter(0.0, "how long a replicate takes", "s"),
-    "broken": Parameter(-1.0, "the level at which the kernel raises"),
-    "tau": Parameter(1.0, "a batched parameter", batched=True),
-    "depth": Parameter(0.5, "another batched parameter, of no influence", batched=True),
+    "level": Parameter("scale of the numbers", 1.0),
+    "kind": Parameter("a word", "plain"),
+    "count": Parameter("a whole number", 3),
+    "pause": Parameter("how long a replicate takes", 0.0, unit="s"),
+    "broken": Parameter("the level at which the kernel raises", -1.0),
+    "tau": Parameter("a batched parameter", 1.0, batched=True),
+    "depth": Parameter("another batched parameter, of no influence", 0.5, batched=True),
 }
 _OUTPUTS = {
     "risk": Output(("tau",), "a risk", "squared units", "least"),
@@ -50,7 +60,7 @@ DEADLY = Experiment(
     "tests.sweep_toys:DEADLY",
     "Kills its worker",
     measure_deadly,
-    {"level": _PARAMETERS["level"], "diary": Parameter("diary", "a file"), "tau": _PARAMETERS["tau"]},
+    {"level": _PARAMETERS["level"], "diary": Parameter("a file", "diary"), "tau": _PARAMETERS["tau"]},
     _OUTPUTS,
     "numpy",
 )

@@ -483,8 +483,7 @@ def test_a_sweep_store_is_explored(tmp_path):
     with pytest.raises(ValueError, match="not a store"):
         store_page(tmp_path)
     pytest.importorskip("zarr")
-    from sims.store import read
-    from sims.sweep import run, sweep_over
+    from sims.sweep import read, run, sweep_over
 
     sweep = sweep_over("overadaptation", {"n": [10, 20], "p": 40, "tau": "0:1:3", "penalty": [0.1, 1.0]}, seeds=2)
     path = tmp_path / "some.zarr"

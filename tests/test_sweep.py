@@ -13,53 +13,17 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from sims.experiments import (
-    EQUIVALENTS,
-    EXPERIMENTS,
-    FLOW,
-    OVERADAPTATION,
-    OVERTRAINING,
-    S3FT,
-    SETTINGS,
-    Parameter,
-    find_experiment,
-)
-from sims.sweep import (
-    Task,
-    measure,
-    read_axis,
-    replicate_key,
-    run,
-    sweep_from_configuration,
-    sweep_from_toml,
-    sweep_over,
-)
+from sims.parameters import Parameter
+from sims.sweep import read, run, sweep_over
+from sims.sweep.axes import read_axis
+from sims.sweep.experiments import EXPERIMENTS, find_experiment
+from sims.sweep.plan import Task, sweep_from_configuration, sweep_from_toml
+from sims.sweep.task import measure, replicate_key
 from tests.sweep_toys import NOISE, numbers
 
-LINFIT = [str(Path(sys.executable).with_name("linfit"))]
+ROOT = Path(__file__).parents[1]
 AXES = {"level": [1.0, 2.0, 3.5], "tau": "0:1:5"}
-NUMBER, WHOLE, WORD = Parameter(1.0, "a number"), Parameter(3, "a count"), Parameter("plain", "a word")
-
-
-@pytest.fixture
-def like_a_worker(monkeypatch):
-    """The settings under which tasks are computed in this process."""
-    for name, value in SETTINGS.items():
-        monkeypatch.setenv(name, value)
-
-
-def linfit(*arguments, **options):
-    return subprocess.run(
-        [*LINFIT, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parents[1],
-        **options,
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------- asking
+NUMBER, WHOLE, WORD = Parameter("a number", 1.0), Parameter("a count", 3), Parameter("a word", "plain")
 
 
 def test_axes():
@@ -127,11 +91,60 @@ def test_bad_sweeps_are_refused(options, message):
 def test_unknown_experiments_are_refused():
     for name, message in (
         ("nothing", "one of overadaptation"),
-        ("no.module:X", "cannot be imported"),
+        ("no.module:X", "cannot be imported: No module named 'no'"),
+        ("no/file.py:X", "cannot be imported: .*No such file"),
+        ("figures:X", "cannot be imported: .*has no attribute 'X'"),
         ("tests.sweep_toys:measure_noise", "is of type function"),
     ):
         with pytest.raises(ValueError, match=message):
             find_experiment(name)
+
+
+OWN = """
+import figures, linfit, theory  # packages have a path, files do not
+from sims.parameters import Parameter
+from sims.sweep import Experiment, Output
+
+def measure(key, parameters):
+    return {"packages": sum(len(package.__path__) for package in (figures, linfit, theory))}
+
+OWN = Experiment("", "One of a user's own", measure, {"n": Parameter("n", 1)}, {"packages": Output((), "how many")})
+"""
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch):
+    """The folder of a user, with modules of the names of ours."""
+    for name, content in (("own", OWN), ("theory", "raise ImportError"), ("figures", "raise ImportError")):
+        (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_experiments_of_ones_own_are_found_by_path(at_home):
+    before = sys.path[:]
+    for name, kept in (("own:OWN", "own:OWN"), ("own.py:OWN", f"{at_home}/own.py:OWN")):
+        sweep = sweep_over(name, seeds=1)
+        assert sweep.configuration["experiment"] == kept
+        assert sweep_from_configuration(sweep.configuration).experiment is not None
+        assert measure(sweep, Task((), 0, 1)).samples["packages"] == 3
+    assert find_experiment("own:OWN").measure is find_experiment("./own.py:OWN").measure
+    (at_home / "lacking.py").write_text("import no_such_package")
+    with pytest.raises(ValueError, match="'lacking:X' cannot be imported: No module named 'no_such_package'"):
+        find_experiment("lacking:X")
+    assert sys.path == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_the_command_loads_experiments_of_ones_own_by_path(at_home, workers):
+    """Beside files that would shadow our packages if the current directory were searched, in this process or others."""
+    (at_home / "own.toml").write_text('experiment = "own:OWN"\nstore = "own.zarr"\nseeds = 2')
+    for arguments, tasks in ((("file", "own.toml", "--workers", workers), 1), (("resume", "own.zarr"), 0)):
+        command = [Path(sys.executable).with_name("linfit"), "sweep", *arguments]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert answer.stdout.startswith(f"{tasks} tasks"), answer.stderr
+    np.testing.assert_array_equal(xr.open_zarr("own.zarr").packages, 3)
 
 
 def test_tasks_cover_every_replicate_of_every_cell_once():
@@ -168,17 +181,18 @@ def test_toml(tmp_path):
     file = tmp_path / "sweep.toml"
     file.write_text(
         'experiment = "overadaptation"\nstore = "runs/oa.zarr"\nseeds = 20\nseed = 3\n'
-        '[axes]\nn = 50\npenalty = "1e-2:1:3:log"\nnoise = [0.1, 0.5]\n'
+        '[axes]\nn = 50\npenalty = "1e-2:1:3:log"\nnoise_std = [0.1, 0.5]\n'
     )
     sweep, store = sweep_from_toml(file)
     assert store == Path("runs/oa.zarr")
-    axes = {"n": 50, "penalty": [0.01, 0.1, 1], "noise": [0.1, 0.5]}
-    assert sweep.configuration == sweep_over(OVERADAPTATION, axes, seeds=20, seed=3).configuration
+    axes = {"n": 50, "penalty": [0.01, 0.1, 1], "noise_std": [0.1, 0.5]}
+    assert sweep.configuration == sweep_over("overadaptation", axes, seeds=20, seed=3).configuration
     for content, message in (
         ('experiment = "overadaptation"\nseed = 1\nworkers = 2', "nothing beyond experiment"),
         ("seeds = 3", "must have an experiment"),
         ("seeds = ", "not valid TOML"),
         ('experiment = "overadaptation"\nseeds = "3"', "seeds must be"),
+        ('experiment = "overadaptation"\n[axes]\nnoise = 1', "no parameter noise; its parameters are .* noise_std"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -198,14 +212,11 @@ def test_a_configuration_gives_the_sweep_back(axes):
         assert again.parameters[name].tobytes() == values.tobytes()
 
 
-# ------------------------------------------------------------------------------------------------------- the same bits
-
-
 def test_samples_are_the_kernels_and_means_their_means(tmp_path, like_a_worker):
     sweep = sweep_over(NOISE, AXES, seeds=7, seed=5, chunk=3)
     outcome = run(sweep, tmp_path / "a.zarr")
     assert (outcome.tasks, outcome.left, outcome.failed, outcome.failures) == (9, 0, 0, [])
-    data = xr.open_zarr(tmp_path / "a.zarr", chunks=None)
+    data = read(tmp_path / "a.zarr")
     for cell in range(3):
         for replicate in range(7):
             expected = NOISE.measure(np.random.SeedSequence([5, replicate]), sweep.arguments((cell,)))
@@ -217,35 +228,21 @@ def test_samples_are_the_kernels_and_means_their_means(tmp_path, like_a_worker):
     assert len(np.unique(data.size_samples)) == data.size_samples.size  # no two replicates alike
 
 
-@pytest.mark.parametrize("chunk", [1, 100])
-def test_chunks_of_replicates_do_not_matter(tmp_path, like_a_worker, chunk):
-    run(sweep_over(NOISE, AXES, seeds=7, chunk=3), tmp_path / "a.zarr")
-    run(sweep_over(NOISE, AXES, seeds=7, chunk=chunk), tmp_path / "b.zarr")
-    assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
-
-
-def test_order_does_not_matter_nor_do_more_replicates_or_values(tmp_path, like_a_worker):
+def test_neither_chunks_nor_order_nor_more_replicates_or_values_matter_but_the_seed(tmp_path, like_a_worker):
     def shuffled(sweep, tasks):
         for index in np.random.default_rng(0).permutation(len(tasks)):
             yield tasks[index], measure(sweep, tasks[index])
 
     run(sweep_over(NOISE, AXES, seeds=7, chunk=3), tmp_path / "a.zarr")
-    run(sweep_over(NOISE, AXES, seeds=7, chunk=3), tmp_path / "b.zarr", executor=shuffled)
-    assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
-    run(sweep_over(NOISE, AXES | {"level": [0.5, 2.0]}, seeds=12), tmp_path / "c.zarr")
-    small, large = (xr.open_zarr(tmp_path / name, chunks=None) for name in ("a.zarr", "c.zarr"))
-    both = [data.risk_samples.sel(level=2.0).isel(replicate=slice(7)).values for data in (small, large)]
+    for name, chunk, executor in (("one", 1, None), ("all", 100, None), ("shuffled", 3, shuffled)):
+        run(sweep_over(NOISE, AXES, seeds=7, chunk=chunk), tmp_path / name, executor=executor)
+        assert numbers(tmp_path / name) == numbers(tmp_path / "a.zarr"), name
+    run(sweep_over(NOISE, AXES | {"level": [0.5, 2.0]}, seeds=12), tmp_path / "larger")
+    run(sweep_over(NOISE, AXES, seeds=2, seed=1), tmp_path / "seed")
+    data, larger, other = (read(tmp_path / name) for name in ("a.zarr", "larger", "seed"))
+    both = [part.risk_samples.sel(level=2.0).isel(replicate=slice(7)).values for part in (data, larger)]
     np.testing.assert_array_equal(*both)
-
-
-def test_another_seed_gives_other_numbers(tmp_path, like_a_worker):
-    run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr")
-    run(sweep_over(NOISE, AXES, seeds=2, seed=1), tmp_path / "b.zarr")
-    one, other = (xr.open_zarr(tmp_path / name, chunks=None).size_samples.values for name in ("a.zarr", "b.zarr"))
-    assert not np.isin(one, other).any()
-
-
-# ----------------------------------------------------------------------------------------------------------- failures
+    assert not np.isin(data.size_samples, other.size_samples).any()
 
 
 def test_a_failing_cell_is_recorded_and_the_rest_completes(tmp_path, like_a_worker):
@@ -254,7 +251,7 @@ def test_a_failing_cell_is_recorded_and_the_rest_completes(tmp_path, like_a_work
     assert (outcome.tasks, outcome.left, outcome.failed) == (6, 0, 3)
     assert {failure.message for failure in outcome.failures} == {"ValueError: level 2.0 is broken"}
     assert [failure.where for failure in outcome.failures] == [{"level": 2.0, "replicate": r} for r in range(3)]
-    data = xr.open_zarr(tmp_path / "a.zarr", chunks=None)
+    data = read(tmp_path / "a.zarr")
     np.testing.assert_array_equal(data.status, [[1] * 3, [2] * 3, [1] * 3])
     assert (data.message.sel(level=2.0) == "ValueError: level 2.0 is broken").all()
     assert (data.message.sel(level=[1.0, 3.5]) == "").all()
@@ -284,60 +281,61 @@ def test_what_is_no_result_is_a_failure(name):
     assert np.isnan(result.samples["risk"]).all()
 
 
-# -------------------------------------------------------------------------------------------------- named experiments
-
-
-SMALL = {
-    "overadaptation": {"n": 12, "p": 40, "tau": [0.3, 1.0], "penalty": [0.01, 0.1, 1.0], "noise": [0.2, 0.9]},
-    "equivalents": {"n": 12, "p": 40, "tau": [0.3, 1.0], "penalty": [0.01, 0.1, 1.0], "noise": [0.2, 0.9]},
-    "overtraining": {"size": 3, "time": [20.0, 5.0], "gamma": [0.0, 0.1], "finetune_steps": 20},
-    "flow": {"n": 12, "p": 40, "tau": [0.3, 1.0, 1.5], "tilt": [0.0, 1.0, -0.5, 3.0], "time": [5.0, 50.0]},
-    "s3ft": {"n": 12, "p": 40, "penalty": [0.01, 1.0], "tolerance": [0.0, 1.0, 2.0], "paraphrase_success": [0.5, 1.0]},
-}
+CASES = {
+    "overadaptation": {
+        "n": 12, "p": 40, "tau": [0.3, 1.0], "penalty": [0.01, 0.1, 1.0], "noise_std": [0.2, 0.9],
+        "alignment": -0.5, "decay": 1.3,
+    },
+    "equivalents": {"n": 60, "p": 240, "tau": [0.5, 1.0], "penalty": [0.01, 0.1], "noise_std": [0.2, 0.7]},
+    "overtraining": {
+        "size": 3, "time": [10.0, 2.0, 5.0], "gamma": [0.1, 0.0], "step_size": 0.005, "finetune_steps": 10
+    },
+    "flow": {
+        "n": 12, "p": 40, "tau": [0.3, 1.0, 1.5], "tilt": [0.0, 2.0], "time": [5.0, 50.0], "noise_std": 0.9,
+        "deviation": "outliers",
+    },
+    "s3ft": {
+        "n": 20, "p": 60, "penalty": [0.01, 0.1], "tolerance": [0.0, 1.0, 100.0], "paraphrase_success": [0.0, 0.5]
+    },
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_and_repeats_itself(name):
-    sweep = sweep_over(name, SMALL.get(name), seeds=3)
-    result = measure(sweep, Task((), 0, 3))
-    assert result.messages == ["", "", ""]
-    alone = measure(sweep, Task((), 2, 3))
+    sweep = sweep_over(name, CASES[name], seeds=2)
+    result = measure(sweep, Task((), 0, 2))
+    assert result.messages == ["", ""]
+    alone = measure(sweep, Task((), 1, 2))
     for output in sweep.experiment.outputs:
         assert np.isfinite(result.samples[output]).all()
-        np.testing.assert_array_equal(result.samples[output][2], alone.samples[output][0])
+        np.testing.assert_array_equal(result.samples[output][1], alone.samples[output][0])
         alike = output.endswith("_predicted") or output in ("own", "paraphrase", "gold")
-        assert alike or not np.array_equal(*result.samples[output][:2])
+        assert alike or not np.array_equal(*result.samples[output])
 
 
 def test_overadaptation_is_the_exact_risk_of_the_design():
     from linfit import Ridge, aligned_problem, risk_forms, sample_design, spectra
 
-    sweep = sweep_over(OVERADAPTATION, SMALL["overadaptation"] | {"alignment": -0.5, "decay": 1.3}, seeds=2, seed=4)
+    sweep = sweep_over("overadaptation", CASES["overadaptation"], seeds=2, seed=4)
     samples = measure(sweep, Task((), 1, 2)).samples
     key = jax.random.fold_in(jax.random.key(4), 1)
     assert (jax.random.key_data(replicate_key(sweep, 1)) == jax.random.key_data(key)).all()
-    for row, noise in enumerate((0.2, 0.9)):
-        problem = aligned_problem(
-            spectra.power_law(40, 1.3), alignment=-0.5, noise_std=(noise**2) ** 0.5, pretrain_risk=0.1
-        )
+    filter, tau = Ridge([0.01, 0.1, 1.0]), jnp.array([[0.3], [1.0]])
+    for row, noise_std in enumerate((0.2, 0.9)):
+        problem = aligned_problem(spectra.power_law(40, 1.3), alignment=-0.5, noise_std=noise_std, pretrain_risk=0.1)
         X = sample_design(key, problem.finetune_covariance, 12)
         forms = risk_forms(X, problem)
-        for column, penalty in enumerate((0.01, 0.1, 1.0)):
-            for last, tau in enumerate((0.3, 1.0)):
-                risk = forms.finetune(Ridge(penalty), tau)
-                np.testing.assert_allclose(samples["finetune"][0, row, column, last], risk.total, rtol=1e-12)
-                np.testing.assert_allclose(samples["finetune_bias"][0, row, column, last], risk.bias, rtol=1e-12)
-                pretrain = forms.pretrain(Ridge(penalty), tau).total
-                np.testing.assert_allclose(samples["pretrain"][0, row, column, last], pretrain, rtol=1e-12)
-            best = forms.finetune.optimal_tau(Ridge(penalty))
-            np.testing.assert_allclose(samples["best_tau"][0, row, column], best, rtol=1e-12)
+        risk, best = forms.finetune(filter, tau), forms.finetune.optimal_tau(filter)
+        expected = {"finetune": risk.total.T, "finetune_bias": risk.bias.T, "best_tau": best}
+        expected["pretrain"] = forms.pretrain(filter, tau).total.T
+        for name, values in expected.items():
+            np.testing.assert_allclose(samples[name][0, row], values, rtol=1e-12)
 
 
 @pytest.mark.slow
 def test_equivalents_predict_the_average():
-    axes = {"n": 60, "p": 240, "tau": [0.5, 1.0], "penalty": [0.01, 0.1], "noise": [0.2, 0.7]}
-    samples = measure(sweep_over(EQUIVALENTS, axes, seeds=8), Task((), 0, 8)).samples
+    samples = measure(sweep_over("equivalents", CASES["equivalents"], seeds=8), Task((), 0, 8)).samples
     gap, error = samples["finetune_gap"].mean(axis=0), samples["finetune_gap"].std(axis=0, ddof=1) / 8**0.5
     assert (np.abs(gap) < 4 * error + 1 / 60).all()
     assert len(np.unique(samples["finetune_predicted"][0])) == 8  # a prediction for each point
@@ -347,8 +345,7 @@ def test_equivalents_predict_the_average():
 def test_overtraining_follows_the_closed_forms():
     from theory.overtraining import singular_values
 
-    axes = {"size": 3, "time": [10.0, 2.0, 5.0], "gamma": [0.1, 0.0], "step_size": 0.005, "finetune_steps": 10}
-    samples = measure(sweep_over(OVERTRAINING, axes, seeds=30), Task((), 0, 30)).samples
+    samples = measure(sweep_over("overtraining", CASES["overtraining"], seeds=30), Task((), 0, 30)).samples
     a = jnp.arange(1.0, 4.0) ** -1
     s = singular_values(0.01, a, jnp.array([10.0, 2.0, 5.0]))
     np.testing.assert_allclose(samples["loss"][0], 0.5 * jnp.sum((s - a) ** 2, axis=-1), rtol=0.02, atol=1e-5)
@@ -361,13 +358,12 @@ def test_overtraining_follows_the_closed_forms():
 
 @pytest.mark.slow
 def test_flow_is_weighted_fine_tuning_of_the_draw():
-    from linfit import GradientFlow, aligned_problem, fine_tune, flow_weights, interpolate, spectra
+    from linfit import GradientFlow, aligned_problem, excess_risks, fine_tune, flow_weights, interpolate, spectra
     from linfit.weighting import median_temperature
     from sims.flow import draw
 
-    given = SMALL["flow"] | {"tilt": [0.0, 2.0], "noise": 0.9, "deviation": "outliers"}
-    samples = measure(sweep_over(FLOW, given, seeds=1, seed=3), Task((), 0, 1)).samples
-    problem = aligned_problem(spectra.power_law(40), noise_std=0.81**0.5, pretrain_risk=0.1)
+    samples = measure(sweep_over("flow", CASES["flow"], seeds=1, seed=3), Task((), 0, 1)).samples
+    problem = aligned_problem(spectra.power_law(40), noise_std=0.9, pretrain_risk=0.1)
     task = draw(jax.random.fold_in(jax.random.key(3), 0), problem, 12, deviation="outliers")
     losses = (task.y - task.X @ task.theta_1) ** 2
     for row, weights in enumerate((jnp.ones(12), flow_weights(losses, median_temperature(losses) / 2))):
@@ -375,11 +371,9 @@ def test_flow_is_weighted_fine_tuning_of_the_draw():
         for column, theta in enumerate(thetas):
             for last, tau in enumerate((0.3, 1.0, 1.5)):
                 average = interpolate(task.theta_1, theta, tau)
-                missed, place = average - task.theta_2_star, (0, row, column, last)
-                finetune = missed @ problem.finetune_covariance.apply(missed)
-                pretrain = average @ problem.pretrain_covariance.apply(average)
-                np.testing.assert_allclose(samples["finetune"][place], finetune, rtol=1e-9)
-                np.testing.assert_allclose(samples["pretrain"][place], pretrain, rtol=1e-9)
+                expected = excess_risks(average, problem, jnp.zeros(40), task.theta_2_star)
+                for name, risk in expected._asdict().items():
+                    np.testing.assert_allclose(samples[name][0, row, column, last], risk, rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -387,8 +381,7 @@ def test_s3ft_has_the_shares_of_theory_and_ends_at_supervised_fine_tuning():
     from sims.s3ft import Procedure
     from theory.s3ft import shares
 
-    given = {"n": 20, "p": 60, "penalty": [0.01, 0.1], "tolerance": [0.0, 1.0, 100.0], "paraphrase_success": [0.0, 0.5]}
-    samples = measure(sweep_over(S3FT, given, seeds=60), Task((), 0, 60)).samples
+    samples = measure(sweep_over("s3ft", CASES["s3ft"], seeds=60), Task((), 0, 60)).samples
     assert samples["content_risk"].shape == (60, 2, 3, 2)
     expected = shares(Procedure(jnp.array([0, 1.0, 100.0])[:, None], jnp.array([0, 0.5])), 2, 1.25**0.5)
     for name, share in expected._asdict().items():
@@ -400,45 +393,12 @@ def test_s3ft_has_the_shares_of_theory_and_ends_at_supervised_fine_tuning():
     assert (supervised.mean(axis=0) < 2).all()  # better than the pretrained model, which misses two outputs entirely
 
 
-# ------------------------------------------------------------------------------------------------------------- command
-
-
-@pytest.mark.slow
-def test_command_runs_shows_plots_exports(tmp_path):
-    store = tmp_path / "runs" / "oa.zarr"
-    options = ("--n", "12", "--p", "40", "--penalty", "1e-2:1:3:log", "--tau", "0:1:4", "--alignment=-1,1")
-    plan = linfit("sweep", "overadaptation", *options, "--store", store, "--plan", "--seeds", "5")
-    assert plan.returncode == 0, plan.stderr
-    assert "2 tasks (2 cells × 5 replicates" in plan.stdout
-    assert not store.exists()
-    answer = linfit("sweep", "overadaptation", *options, "--store", store, "--seeds", "5")
-    assert answer.returncode == 0, answer.stderr
-    assert "2 tasks (2 cells × 5 replicates" in answer.stderr
-    assert "the first task took" in answer.stderr
-    data = xr.open_zarr(store)
-    assert data.finetune.dims == ("alignment", "penalty", "tau")
-    assert np.isfinite(data.finetune).all()
-    shown = json.loads(linfit("sweep", "show", store, "--json").stdout)
-    assert shown["share_done"] == 1
-    best = shown["best"]["finetune"]
-    assert best["value"] == data.finetune.min()
-    at = {name: best["at"][name] for name in data.finetune.dims}
-    assert best["standard_error"] == data.finetune_error.sel(at)
-    assert "best points" in linfit("sweep", "show", store).stdout
-    picture = linfit("sweep", "plot", store, "--x", "tau", "--lines", "penalty")
-    assert picture.stdout.strip() == str(store.with_suffix(".png"))
-    assert store.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    again = linfit("sweep", "resume", store)
-    assert (again.returncode, again.stdout[:8]) == (0, "0 tasks "), again.stderr
-
-
 @pytest.fixture
 def called(monkeypatch, capsys, like_a_worker):
     """The command in this process: exit code, output, errors."""
     from figures.commands import main
 
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["linfit", *map(str, arguments)])
@@ -452,14 +412,47 @@ def called(monkeypatch, capsys, like_a_worker):
     return call
 
 
+@pytest.mark.slow
+def test_command_runs_shows_plots_exports(tmp_path, called):
+    store = tmp_path / "runs" / "oa.zarr"
+    options = ("--n", "12", "--p", "40", "--penalty", "1e-2:1:3:log", "--tau", "0:1:4", "--alignment=-1,1")
+    code, told, _ = called("sweep", "overadaptation", *options, "--store", store, "--plan", "--seeds", "5")
+    assert code == 0
+    assert "2 tasks (2 cells × 5 replicates" in told
+    assert not store.exists()
+    code, _, told = called("sweep", "overadaptation", *options, "--store", store, "--seeds", "5")
+    assert code == 0
+    assert "2 tasks (2 cells × 5 replicates" in told
+    assert "the first task took" in told
+    data = xr.open_zarr(store)
+    assert data.finetune.dims == ("alignment", "penalty", "tau")
+    assert np.isfinite(data.finetune).all()
+    shown = json.loads(called("sweep", "show", store, "--json")[1])
+    assert shown["share_done"] == 1
+    best = shown["best"]["finetune"]
+    assert best["value"] == data.finetune.min()
+    at = {name: best["at"][name] for name in data.finetune.dims}
+    assert best["standard_error"] == data.finetune_error.sel(at)
+    assert "best points" in called("sweep", "show", store)[1]
+    picture = called("sweep", "plot", store, "--x", "tau", "--lines", "penalty")
+    assert picture[1].strip() == str(store.with_suffix(".png"))
+    assert store.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert called("sweep", "export", store, "--out", tmp_path / "oa.csv")[:2] == (0, f"written to {tmp_path}/oa.csv\n")
+    again = called("sweep", "resume", store)
+    assert (again[0], again[1][:8]) == (0, "0 tasks ")
+    code, _, errors = called("sweep", "overadaptation", "--noise", "0.5", "--store", tmp_path / "b.zarr")
+    assert code == 2
+    assert "--noise-std" in errors  # the name it has now
+
+
 def test_command_tells_of_failures_by_exit_code(tmp_path, called):
     file, store = tmp_path / "toy.toml", tmp_path / "toy.zarr"
     axes = "level = [1, 2, 3]\nbroken = 2\n"
     file.write_text(f'experiment = "tests.sweep_toys:NOISE"\nseeds = 2\nstore = "{store}"\n[axes]\n{axes}')
-    answer = linfit("sweep", "file", file)
-    assert answer.returncode == 1
-    assert "failed: level = 2.0, replicate = 0: ValueError: level 2.0 is broken" in answer.stderr
-    assert "2 replicates failed" in answer.stdout
+    code, told, errors = called("sweep", "file", file)
+    assert code == 1
+    assert "failed: level = 2.0, replicate = 0: ValueError: level 2.0 is broken" in errors
+    assert "2 replicates failed" in told
     assert called("sweep", "resume", store)[0] == 1
     shown = called("sweep", "show", store)
     assert shown[0] == 0
@@ -484,12 +477,7 @@ def test_command_tells_of_failures_by_exit_code(tmp_path, called):
 
 
 def test_commands_are_light():
-    script = (
-        "import sys, figures.commands.sweep; print([m for m in ('jax', 'numpy', 'zarr', 'dask') if m in sys.modules])"
-    )
-    root = Path(__file__).parents[1]
-    assert subprocess.check_output([sys.executable, "-c", script], text=True, cwd=root).strip() == "[]"
-    script = "import sys, sims.sweep, sims.store, sims.cluster; print('jax' in sys.modules, 'xarray' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    answer = subprocess.check_output([sys.executable, "-c", script], text=True, cwd=root, env=environment)
-    assert answer.strip() == "False False"
+    for module, absent in (("figures.commands.sweep", "jax numpy zarr dask"), ("sims.sweep.driver", "jax xarray")):
+        script = f"import sys, {module}; print([name for name in {absent.split()} if name in sys.modules])"
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        assert subprocess.check_output([sys.executable, "-c", script], text=True, env=environment).strip() == "[]"

@@ -1,18 +1,20 @@
 """The command `linfit sweep`. Nothing heavy is imported until it runs."""
 
 import os
-import sys
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
-from sims.experiments import EXPERIMENTS, SETTINGS, Experiment
+from sims.sweep.environment import SETTINGS
+from sims.sweep.experiments import EXPERIMENTS, Experiment
 
 if TYPE_CHECKING:
-    from sims.cluster import Executor
-    from sims.sweep import Sweep
+    from sims.sweep.executors import Executor
+    from sims.sweep.plan import Sweep
+
+__all__ = ["sweep"]
 
 
 @dataclass(kw_only=True)
@@ -42,7 +44,7 @@ class _What(_How):
     seeds: int = 16
     """Replicates of every point."""
     seed: int = 0
-    """Seed of every random draw."""
+    """Seed of every random number."""
     chunk: int = 8
     """Replicates in a task; no number depends on it."""
     points: int | None = None
@@ -53,8 +55,8 @@ def _experiment_options(experiment: Experiment) -> type:
     """A dataclass with one text for every parameter of the experiment, for the command line."""
     fields = []
     for name, parameter in experiment.parameters.items():
-        units = "" if parameter.units == "1" else f" [{parameter.units}]"
-        text = f"{parameter.help}{units}{', batched' if parameter.batched else ''}."
+        unit = "" if parameter.unit == "1" else f" [{parameter.unit}]"
+        text = f"{parameter.help}{unit}{', batched' if parameter.batched else ''}."
         annotation = Annotated[str, tyro.conf.arg(help=text, metavar="AXIS")]
         fields.append((name, annotation, field(default=str(parameter.default))))
     made = make_dataclass(experiment.name, fields, bases=(_What,), kw_only=True)
@@ -68,7 +70,10 @@ def _experiment_options(experiment: Experiment) -> type:
 
 @dataclass
 class _File(_How):
-    """A sweep described in a TOML file: experiment, store, seeds, seed, chunk, points, and a table [axes]."""
+    """A sweep described in a TOML file: experiment, store, seeds, seed, chunk, points, and a table [axes].
+
+    The experiment is one of ours by name, or one of your own as file.py:NAME or module:NAME.
+    """
 
     file: tyro.conf.Positional[Path]
     """The TOML file."""
@@ -147,12 +152,11 @@ def sweep(action: _Action) -> None:
     Results go to a zarr store that survives any interruption; exit code 1 if something in it has failed.
     """
     os.environ.update(SETTINGS)  # before numpy and JAX are loaded: a command owns its process
-    sys.path.insert(0, os.getcwd())  # where users keep experiments of their own
-    from sims.cluster import require
+    from sims.sweep.executors import require
 
     require("zarr")
     if isinstance(action, _Show):
-        from sims.sweep_report import show
+        from sims.sweep.summary import show
 
         show(action.store, action.json)
     elif isinstance(action, _Plot):
@@ -160,7 +164,7 @@ def sweep(action: _Action) -> None:
 
         print(draw_sweep(action.store, action.x, action.lines, action.y, action.at, action.out))
     elif isinstance(action, _Export):
-        from sims.store import export
+        from sims.sweep.store import export
 
         export(action.store, action.out)
         print(f"written to {action.out}")
@@ -172,13 +176,14 @@ def _run(action: Any) -> bool:
     """Compute a sweep; whether nothing in its store has failed or is missing."""
     from rich.console import Console
 
-    from sims import sweep as sweeps
-    from sims.store import read_sweep
-    from sims.sweep_report import Progress, print_outcome, print_plan
+    from sims.sweep.driver import run
+    from sims.sweep.plan import sweep_from_toml
+    from sims.sweep.store import read_sweep
+    from sims.sweep.summary import Progress, print_outcome, print_plan
 
     resume = action.resume
     if isinstance(action, _File):
-        planned, path = sweeps.sweep_from_toml(action.file)
+        planned, path = sweep_from_toml(action.file)
         path = action.store or path
         if path is None:
             raise ValueError(f"--store is needed: {action.file} names none")
@@ -188,18 +193,18 @@ def _run(action: Any) -> bool:
         planned, path = _planned(action), action.store
     if action.retry and not resume:
         raise ValueError("--retry does again what failed in a store, together with --resume")
-    executor, workers = _executor(action)
+    executor = _executor(action)
     if action.plan:
         print_plan(Console(), planned, path)
         return True
-    with Progress(planned, path, workers) as watcher:
-        outcome = sweeps.run(planned, path, resume=resume, retry=action.retry, executor=executor, watcher=watcher)
+    with Progress(planned, path, action.workers) as watcher:
+        outcome = run(planned, path, resume=resume, retry=action.retry, executor=executor, watcher=watcher)
     print_outcome(outcome, path)
     return not (outcome.failed or outcome.left)
 
 
 def _planned(action: _What) -> "Sweep":
-    from sims.sweep import sweep_over
+    from sims.sweep.plan import sweep_over
 
     experiment = EXPERIMENTS[type(action).__name__]
     axes = {name: getattr(action, name) for name in experiment.parameters}
@@ -210,16 +215,16 @@ def _planned(action: _What) -> "Sweep":
         raise ValueError(f"--{error}") from None
 
 
-def _executor(action: _How) -> "tuple[Executor | None, int]":
-    """Who computes, and how many workers that is, as far as is known."""
-    from sims import cluster
+def _executor(action: _How) -> "Executor":
+    """Who computes."""
+    from sims.sweep import executors
 
     if action.workers < 0:
         raise ValueError(f"--workers must not be negative, got {action.workers}")
     if action.scheduler is not None:
         if action.slurm or action.workers:
             raise ValueError("--scheduler brings its own workers; leave out --workers and --slurm")
-        return cluster.remote(action.scheduler), 1
+        return executors.remote(action.scheduler)
     if action.slurm:
-        return cluster.slurm(action.workers), action.workers
-    return (cluster.local(action.workers), action.workers) if action.workers else (None, 1)
+        return executors.slurm(action.workers)
+    return executors.local(action.workers) if action.workers else executors.here

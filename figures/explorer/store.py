@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from figures.explorer.page import Choice, Line, Page, Plot, Suggestion
-from sims.store import read, read_sweep
+from sims.sweep.store import read, read_sweep
 
 SHADES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
 
@@ -46,12 +46,12 @@ def store_page(path: Path) -> Page:
         return tuple(value.item() for value in values)
 
     helps = {
-        name: f"{parameter.help}, in units of {parameter.units}."
+        name: f"{parameter.help}, in units of {parameter.unit}."
         for name, parameter in sweep.experiment.parameters.items()
     }
     plots = tuple(
         Plot(
-            name, name.replace("_", " "), "values of the chosen axis", name if output.units == "1" else output.units,
+            name, name.replace("_", " "), "values of the chosen axis", name if output.unit == "1" else output.unit,
             lines=(
                 Line("x", "x", name, "mean", SHADES[index % 4]),
                 Line("x", "x", f"{name}_low", "± one standard error", SHADES[index % 4], "dotted"),
@@ -78,5 +78,5 @@ def store_page(path: Path) -> Page:
         readings=(),
         suggestions=tuple(Suggestion(f"along {axis}", {"along": axis}) for axis in axes[:3]),
         data=data,
-        data_source=f"from pathlib import Path\n\nfrom sims.store import read\n\ndata = read(Path({str(path)!r}))[{keep!r}]",
+        data_source=f"from pathlib import Path\n\nfrom sims.sweep import read\n\ndata = read(Path({str(path)!r}))[{keep!r}]",
     )

@@ -16,18 +16,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from sims import cluster
-from sims.experiments import SETTINGS
-from sims.sweep import Watcher, measure, run, sweep_over
+from sims.sweep import Watcher, executors, run, sweep_over
+from sims.sweep.environment import SETTINGS
 from tests.sweep_toys import DEADLY, NOISE, numbers
 
 AXES = {"level": [1.0, 2.0, 3.5], "tau": "0:1:5"}
-
-
-@pytest.fixture
-def like_a_worker(monkeypatch):
-    for name, value in SETTINGS.items():
-        monkeypatch.setenv(name, value)
+BY_PATH = f"{Path(__file__).with_name('sweep_toys.py')}:NOISE"
 
 
 @contextmanager
@@ -38,32 +32,31 @@ def running(workers, environment=SETTINGS):
     options = {"nthreads": 1, "dashboard": False, "env": environment, "silence_logs": 50}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
     nannies = {index: {"cls": Nanny, "options": options} for index in range(workers)}
-    with cluster._dask_settings(**cluster._KEEP), SpecCluster(nannies, scheduler, silence_logs=50) as found:
+    with executors._dask_settings(**executors._KEEP), SpecCluster(nannies, scheduler, silence_logs=50) as found:
         yield found
 
 
 @pytest.mark.slow
-def test_a_child_and_two_workers_give_the_bits_of_this_process(tmp_path, monkeypatch):
-    for name, value in SETTINGS.items():
-        monkeypatch.setenv(name, value)
-    sweep = sweep_over(NOISE, AXES, seeds=7, chunk=2)
+def test_one_worker_and_two_give_the_bits_of_this_process(tmp_path, monkeypatch, like_a_worker):
+    """Of an experiment in a file loaded by its path, which the workers have to load too."""
+    sweep = sweep_over(BY_PATH, AXES, seeds=7, chunk=2)
     run(sweep, tmp_path / "here.zarr")
-    run(sweep, tmp_path / "workers.zarr", executor=cluster.local(2))
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")  # now this process is not like a worker, and a child computes
-    run(sweep, tmp_path / "child.zarr")
+    run(sweep, tmp_path / "workers.zarr", executor=executors.local(2))
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")  # now this process is not like a worker, and a worker computes
+    run(sweep, tmp_path / "worker.zarr")
     assert os.environ["OPENBLAS_NUM_THREADS"] == "2"
     expected = numbers(tmp_path / "here.zarr")
     assert numbers(tmp_path / "workers.zarr") == expected
-    assert numbers(tmp_path / "child.zarr") == expected
+    assert numbers(tmp_path / "worker.zarr") == expected
 
 
 @pytest.mark.slow
 def test_overadaptation_has_the_same_bits_everywhere(tmp_path):
     """JAX, BLAS and LAPACK at sizes where they would use threads."""
-    axes = {"n": 200, "p": 1000, "penalty": "1e-3:1:4:log", "tau": [0.5, 1.0], "noise": [0.1, 1.0]}
-    run(sweep_over("overadaptation", axes, seeds=4, chunk=1), tmp_path / "workers.zarr", executor=cluster.local(2))
+    axes = {"n": 200, "p": 1000, "penalty": "1e-3:1:4:log", "tau": [0.5, 1.0], "noise_std": [0.1, 1.0]}
+    run(sweep_over("overadaptation", axes, seeds=4, chunk=1), tmp_path / "workers.zarr", executor=executors.local(2))
     command = [str(Path(sys.executable).with_name("linfit")), "sweep", "overadaptation", "--n", "200", "--penalty"]
-    command += ["1e-3:1:4:log", "--tau", "0.5,1", "--noise", "0.1,1", "--seeds", "4", "--chunk", "3", "--store"]
+    command += ["1e-3:1:4:log", "--tau", "0.5,1", "--noise-std", "0.1,1", "--seeds", "4", "--chunk", "3", "--store"]
     subprocess.run([*command, str(tmp_path / "command.zarr")], check=True, capture_output=True)
     assert numbers(tmp_path / "command.zarr") == numbers(tmp_path / "workers.zarr")
 
@@ -72,22 +65,17 @@ class Killer(Watcher):
     """Kills a worker some time after a given number of tasks."""
 
     def __init__(self, pids, after, delay):
-        self.pids, self.after, self.delay, self.count = pids, after, delay, 0
+        self.pids, self.left, self.delay = pids, after, delay
 
-    def started(self, total, done, store):
-        self._look()
-
-    def finished(self, seconds, failures):
-        self.count += 1
-        self._look()
-
-    def _look(self):
-        if self.count == self.after:
+    def started(self, *_):
+        if self.left == 0:
             threading.Timer(self.delay, self._kill).start()
+        self.left -= 1
+
+    finished = started
 
     def _kill(self):
-        pids = [pid for pid in self.pids() if pid]
-        if pids:
+        if pids := [pid for pid in self.pids() if pid]:
             os.kill(random.choice(pids), signal.SIGKILL)
 
 
@@ -99,7 +87,7 @@ def test_killing_workers_loses_nothing(tmp_path, generator, like_a_worker):
     with running(2) as workers:
         from distributed.core import Status
 
-        executor = cluster.remote(workers.scheduler_address)
+        executor = executors.remote(workers.scheduler_address)
 
         def pids():
             """Of workers that are up: a nanny whose worker dies while it starts gives up, as is tried elsewhere."""
@@ -117,10 +105,9 @@ def test_killing_workers_loses_nothing(tmp_path, generator, like_a_worker):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_task_that_kills_its_worker_is_given_up_and_the_others_finish(tmp_path, workers):
+def test_a_task_that_kills_its_worker_is_given_up_and_the_others_finish(tmp_path):
     """Once and three times again, then it is reported, not recorded: resuming tries again."""
-    diary, executor = tmp_path / "diary", cluster.local(workers) if workers else cluster.in_a_child
+    diary, executor = tmp_path / "diary", executors.local(2)
     axes = {"level": [1.0, 2.0, 3.0, 4.0], "diary": str(diary)}
     outcome = run(sweep_over(DEADLY, axes, seeds=2, chunk=2), tmp_path / "a.zarr", executor=executor)
     assert (outcome.tasks, outcome.left, outcome.failed) == (3, 1, 0)
@@ -133,7 +120,7 @@ def test_a_task_that_kills_its_worker_is_given_up_and_the_others_finish(tmp_path
 
 def test_workers_with_other_settings_are_refused(tmp_path):
     with running(1, SETTINGS | {"NPROC": "4"}) as workers:
-        executor = cluster.remote(workers.scheduler_address)
+        executor = executors.remote(workers.scheduler_address)
         with pytest.raises(ValueError, match=r"NPROC is 4 there, 1 here.*dask worker"):
             run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr", executor=executor)
 
@@ -143,7 +130,7 @@ def test_workers_that_lack_an_experiment_are_told_of(tmp_path, monkeypatch):
         (tmp_path / "only_here.py").write_text("def measure(key, parameters):\n    return {}\n")
         monkeypatch.syspath_prepend(tmp_path)
         experiment = NOISE._replace(measure=importlib.import_module("only_here").measure)
-        executor = cluster.remote(workers.scheduler_address)
+        executor = executors.remote(workers.scheduler_address)
         with pytest.raises(ValueError, match=r"a worker cannot run this sweep: ModuleNotFoundError: .*only_here"):
             run(sweep_over(experiment, AXES, seeds=2), tmp_path / "a.zarr", executor=executor)
 
@@ -152,45 +139,43 @@ def test_a_cluster_without_workers_is_not_waited_for(monkeypatch):
     from distributed import Client
 
     sweep = sweep_over(NOISE, AXES, seeds=2)
-    monkeypatch.setattr(cluster, "TICK", 0.1)
-    with running(0) as workers, Client(workers) as client, pytest.raises(cluster.NoWorkers, match="stays alive"):
-        list(cluster.through(client, sweep, sweep.tasks, patience=0.3))
+    monkeypatch.setattr(executors, "TICK", 0.1)
+    with running(0) as workers, Client(workers) as client, pytest.raises(executors._NoWorkers, match="stays alive"):
+        list(executors._through(client, sweep, sweep.tasks, patience=0.3))
 
-    class Lonely:
+    def lonely(client, sweep, tasks, patience):
         """Workers that never come up."""
+        raise executors._NoWorkers
+        yield
 
-        def __call__(self, client, sweep, tasks, patience):
-            raise cluster.NoWorkers
-            yield
-
-    monkeypatch.setattr(cluster, "through", Lonely())
-    monkeypatch.setattr(cluster, "RERUNS", 0)
-    told = dict(cluster.local(1)(sweep, sweep.tasks))
+    monkeypatch.setattr(executors, "_through", lonely)
+    monkeypatch.setattr(executors, "RETRIES", 0)
+    told = dict(executors.local(1)(sweep, sweep.tasks))
     assert list(told) == sweep.tasks
     assert set(told.values()) == {"no worker process stays alive; --resume tries again"}
 
 
 def test_bad_executors_are_refused(tmp_path):
     for call, message in (
-        (lambda: cluster.local(0), "workers must be at least 1, got 0"),
-        (lambda: cluster.slurm(0), "--slurm needs --workers"),
+        (lambda: executors.local(0), "workers must be at least 1, got 0"),
+        (lambda: executors.slurm(0), "--slurm needs --workers"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(ValueError, match="no Dask scheduler answers at nonsense://1"):
-        run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr", executor=cluster.remote("nonsense://1"))
+        run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr", executor=executors.remote("nonsense://1"))
     assert "scheduler" not in dask.config.config  # Dask is as it was
 
 
-def test_one_worker_per_gpu(monkeypatch):
-    assert cluster.worker_environments(2, []) == [SETTINGS, SETTINGS]
-    assert cluster.worker_environments(3, ["0"]) == [SETTINGS] * 3
-    found = cluster.worker_environments(3, ["0", "1", "2", "3"])
-    assert found == [SETTINGS | {"CUDA_VISIBLE_DEVICES": device} for device in "012"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    assert cluster.gpus() == ["4", "5"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert cluster.gpus() == []
+@pytest.mark.parametrize(
+    ("visible", "workers", "seen"),
+    [("", 2, [None] * 2), ("0", 3, [None] * 3), ("4,5,6", 2, ["4", "5"]), ("4,5", 3, ["4", "5"])],
+)
+def test_one_worker_per_gpu(monkeypatch, visible, workers, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = executors._worker_environments(workers)
+    assert [worker.pop("CUDA_VISIBLE_DEVICES", None) for worker in map(dict, found)] == seen
+    assert all(SETTINGS.items() <= worker.items() for worker in found)
 
 
 SBATCH = """#!/bin/sh
@@ -203,7 +188,7 @@ echo "Submitted batch job $!"
 
 
 @pytest.mark.slow
-def test_slurm_jobs(tmp_path, monkeypatch):
+def test_slurm_jobs(tmp_path, monkeypatch, like_a_worker):
     """Against commands of the names that Slurm has, which run the job scripts here."""
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -213,7 +198,9 @@ def test_slurm_jobs(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
-    sweep = sweep_over(NOISE, AXES, seeds=4, chunk=2)
+    for name in ("figures.py", "linfit.py", "sims.py", "theory.py"):  # of the user, where the jobs start
+        (tmp_path / name).write_text("raise ImportError('in the place of ours')")
+    sweep = sweep_over(BY_PATH, AXES, seeds=4, chunk=2)
 
     class Cancel(Watcher):
         """Ends the first job after its first task, as a time limit would."""
@@ -225,19 +212,11 @@ def test_slurm_jobs(tmp_path, monkeypatch):
                     os.killpg(int(jobs[0]), signal.SIGKILL)
 
     with dask.config.set({"distributed.deploy.lost-worker-timeout": "1 s"}):
-        outcome = run(sweep, tmp_path / "a.zarr", executor=cluster.slurm(1), watcher=Cancel())
+        outcome = run(sweep, tmp_path / "a.zarr", executor=executors.slurm(1), watcher=Cancel())
     assert (outcome.tasks, outcome.left) == (6, 0)
     assert len((tmp_path / "jobs").read_text().split()) == 2  # another one was submitted in its place
-    run(sweep, tmp_path / "b.zarr", executor=alike)
+    run(sweep, tmp_path / "b.zarr")
     assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
     script = (tmp_path / "script").read_text()
-    assert "#SBATCH" in script
-    assert "export OPENBLAS_NUM_THREADS=1" in script
-    assert "--nthreads 1" in script
-
-
-def alike(sweep, tasks):
-    """In this process, which the store would refuse: eigenvalues of 50 × 50 do not depend on threads."""
-    for task in tasks:
-        result = measure(sweep, task)
-        yield task, result._replace(environment=result.environment | SETTINGS)
+    for line in ("#SBATCH", "export OPENBLAS_NUM_THREADS=1", "--nthreads 1"):
+        assert line in script

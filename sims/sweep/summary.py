@@ -8,50 +8,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich import progress as bars
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
-from sims.store import DONE, FAILED, MISSING, read, read_attributes, read_sweep
-from sims.sweep import Failure, Outcome, Sweep, Watcher
+from sims.sweep.driver import Failure, Outcome, Watcher
+from sims.sweep.plan import Sweep
+from sims.sweep.store import DONE, FAILED, MISSING, Store, read, read_attributes, read_sweep
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from sims.store import Store
+__all__ = ["Progress", "best_points", "print_outcome", "print_plan", "show"]
 
 SHOWN_FAILURES = 10
 """Failures told one by one; the rest are counted."""
 
 
-def size(count: float) -> str:
-    """Bytes in words.
-
-    >>> size(123), size(4.6e9)
-    ('123 bytes', '4.6 GB')
-    """
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.0f} bytes"
-
-
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """A time in words.
 
-    >>> duration(0.25), duration(100), duration(4000), duration(200_000)
+    >>> _duration(0.25), _duration(100), _duration(4000), _duration(200_000)
     ('0.25 s', '1 min 40 s', '1 h 6 min', '2 d 7 h')
     """
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
     for large, one, small, other in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= large:
             return f"{int(seconds // large)} {one} {int(seconds % large // small)} {other}"
-    raise AssertionError
+    return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
 
 
-def axis_text(values: np.ndarray) -> str:
+def _axis_text(values: np.ndarray) -> str:
     """Values of an axis in brief.
 
-    >>> axis_text(np.array(3)), axis_text(np.linspace(0, 1, 11))
+    >>> _axis_text(np.array(3)), _axis_text(np.linspace(0, 1, 11))
     ('3', '11 values from 0 to 1')
     """
     items = [f"{value:.6g}" if values.dtype.kind == "f" else str(value) for value in np.atleast_1d(values)]
@@ -62,30 +50,25 @@ def axis_text(values: np.ndarray) -> str:
     return f"{len(items)} values from {values.min():.6g} to {values.max():.6g}"
 
 
-def print_axes(console: Console, sweep: Sweep) -> None:
+def _print_axes(console: Console, sweep: Sweep) -> None:
     """A table of parameters: values, units, and how the kernel takes them."""
     table = Table("parameter", "values", "units", "", title=f"{sweep.experiment.name} × {sweep.seeds} replicates")
     for name, values in sweep.parameters.items():
-        if name in sweep.design:
-            how = "Sobol design"
-        elif values.ndim == 0:
-            how = "held"
-        else:
-            how = "batched" if name in sweep.batched_dims else "tasks"
-        parameter = sweep.experiment.parameters[name]
-        units = "" if parameter.units == "1" else parameter.units
-        table.add_row(name, axis_text(values), units, how, style="dim" if how == "held" else None)
+        along = "batched" if name in sweep.batched_dims else "tasks"
+        how = "Sobol design" if name in sweep.design else along if values.ndim else "held"
+        unit, style = sweep.experiment.parameters[name].unit, "dim" if how == "held" else None
+        table.add_row(name, _axis_text(values), "" if unit == "1" else unit, how, style=style)
     console.print(table)
 
 
 def print_plan(console: Console, sweep: Sweep, path: Path, done: int = 0) -> None:
     """What will be computed, before it is."""
-    print_axes(console, sweep)
+    _print_axes(console, sweep)
     cells, tasks = math.prod(sweep.task_dims.values()), len(sweep.tasks)
     named = "cell" if cells == 1 else "cells"
     console.print(
         f"{tasks} tasks ({cells} {named} × {sweep.seeds} replicates, up to {sweep.chunk} in a task), {done} of them "
-        f"done; {size(sweep.bytes)} before compression, into {path}",
+        f"done; {decimal(sweep.bytes)} before compression, into {path}",
         highlight=False,
         soft_wrap=True,
     )
@@ -118,7 +101,7 @@ class Progress(Watcher):
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def started(self, total: int, done: int, store: "Store") -> None:
+    def started(self, total: int, done: int, store: Store) -> None:
         """The plan, and the bar."""
         print_plan(self.console, self.sweep, self.path, done)
         self.left = total - done
@@ -130,31 +113,25 @@ class Progress(Watcher):
         if self.count == 1 and self.left > 1:
             usual = float(seconds.min()) * len(seconds)  # the first replicate of all also compiles
             rest = usual * (self.left - 1) / self.workers
-            workers = "" if self.workers == 1 else f" on {self.workers} workers"
-            self._say(
-                f"the first task took {duration(float(seconds.sum()))}; about {duration(rest)} for the others{workers}"
-            )
-        self.bar.update(self.task, completed=self.count)
+            others = "the others" if self.workers == 1 else f"the others on {self.workers} workers"
+            self._say(f"the first task took {_duration(float(seconds.sum()))}; about {_duration(rest)} for {others}")
         speed = self.bar.tasks[0].speed or 0
-        rate = f"{speed:.3g} tasks/s" if speed >= 1 else f"{duration(1 / speed)} a task" if speed else ""
-        self.bar.update(self.task, rate=rate)
+        rate = f"{speed:.3g} tasks/s" if speed >= 1 else f"{_duration(1 / speed)} a task" if speed else ""
+        self.bar.update(self.task, completed=self.count, rate=rate)
         tenth = 10 * self.count // self.left
         if not self.console.is_terminal and tenth > self.told and self.left >= 10:
             self.told = tenth
             elapsed = self.bar.tasks[0].elapsed or 0.0
             rest = elapsed * (self.left / self.count - 1)
-            self._say(f"{self.count} of {self.left} tasks in {duration(elapsed)}; {duration(rest)} left")
+            self._say(f"{self.count} of {self.left} tasks in {_duration(elapsed)}; {_duration(rest)} left")
         for failure in failures:
-            self._fail(failure)
+            self.lost(failure)
 
     def lost(self, failure: Failure) -> None:
-        """A task whose workers died."""
-        self._fail(failure)
-
-    def _fail(self, failure: Failure) -> None:
+        """A task whose workers died, or a replicate that failed."""
         self.failures += 1
         if self.failures <= SHOWN_FAILURES:
-            self._say(f"failed: {failure_text(failure)}", style="red")
+            self._say(f"failed: {_failure_text(failure)}", style="red")
         elif self.failures == SHOWN_FAILURES + 1:
             self._say("more failures are not shown here, but recorded: linfit sweep show STORE")
 
@@ -162,7 +139,7 @@ class Progress(Watcher):
         self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
-def failure_text(failure: Failure) -> str:
+def _failure_text(failure: Failure) -> str:
     """One line."""
     place = ", ".join(f"{name} = {value}" for name, value in failure.where.items())
     return f"{place}: {failure.message.splitlines()[0] if failure.message else ''}"
@@ -170,15 +147,12 @@ def failure_text(failure: Failure) -> str:
 
 def print_outcome(outcome: Outcome, path: Path) -> None:
     """What a run did, in a line."""
-    text = f"{outcome.tasks} tasks in {duration(outcome.seconds)} into {path}"
+    text = f"{outcome.tasks} tasks in {_duration(outcome.seconds)} into {path}"
     if outcome.failed:
         text += f"; {outcome.failed} replicates failed"
     if outcome.left:
         text += f"; {outcome.left} tasks are still missing"
     print(text)
-
-
-# ---------------------------------------------------------------------------------------------------------------- show
 
 
 def best_points(sweep: Sweep, data: "xr.Dataset") -> dict[str, dict[str, Any]]:
@@ -195,29 +169,27 @@ def best_points(sweep: Sweep, data: "xr.Dataset") -> dict[str, dict[str, Any]]:
         found[name] = {
             "value": float(point[name]),
             "standard_error": float(point[f"{name}_error"]),
-            "units": output.units,
+            "units": output.unit,
             "at": {axis: point.coords[axis].item() for axis in axes},
         }
     return found
 
 
-def summary(path: Path) -> dict[str, Any]:
+def _summary(path: Path) -> dict[str, Any]:
     """A store in plain JSON values."""
     sweep, data, attributes = read_sweep(path), read(path), read_attributes(path)
     status, seconds = data["status"].values, data["seconds"].values
-    failed = np.argwhere(status == FAILED)
+    places = [tuple(place) for place in np.argwhere(status == FAILED).tolist()]
     messages = data["message"].values
-    failures = []
-    for place in failed[:SHOWN_FAILURES]:
-        arguments = sweep.arguments(tuple(int(index) for index in place[:-1]))
-        names = [*sweep.design, *(dim for dim in sweep.task_dims if dim != "point")]
-        cell = {name: np.asarray(arguments[name]).item() for name in names}
-        failures.append({"where": cell | {"replicate": int(place[-1])}, "message": str(messages[tuple(place)])})
+    failures = [
+        {"where": sweep.where(place[:-1], place[-1]), "message": str(messages[place])}
+        for place in places[:SHOWN_FAILURES]
+    ]
     return {
         "store": str(path),
         "configuration": sweep.configuration,
         "replicates_done": int((status == DONE).sum()),
-        "replicates_failed": len(failed),
+        "replicates_failed": len(places),
         "replicates_missing": int((status == MISSING).sum()),
         "share_done": float((status == DONE).mean()),
         "kernel_seconds": float(np.nansum(seconds)),
@@ -232,17 +204,17 @@ def summary(path: Path) -> dict[str, Any]:
 
 def show(path: Path, json: bool) -> None:
     """Print a summary of a store."""
-    found = summary(path)
+    found = _summary(path)
     if json:
         print(json_format.dumps(_finite(found), indent=2, ensure_ascii=False))
         return
     console = Console(width=None if Console().is_terminal else 160)
-    print_axes(console, read_sweep(path))
+    _print_axes(console, read_sweep(path))
     version = found["versions"]["linfit"] + (f", revision {found['revision']}" if found["revision"] else "")
     done, failed, missing = (found[f"replicates_{name}"] for name in ("done", "failed", "missing"))
     console.print(
         f"{found['share_done']:.1%} of {done + failed + missing} replicates done, {failed} failed, {missing} missing; "
-        f"{duration(found['kernel_seconds'])} in kernels, {duration(found['wall_time'])} in all, on "
+        f"{_duration(found['kernel_seconds'])} in kernels, {_duration(found['wall_time'])} in all, on "
         f"{found['device'] or '–'}; linfit {version}; seed {found['configuration']['seed']}",
         highlight=False,
         soft_wrap=True,
@@ -254,7 +226,7 @@ def show(path: Path, json: bool) -> None:
             table.add_row(name, f"{best['value']:.6g} ± {best['standard_error']:.2g}", best["units"], where)
         console.print(table)
     for failure in found["failures"]:
-        text = failure_text(Failure(failure["where"], failure["message"]))
+        text = _failure_text(Failure(failure["where"], failure["message"]))
         console.print(f"failed: {text}", style="red", highlight=False, soft_wrap=True, markup=False)
     if found["replicates_failed"] > SHOWN_FAILURES:
         console.print(f"and {found['replicates_failed'] - SHOWN_FAILURES} more, in the store's `message`")

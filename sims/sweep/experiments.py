@@ -3,35 +3,39 @@
 A kernel is a pure function (key, parameters) → named arrays. Parameters that one factorisation serves (τ, λ, t, σ) are
 *batched*: the kernel gets all their values at once, as float arrays, and its outputs vary along them. Every other
 parameter is a plain number or word, and a value of its own means another call. Importing this module loads neither
-JAX nor numpy.
+JAX nor numpy: the command line makes its options of the descriptions.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from sims.parameters import (
+    ALIGNMENT,
+    DECAY,
+    LAW,
+    NOISE_STD,
+    PENALTY,
+    PRETRAIN_RISK,
+    RISK,
+    TAU,
+    TIME,
+    N,
+    P,
+    Parameter,
+)
 
 if TYPE_CHECKING:
     from jax import Array
 
     from linfit import TwoTaskProblem
 
-RISK = "squared units of y"
-
-SETTINGS = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "NPROC"), "1") | {
-    "JAX_ENABLE_X64": "1"
-}
-"""Environment of every process that runs a kernel: one thread, so that no bit depends on a split; double precision."""
-
-
-class Parameter(NamedTuple):
-    """What an experiment takes; the type of `default` (int, float, str) is the type of its values."""
-
-    default: int | float | str
-    help: str
-    units: str = "1"
-    batched: bool = False
-    """Whether the kernel gets all values at once."""
+__all__ = ["EXPERIMENTS", "Experiment", "Output", "find_experiment"]
 
 
 class Output(NamedTuple):
@@ -40,55 +44,47 @@ class Output(NamedTuple):
     dims: tuple[str, ...]
     """The batched parameters along which it varies, in the order of its axes."""
     help: str
-    units: str = "1"
+    unit: str = "1"
     best: Literal["least", "largest"] | None = None
     """Which end is good, where one is."""
 
 
 class Experiment(NamedTuple):
-    """A pure function (key, parameters) → {name: array}, and the description of both sides."""
+    """A pure function (key, parameters) → {name: array}, and the description of both sides.
+
+    >>> from sims.parameters import Parameter
+    >>> from sims.sweep import Experiment, Output, run, sweep_over
+    >>> def measure(key, parameters):
+    ...     return {"square": parameters["x"] ** 2}
+    >>> takes, gives = {"x": Parameter("a number", 1.0, batched=True)}, {"square": Output(("x",), "its square")}
+    >>> sweep_over(Experiment("mine.py:SQUARES", "Squares", measure, takes, gives), {"x": "0:1:11"}).batched_dims
+    {'x': 11}
+    """
 
     name: str
-    """In `EXPERIMENTS`, or "module:attribute" where it is defined elsewhere."""
+    """In `EXPERIMENTS`, or where `find_experiment` finds it, so that a store can be resumed."""
     help: str
     measure: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
     """A function that can be imported by its name: worker processes look it up."""
     parameters: dict[str, Parameter]
+    """The type of a default (int, float, str) is that of the values."""
     outputs: dict[str, Output]
     randomness: Literal["jax", "numpy"] = "jax"
     """What the key of replicate i is: jax.random.fold_in(key(seed), i), or numpy's SeedSequence([seed, i])."""
 
 
-_N = Parameter(100, "fine-tuning samples n")
-_P = Parameter(1000, "features p")
-_DECAY = Parameter(1.0, "decay of the spectrum, Σ = diag(j^−decay)")
-_ALIGNMENT = Parameter(0.0, "alignment of the shift, Ω ∝ Σ^alignment with tr ΩΣ = 1; −1 tail, +1 head")
-_PRETRAIN_RISK = Parameter(0.1, "risk of the pretrained weights on their own task", RISK)
-_LAW = Parameter("gaussian", "law of the design's coordinates: gaussian, rademacher, uniform or student")
-_BED = {
-    "n": _N,
-    "p": _P,
-    "decay": _DECAY,
-    "alignment": _ALIGNMENT,
-    "pretrain_risk": _PRETRAIN_RISK,
-    "law": _LAW,
-}
+_BED = {"n": N, "p": P, "decay": DECAY, "alignment": ALIGNMENT, "pretrain_risk": PRETRAIN_RISK, "law": LAW}
 """What `_problem` and its design are made of."""
-_PENALTY = Parameter(0.01, "ridge penalty λ", "units of the eigenvalues", batched=True)
-_TIME = Parameter(100.0, "time t of gradient flow", "1 / units of the eigenvalues", batched=True)
-_TAU = Parameter(1.0, "ensemble coefficient τ; 0 is the pretrained model", batched=True)
-_NOISE = Parameter(0.5, "standard deviation σ of the label noise", "units of y", batched=True)
+_NOISE_STD, _PENALTY, _TIME, _TAU = (one._replace(batched=True) for one in (NOISE_STD, PENALTY, TIME, TAU))
 
 
-def _problem(parameters: Mapping[str, Any], **options: Any) -> "TwoTaskProblem":
+def _problem(parameters: Mapping[str, Any], noise_std: Any = 0.0) -> "TwoTaskProblem":
     """The test bed of the figures (`linfit.aligned_problem`)."""
     from linfit import aligned_problem, spectra
 
-    given = {name: parameters[name] for name in ("decay", "alignment", "pretrain_risk")}
-    return aligned_problem(spectra.power_law(parameters["p"]), **given, **options)
-
-
-# ------------------------------------------------------------------------------------------------ overadaptation
+    spectrum = spectra.power_law(parameters["p"], parameters["decay"])
+    given = {name: parameters[name] for name in ("alignment", "pretrain_risk")}
+    return aligned_problem(spectrum, noise_std=noise_std, **given)
 
 
 def measure_overadaptation(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Array]":
@@ -97,12 +93,9 @@ def measure_overadaptation(key: "Array", parameters: Mapping[str, Any]) -> "dict
 
     problem = _problem(parameters)
     X = sample_design(key, problem.finetune_covariance, parameters["n"], parameters["law"])
-    forms = risk_forms(X, problem)
-    ridge, flow = Ridge(parameters["penalty"]), GradientFlow(parameters["time"])
-    along_ridge, along_flow = (
-        _along()(forms, filter, parameters["tau"], parameters["noise"]) for filter in (ridge, flow)
-    )
-    return along_ridge | {f"{name}_stopped": values for name, values in along_flow.items()}
+    forms, filters = risk_forms(X, problem), (Ridge(parameters["penalty"]), GradientFlow(parameters["time"]))
+    ridge, flow = (_along()(forms, filter, parameters["tau"], parameters["noise_std"]) for filter in filters)
+    return ridge | {f"{name}_stopped": values for name, values in flow.items()}
 
 
 @cache
@@ -112,14 +105,14 @@ def _along() -> "Callable[..., dict[str, Array]]":
 
     @jax.jit
     @partial(jax.vmap, in_axes=(None, None, None, 0))
-    def along(forms: Any, filter: Any, tau: "Array", noise: "Array") -> "dict[str, Array]":
-        finetune, pretrain = (form.with_noise_std(noise) for form in forms)
-        risk = finetune(filter, tau[:, None])
+    def along(forms: Any, filter: Any, tau: "Array", noise_std: "Array") -> "dict[str, Array]":
+        parabolas = forms.map(lambda form: form.with_noise_std(noise_std).along(filter))
+        finetune, pretrain = parabolas.map(lambda parabola: parabola(tau[:, None]))
         return {
-            "finetune": risk.total.T,
-            "finetune_bias": risk.bias.T,
-            "pretrain": pretrain(filter, tau[:, None]).total.T,
-            "best_tau": finetune.optimal_tau(filter),
+            "finetune": finetune.total.T,
+            "finetune_bias": finetune.bias.T,
+            "pretrain": pretrain.total.T,
+            "best_tau": parabolas.finetune.optimal_tau,
         }
 
     return along
@@ -129,26 +122,18 @@ OVERADAPTATION = Experiment(
     "overadaptation",
     "Exact risk of fine-tuning and averaging on random designs: ridge and early stopping, both domains.",
     measure_overadaptation,
+    {**_BED, "noise_std": _NOISE_STD, "penalty": _PENALTY, "time": _TIME, "tau": _TAU},
     {
-        **_BED,
-        "noise": _NOISE,
-        "penalty": _PENALTY,
-        "time": _TIME,
-        "tau": _TAU,
-    },
-    {
-        "finetune": Output(("noise", "penalty", "tau"), "fine-tuning risk of ridge", RISK, "least"),
-        "finetune_bias": Output(("noise", "penalty", "tau"), "its squared bias", RISK),
-        "pretrain": Output(("noise", "penalty", "tau"), "pretraining risk of ridge", RISK, "least"),
-        "best_tau": Output(("noise", "penalty"), "the τ of least fine-tuning risk"),
-        "finetune_stopped": Output(("noise", "time", "tau"), "fine-tuning risk of gradient flow", RISK, "least"),
-        "finetune_bias_stopped": Output(("noise", "time", "tau"), "its squared bias", RISK),
-        "pretrain_stopped": Output(("noise", "time", "tau"), "pretraining risk of gradient flow", RISK, "least"),
-        "best_tau_stopped": Output(("noise", "time"), "the τ of least fine-tuning risk of gradient flow"),
+        "finetune": Output(("noise_std", "penalty", "tau"), "fine-tuning risk of ridge", RISK, "least"),
+        "finetune_bias": Output(("noise_std", "penalty", "tau"), "its squared bias", RISK),
+        "pretrain": Output(("noise_std", "penalty", "tau"), "pretraining risk of ridge", RISK, "least"),
+        "best_tau": Output(("noise_std", "penalty"), "the τ of least fine-tuning risk"),
+        "finetune_stopped": Output(("noise_std", "time", "tau"), "fine-tuning risk of gradient flow", RISK, "least"),
+        "finetune_bias_stopped": Output(("noise_std", "time", "tau"), "its squared bias", RISK),
+        "pretrain_stopped": Output(("noise_std", "time", "tau"), "pretraining risk of gradient flow", RISK, "least"),
+        "best_tau_stopped": Output(("noise_std", "time"), "the τ of least fine-tuning risk of gradient flow"),
     },
 )
-
-# --------------------------------------------------------------------------------------------------- equivalents
 
 
 def measure_equivalents(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Array]":
@@ -156,42 +141,28 @@ def measure_equivalents(key: "Array", parameters: Mapping[str, Any]) -> "dict[st
     import jax.numpy as jnp
 
     from linfit import Ridge, risk_forms, sample_design
-    from theory.equivalents import risk
+    from theory.equivalents import along
 
-    filter, tau = Ridge(parameters["penalty"]), parameters["tau"][:, None]
-    problem = _problem(parameters)
+    filter, problem = Ridge(parameters["penalty"]), _problem(parameters)
     X = sample_design(key, problem.finetune_covariance, parameters["n"], parameters["law"])
-    forms = risk_forms(X, problem)
-    measured, predicted = [], []
-    for noise in parameters["noise"]:
-        problem = _problem(parameters, noise_variance=noise**2)
-        measured.append([form.with_noise_std(noise)(filter, tau).total.mT for form in forms])
-        predicted.append([prediction.total.mT for prediction in risk(problem, parameters["n"], filter, tau)])
-    (finetune, pretrain), (finetune_predicted, pretrain_predicted) = (
-        [jnp.stack(column) for column in zip(*rows, strict=True)] for rows in (measured, predicted)
-    )
-    return {
-        "finetune": finetune,
-        "finetune_predicted": finetune_predicted,
-        "finetune_gap": finetune / finetune_predicted - 1,
-        "pretrain": pretrain,
-        "pretrain_predicted": pretrain_predicted,
-        "pretrain_gap": pretrain / pretrain_predicted - 1,
-    }
+    forms, rows = risk_forms(X, problem), []
+    for noise_std in parameters["noise_std"]:
+        measured = [form.with_noise_std(noise_std).along(filter) for form in forms]
+        predicted = along(_problem(parameters, noise_std), parameters["n"], filter)
+        rows.append([parabola(parameters["tau"][:, None]).total.mT for parabola in (*measured, *predicted)])
+    names = ("finetune", "pretrain", "finetune_predicted", "pretrain_predicted")
+    found = {name: jnp.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    gaps = {f"{name}_gap": found[name] / found[f"{name}_predicted"] - 1 for name in ("finetune", "pretrain")}
+    return found | gaps
 
 
-_ALONG_RIDGE = ("noise", "penalty", "tau")
+_ALONG_RIDGE = ("noise_std", "penalty", "tau")
 
 EQUIVALENTS = Experiment(
     "equivalents",
     "Exact ridge risk on random designs beside its prediction without sampling.",
     measure_equivalents,
-    {
-        **_BED,
-        "noise": _NOISE,
-        "penalty": _PENALTY,
-        "tau": _TAU,
-    },
+    {**_BED, "noise_std": _NOISE_STD, "penalty": _PENALTY, "tau": _TAU},
     {
         "finetune": Output(_ALONG_RIDGE, "fine-tuning risk of ridge", RISK, "least"),
         "finetune_predicted": Output(_ALONG_RIDGE, "its deterministic equivalent, the same for all replicates", RISK),
@@ -201,8 +172,6 @@ EQUIVALENTS = Experiment(
         "pretrain_gap": Output(_ALONG_RIDGE, "relative gap between the two"),
     },
 )
-
-# -------------------------------------------------------------------------------------------------- overtraining
 
 
 def measure_overtraining(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Array]":
@@ -238,15 +207,15 @@ OVERTRAINING = Experiment(
     "Two-layer linear networks along pretraining: perturbed by Gaussian noise, and fine-tuned to a rotated task.",
     measure_overtraining,
     {
-        "size": Parameter(16, "rows, columns and hidden units of the network"),
-        "exponent": Parameter(1.0, "decay of the target's singular values, a_i = i^−exponent"),
-        "initial": Parameter(0.01, "singular values at the start"),
-        "step_size": Parameter(0.1, "step size of pretraining and fine-tuning", "time"),
-        "angle": Parameter(0.5, "rotation between the pretraining and the fine-tuning task", "radians"),
-        "penalty": Parameter(0.0, "pull towards the pretrained weights, (μ/2)‖θ − θ_pre‖²"),
-        "finetune_steps": Parameter(100, "gradient steps of fine-tuning"),
-        "time": Parameter(50.0, "pretraining time, step size × steps", "time", batched=True),
-        "gamma": Parameter(0.1, "standard deviation of the noise on every weight", batched=True),
+        "size": Parameter("rows, columns and hidden units of the network", 16),
+        "exponent": Parameter("decay of the target's singular values, a_i = i^−exponent", 1.0),
+        "initial": Parameter("singular values at the start", 0.01),
+        "step_size": Parameter("step size of pretraining and fine-tuning", 0.1, unit="time"),
+        "angle": Parameter("rotation between the pretraining and the fine-tuning task", 0.5, unit="radians"),
+        "penalty": Parameter("pull towards the pretrained weights, (μ/2)‖θ − θ_pre‖²", 0.0),
+        "finetune_steps": Parameter("gradient steps of fine-tuning", 100),
+        "time": Parameter("pretraining time, step size × steps", 50.0, unit="time", batched=True),
+        "gamma": Parameter("standard deviation of the noise on every weight", 0.1, batched=True),
     },
     {
         "loss": Output(("time",), "pretraining loss ½‖W − A‖²", _LOSS, "least"),
@@ -256,23 +225,20 @@ OVERTRAINING = Experiment(
     },
 )
 
-# ---------------------------------------------------------------------------------------------------------- FLOW
-
 
 def measure_flow(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Array]":
     """Weighted fine-tuning of one draw of design, shift and noise: exact risks along the tilt, t and τ (docs, §4)."""
     import jax.numpy as jnp
 
-    from linfit import GradientFlow
+    from linfit import GradientFlow, Parabola
 
-    problem = _problem(parameters, noise_variance=parameters["noise"] ** 2)
+    problem = _problem(parameters, parameters["noise_std"])
     run = _weighted(tuple(map(float, parameters["tilt"])), parameters["n"], parameters["law"], parameters["deviation"])
-    found = run(key, problem, GradientFlow(parameters["time"]))
-    constant, slope, curvature = (found[name][0, ..., None] for name in ("constant", "slope", "curvature"))
-    tau = jnp.asarray(parameters["tau"])
-    risks = jnp.moveaxis(constant[..., None, :] - 2 * tau * slope + tau**2 * curvature, 1, 0)
-    finetune, pretrain, hardest = risks
-    shares = {"share": found["share"][0], "step": found["step"][0]}
+    found = {name: values[0] for name, values in run(key, problem, GradientFlow(parameters["time"])).items()}
+    slope, curvature = found["slope"][..., None], found["curvature"][..., None]
+    along = Parabola(found["constant"][..., None, None], slope, curvature, jnp.zeros(()))
+    finetune, pretrain, hardest = jnp.moveaxis(along(parameters["tau"]).total, 1, 0)
+    shares = {"share": found["share"], "step": found["step"]}
     return {"finetune": finetune, "pretrain": pretrain, "hardest": hardest} | shares
 
 
@@ -295,10 +261,10 @@ FLOW = Experiment(
     measure_flow,
     {
         **_BED,
-        "deviation": Parameter("gaussian", "what keeps y from being linear in x: gaussian, outliers or misfit"),
-        "noise": _NOISE._replace(batched=False),
+        "deviation": Parameter("what keeps y from being linear in x: gaussian, outliers or misfit", "gaussian"),
+        "noise_std": NOISE_STD,
         "tilt": Parameter(
-            1.0, "tilt c of the weights exp(−c·loss/median); 1 is FLOW, 0 unweighted, < 0 robust", batched=True
+            "tilt c of the weights exp(−c·loss/median); 1 is FLOW, 0 unweighted, < 0 robust", 1.0, batched=True
         ),
         "time": _TIME,
         "tau": _TAU,
@@ -312,8 +278,6 @@ FLOW = Experiment(
     },
 )
 
-# ---------------------------------------------------------------------------------------------------------- S3FT
-
 
 def measure_s3ft(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Array]":
     """S3FT by ridge on one draw of the shift, the design, the noise and all answers (docs, §5)."""
@@ -322,21 +286,21 @@ def measure_s3ft(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Arra
 
     from sims.s3ft import Procedure, content_and_style_problem
 
-    problem_key, design_key, draw_key = jax.random.split(key, 3)
+    problem_key, design_key, sample_key = jax.random.split(key, 3)
     names = ("decay", "alignment", "content_signal", "style_signal")
     problem = content_and_style_problem(
         problem_key,
         parameters["p"],
         parameters["content_rank"],
         parameters["style_dimension"],
-        noise_variance=parameters["noise"] ** 2,
+        noise_variance=parameters["noise_std"] ** 2,
         **{name: parameters[name] for name in names},
     )
     axes = [parameters[name] for name in _PROCEDURE]
     settings = [jnp.ravel(values) for values in jnp.meshgrid(*axes, indexing="ij")]
     procedure = Procedure(**dict(zip(_PROCEDURE, settings, strict=True)))
     run = _self_supervised(parameters["n"], parameters["law"])
-    found = run(design_key, draw_key, problem, procedure, jnp.asarray(parameters["penalty"]))
+    found = run(design_key, sample_key, problem, procedure, jnp.asarray(parameters["penalty"]))
     shape = [len(values) for values in axes]
     shares = {name: found[name][0].reshape(shape) for name in ("own", "paraphrase", "gold")}
     return shares | {name: values.reshape(-1, *shape) for name, values in found.items() if name not in shares}
@@ -351,9 +315,9 @@ def _self_supervised(n: int, law: str) -> "Callable[..., dict[str, Array]]":
     from sims.s3ft import measure_once
 
     @jax.jit
-    def run(design_key: "Array", draw_key: "Array", problem: Any, procedure: Any, penalty: "Array") -> Any:
+    def run(design_key: "Array", sample_key: "Array", problem: Any, procedure: Any, penalty: "Array") -> Any:
         X = sample_design(design_key, problem.finetune_covariance, n, law)
-        return jax.lax.map(lambda one: measure_once(draw_key, X, problem, procedure, Ridge(one)), penalty)
+        return jax.lax.map(lambda one: measure_once(sample_key, X, problem, procedure, Ridge(one)), penalty)
 
     return run
 
@@ -366,22 +330,18 @@ S3FT = Experiment(
     "Selective self-supervised fine-tuning on answers with content and style; tolerance 0 without paraphrases is SFT.",
     measure_s3ft,
     {
-        "n": _N,
-        "p": _P,
-        "decay": _DECAY,
-        "alignment": _ALIGNMENT,
-        "law": _LAW,
-        "content_rank": Parameter(2, "outputs that are content"),
-        "style_dimension": Parameter(2, "outputs that are style"),
-        "content_signal": Parameter(1.0, "variance of the shift in each content output", RISK),
-        "style_signal": Parameter(1.0, "variance of the shift in each style output", RISK),
-        "noise": Parameter(0.5, "standard deviation of the noise in the content of gold answers", "units of y"),
+        **{name: _BED[name] for name in ("n", "p", "decay", "alignment", "law")},
+        "content_rank": Parameter("outputs that are content", 2),
+        "style_dimension": Parameter("outputs that are style", 2),
+        "content_signal": Parameter("variance of the shift in each content output", 1.0, unit=RISK),
+        "style_signal": Parameter("variance of the shift in each style output", 1.0, unit=RISK),
+        "noise_std": NOISE_STD._replace(help="standard deviation of the noise in the content of gold answers"),
         "penalty": _PENALTY,
-        "tolerance": Parameter(1.0, "miss in content up to which the judge accepts", "units of y", batched=True),
-        "paraphrase_success": Parameter(1.0, "probability that gold can be paraphrased", batched=True),
-        "false_accept": Parameter(0.0, "probability that the judge accepts a wrong answer", batched=True),
-        "false_reject": Parameter(0.0, "probability that the judge rejects a right answer", batched=True),
-        "sampling_std": Parameter(0.0, "standard deviation of own answers", "units of y", batched=True),
+        "tolerance": Parameter("miss in content up to which the judge accepts", 1.0, unit="units of y", batched=True),
+        "paraphrase_success": Parameter("probability that gold can be paraphrased", 1.0, batched=True),
+        "false_accept": Parameter("probability that the judge accepts a wrong answer", 0.0, batched=True),
+        "false_reject": Parameter("probability that the judge rejects a right answer", 0.0, batched=True),
+        "sampling_std": Parameter("standard deviation of own answers", 0.0, unit="units of y", batched=True),
     },
     {
         "own": Output(_PROCEDURE, "share of own answers among the targets"),
@@ -395,28 +355,58 @@ S3FT = Experiment(
     },
 )
 
-# -------------------------------------------------------------------------------------------------------- by name
-
 EXPERIMENTS = {experiment.name: experiment for experiment in (OVERADAPTATION, EQUIVALENTS, OVERTRAINING, FLOW, S3FT)}
 """What `linfit sweep NAME` can run."""
 
 
 def find_experiment(name: str) -> Experiment:
-    """The experiment of `EXPERIMENTS` of that name, or the one at "module:attribute"; ValueError if there is none.
+    """The experiment of that name in `EXPERIMENTS`, or one of a user's own; ValueError if there is none.
 
-    >>> find_experiment("sims.experiments:OVERADAPTATION").name
-    'overadaptation'
+    "path/to/file.py:NAME" is the attribute NAME of that file. "module:NAME" is that of an installed module, or, where
+    no installed one has that name, of ./module.py. A file is loaded by its path: no folder is added to `sys.path`, so
+    what lies beside it neither shadows a package nor can be imported by it.
+
+    >>> from sims.sweep.experiments import find_experiment
+    >>> find_experiment("sims.sweep.experiments:OVERADAPTATION").help[:10]
+    'Exact risk'
     """
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
-    module, separator, attribute = name.partition(":")
-    known = f"one of {', '.join(EXPERIMENTS)}, or module:attribute"
-    if not separator:
+    place, _, attribute = name.rpartition(":")
+    known = f"one of {', '.join(EXPERIMENTS)}, or file.py:NAME, or module:NAME"
+    if not place:
         raise ValueError(f"experiment must be {known}; got {name!r}")
     try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(load_file(place) if place.endswith(".py") else _load_module(place), attribute)
+    except (ImportError, AttributeError, OSError) as error:
         raise ValueError(f"experiment must be {known}; {name!r} cannot be imported: {error}") from None
     if not isinstance(found, Experiment):
         raise ValueError(f"experiment must be {known}; {name!r} is of type {type(found).__name__}")
-    return found
+    return found._replace(name=f"{Path(place).resolve()}:{attribute}" if place.endswith(".py") else name)
+
+
+def _load_module(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        file = Path(*name.split(".")).with_suffix(".py")
+        if not (file.exists() and f"{name}.".startswith(f"{error.name}.")):  # else it is there, but lacks a package
+            raise
+        return load_file(file)
+
+
+def load_file(path: Path | str) -> ModuleType:
+    """The module in a file, under a name made of its absolute path, without dots, so that it can be pickled."""
+    path = Path(path).resolve()
+    name = str(path).replace("%", "%25").replace(".", "%2E")
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

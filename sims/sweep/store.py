@@ -12,10 +12,8 @@ written after they have reached the disk, so that whatever is marked as done is 
     replicates     (cell axes)                            how many the mean is over, 0 while unfinished
 """
 
-import csv
 import fcntl
 import json
-import math
 import shutil
 import subprocess
 import tempfile
@@ -24,56 +22,59 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
 
 from linfit.internal.files import sync, whole_file
-from sims.cluster import versions
-from sims.experiments import SETTINGS
-from sims.sweep import Result, Sweep, Task, differences, sweep_from_configuration
+from sims.sweep.environment import SETTINGS, versions
+from sims.sweep.plan import Sweep, Task, sweep_from_configuration
+from sims.sweep.task import Result
 
 if TYPE_CHECKING:
     import xarray as xr
 
+__all__ = ["export", "read", "read_sweep"]
+
 FORMAT = 1
 MISSING, DONE, FAILED = 0, 1, 2
 
-# ----------------------------------------------------------------------------------------------------------- creating
+_FLAT: dict[str, Any] = {"chunk_key_encoding": {"name": "default", "separator": "."}}
+"""All chunks of an array in one folder, so that there is one folder to bring to the disk."""
+
+_NUMBERS = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
+"""A third of the time of zarr's default on surfaces of risks, and smaller."""
 
 
 def create(path: Path, sweep: Sweep) -> None:
     """An empty store for a sweep; it appears whole or not at all. ValueError if something is there already."""
     if path.exists():
         raise ValueError(f"{path} exists; --resume computes what is missing in it, another --store starts anew")
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error:
-        _cannot_write(path, error)
-    try:
-        _lay_out(draft, sweep)
-        draft.chmod(0o755)
-        _sync([draft, *draft.rglob("*")])
-        draft.rename(path)  # fails if another process was quicker
-        _sync([path.parent])
-    except OSError as error:
-        if path.exists():
-            raise ValueError(f"{path} exists: another sweep has just created it") from None
-        _cannot_write(path, error)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            _lay_out(draft, sweep)
+            draft.chmod(0o755)
+            _sync([draft, *draft.rglob("*")])
+            draft.rename(path)  # fails if another process was quicker
+            _sync([path.parent])
+        except OSError:
+            if path.exists():
+                raise ValueError(f"{path} exists: another sweep has just created it") from None
+            raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _lay_out(folder: Path, sweep: Sweep) -> None:
     """All arrays and attributes; only the coordinates have values yet."""
-    experiment = sweep.experiment
     scalars = [name for name, values in sweep.parameters.items() if values.ndim == 0]
     attributes = {
-        "title": experiment.help,
-        "experiment": experiment.name,
+        "title": sweep.experiment.help,
+        "experiment": sweep.experiment.name,
         "configuration": json.dumps(sweep.configuration),
         "seed": sweep.seed,
         "format": FORMAT,
@@ -85,25 +86,35 @@ def _lay_out(folder: Path, sweep: Sweep) -> None:
         "coordinates": " ".join([*scalars, *sweep.design]),
     }
     group = zarr.create_group(folder, zarr_format=3, attributes=attributes)
-
-    def coordinate(name: str, dims: tuple[str, ...], values: np.ndarray, **attributes: Any) -> None:
-        kind = str if values.dtype.kind == "U" else values.dtype
-        array = group.create_array(
-            name, shape=values.shape, dtype=kind, dimension_names=dims, attributes=attributes, **_FLAT
-        )
-        array[...] = values.astype(object) if kind is str else values
-
     for name, values in sweep.parameters.items():
-        parameter = experiment.parameters[name]
+        parameter = sweep.experiment.parameters[name]
         dims = () if values.ndim == 0 else ("point",) if name in sweep.design else (name,)
-        coordinate(name, dims, values, units=parameter.units, long_name=parameter.help)
-    coordinate("replicate", ("replicate",), np.arange(sweep.seeds), long_name="replicate; its key is made of it")
-    cells = sweep.task_dims
+        _coordinate(group, name, dims, values, units=parameter.unit, long_name=parameter.help)
+    replicates = np.arange(sweep.seeds)
+    _coordinate(group, "replicate", ("replicate",), replicates, long_name="replicate; its key is made of it")
     if sweep.design:
-        coordinate("point", ("point",), np.arange(cells["point"]), long_name="point of the Sobol design")
+        points = np.arange(sweep.task_dims["point"])
+        _coordinate(group, "point", ("point",), points, long_name="point of the Sobol design")
+    _empty_arrays(group, sweep)
+    with warnings.catch_warnings():  # zarr: not in the specification; xarray asks for it nevertheless
+        warnings.simplefilter("ignore", category=zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(folder)
+
+
+def _coordinate(group: zarr.Group, name: str, dims: tuple[str, ...], values: np.ndarray, **attributes: Any) -> None:
+    kind = str if values.dtype.kind == "U" else values.dtype
+    array = group.create_array(
+        name, shape=values.shape, dtype=kind, dimension_names=dims, attributes=attributes, **_FLAT
+    )
+    array[...] = values.astype(object) if kind is str else values
+
+
+def _empty_arrays(group: zarr.Group, sweep: Sweep) -> None:
+    """Chunks: one cell, the replicates of one task, the batched axes whole."""
+    cells = sweep.task_dims
+    each = cells | {"replicate": sweep.seeds}
 
     def empty(name: str, dims: Mapping[str, int], inner: Mapping[str, int], dtype: Any, **attributes: Any) -> None:
-        """Chunks: one cell, the replicates of one task, the batched axes whole."""
         chunks = [1] * len(cells) + ([sweep.chunk] if "replicate" in dims else [])
         group.create_array(
             name,
@@ -117,43 +128,28 @@ def _lay_out(folder: Path, sweep: Sweep) -> None:
             **_FLAT,
         )
 
-    each = cells | {"replicate": sweep.seeds}
-    for name, output in experiment.outputs.items():
-        inner, units = sweep.output_dims(name), output.units
-        empty(name, cells, inner, "float64", units=units, long_name=output.help, best=output.best or "")
-        empty(f"{name}_error", cells, inner, "float64", units=units, long_name=f"standard error of {name}")
-        empty(f"{name}_samples", each, inner, "float64", units=units, long_name=f"{output.help}, every replicate")
+    for name, output in sweep.experiment.outputs.items():
+        inner, unit = sweep.output_dims(name), output.unit
+        empty(name, cells, inner, "float64", units=unit, long_name=output.help, best=output.best or "")
+        empty(f"{name}_error", cells, inner, "float64", units=unit, long_name=f"standard error of {name}")
+        empty(f"{name}_samples", each, inner, "float64", units=unit, long_name=f"{output.help}, every replicate")
     empty("status", each, {}, "int8", long_name="0 missing, 1 done, 2 failed")
     empty("message", each, {}, str, long_name="what went wrong")
     empty("seconds", each, {}, "float64", units="s", long_name="time of the kernel")
     empty("replicates", cells, {}, "int64", long_name="replicates in the mean, 0 while unfinished")
-    with warnings.catch_warnings():  # zarr: not in the specification; xarray asks for it nevertheless
-        warnings.simplefilter("ignore", category=zarr.errors.ZarrUserWarning)
-        zarr.consolidate_metadata(folder)
-
-
-_FLAT: dict[str, Any] = {"chunk_key_encoding": {"name": "default", "separator": "."}}
-"""All chunks of an array in one folder, so that there is one folder to bring to the disk."""
-
-
-_NUMBERS = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
-"""A third of the time of zarr's default on surfaces of risks, and smaller."""
 
 
 def revision() -> str:
     """Git revision of the code, "+" if it has been changed since, "" where it is not kept by git."""
     folder = Path(__file__).parent
     answers = []
-    for question in (("ls-files", "sweep.py"), ("describe", "--always", "--abbrev=40", "--dirty=+")):
+    for question in (("ls-files", Path(__file__).name), ("describe", "--always", "--abbrev=40", "--dirty=+")):
         try:
             answer = subprocess.run(["git", "-C", str(folder), *question], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return ""
         answers.append(answer.stdout.strip() if answer.returncode == 0 else "")
     return answers[1] if answers[0] else ""  # else the repository is that of whoever installed this
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
 
 
 @contextmanager
@@ -164,14 +160,12 @@ def opened(path: Path, sweep: Sweep) -> Iterator["Store"]:
     OSError if it cannot be written.
     """
     attributes = read_attributes(path)
-    found = list(differences(json.loads(attributes["configuration"]), sweep.configuration))
-    found += differences(json.loads(attributes["versions"]), versions())
+    found = list(_differences(json.loads(attributes["configuration"]), sweep.configuration))
+    found += _differences(json.loads(attributes["versions"]), versions())
     if found:
         raise ValueError(f"{path} holds another sweep: " + "; ".join(found))
-    try:
+    with _writing(path):
         lock = (path / "status" / "zarr.json").open("r+b")  # never replaced, unlike zarr.json of the store
-    except OSError as error:
-        _cannot_write(path, error)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,6 +174,28 @@ def opened(path: Path, sweep: Sweep) -> Iterator["Store"]:
         for leftover in path.glob("**/*.partial"):  # of writers that were killed
             leftover.unlink(missing_ok=True)
         yield Store(path, sweep)
+
+
+def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each entry of two nested mappings that differs.
+
+    >>> list(_differences({"seed": 0, "parameters": {"n": 5}}, {"seed": 1, "parameters": {"n": 5}}))
+    ['seed: the store has 0, asked for is 1']
+    """
+    for name in dict.fromkeys([*stored, *asked]):
+        one, other = stored.get(name), asked.get(name)
+        if one == other:
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other)
+        else:
+            yield f"{name}: the store has {_brief(one)}, asked for is {_brief(other)}"
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"{len(value)} values {json.dumps(value[:2])[1:-1]} … {json.dumps(value[-1])}"
+    return "nothing" if value is None else json.dumps(value)
 
 
 class Store:
@@ -215,7 +231,7 @@ class Store:
         if failed.any() or (self.status[region] == FAILED).any():
             values["message"] = np.array(result.messages, dtype=object)
         status = np.where(failed, FAILED, DONE).astype(np.int8)
-        with self._writing():
+        with _writing(self.path, _KEPT):
             self._put(values, region, place)
             self._put({"status": status}, region, place)
         self.status[region] = status
@@ -225,8 +241,8 @@ class Store:
     def summarise(self) -> None:
         """Means and standard errors of finished cells that have none, because a run ended just before."""
         counts = np.asarray(self._array("replicates")[...])
-        for cell in np.argwhere((self.status == DONE).all(axis=-1) & (counts == 0)):
-            self._summarise(tuple(int(index) for index in cell))
+        for cell in np.argwhere((self.status == DONE).all(axis=-1) & (counts == 0)).tolist():
+            self._summarise(tuple(cell))
 
     def _summarise(self, cell: tuple[int, ...]) -> None:
         values = {}
@@ -236,30 +252,24 @@ class Store:
                 values[name] = samples.mean(axis=0)
                 spread = samples.std(axis=0, ddof=1) if len(samples) > 1 else np.full(samples.shape[1:], np.nan)
             values[f"{name}_error"] = spread / len(samples) ** 0.5
-        with self._writing():
+        with _writing(self.path, _KEPT):
             self._put(values, cell, cell)
             self._put({"replicates": np.asarray(self.sweep.seeds)}, cell, cell)
 
     def add_wall_time(self, seconds: float) -> None:
         """Note how long a run took, and under which revision of the code."""
         attributes = read_attributes(self.path)
-        revisions = [known for known in attributes["revision"].split(", ") if known]
-        now = revision()
-        if now and now not in revisions:
-            revisions.append(now)
-        self._note(wall_time=attributes["wall_time"] + seconds, revision=", ".join(revisions))
+        revisions = dict.fromkeys([*attributes["revision"].split(", "), revision()])
+        self._note(wall_time=attributes["wall_time"] + seconds, revision=", ".join(filter(None, revisions)))
 
     def _check_origin(self, origin: Mapping[str, str]) -> None:
         expected = versions() | SETTINGS | {"device": self.device or origin["device"]}
-        found = [
-            f"{name} is {origin.get(name, 'not set')} there, {value} here"
-            for name, value in expected.items()
-            if origin.get(name) != value
-        ]
-        if found:
+        found = {name: (origin.get(name, "not set"), value) for name, value in expected.items()}
+        wrong = [f"{name} is {there} there, {here} here" for name, (there, here) in found.items() if there != here]
+        if wrong:
             start = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
             raise ValueError(
-                f"a worker would give other numbers: {'; '.join(found)}. Start workers with `{start} dask worker …`"
+                f"a worker would give other numbers: {'; '.join(wrong)}. Start workers with `{start} dask worker …`"
             )
         if not self.device:
             self.device = origin["device"]
@@ -284,13 +294,6 @@ class Store:
             _sync([draft])
         _sync([self.path])
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            _cannot_write(self.path, error, "; what was finished is kept, and --resume computes the rest")
-
 
 def _sync(paths: Iterable[Path]) -> None:
     """Bring files and folders to the disk, all at once; chunks that hold nothing are not there."""
@@ -303,11 +306,15 @@ def _sync(paths: Iterable[Path]) -> None:
         list(threads.map(one, paths))
 
 
-def _cannot_write(path: Path, error: OSError, consequence: str = "") -> NoReturn:
-    raise OSError(f"cannot write to {path}: {error.strerror or error}{consequence}") from error
+_KEPT = "; what was finished is kept, and --resume computes the rest"
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+@contextmanager
+def _writing(path: Path, consequence: str = "") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write to {path}: {error.strerror or error}{consequence}") from error
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
@@ -328,11 +335,11 @@ def read_sweep(path: Path) -> Sweep:
     return sweep_from_configuration(json.loads(read_attributes(path)["configuration"]))
 
 
-def read(path: Path) -> "xr.Dataset":
+def read(path: Path | str) -> "xr.Dataset":
     """A store as an xarray Dataset, loaded when used: `xarray.open_zarr(path)` after checking that it is one."""
-    import xarray as xr
+    import xarray as xr  # a second to load, for readers alone
 
-    read_attributes(path)
+    read_attributes(Path(path))
     return xr.open_zarr(path, chunks=None)
 
 
@@ -351,28 +358,12 @@ def export(path: Path, out: Path) -> None:
         with whole_file(out) as draft:
             data.load().to_netcdf(draft, engine="scipy")
     elif out.suffix == ".csv":
+        sweep = read_sweep(path)
+        names = [column for name in sweep.experiment.outputs for column in (name, f"{name}_error")]
+        axes = [*sweep.task_dims, *sweep.batched_dims]
+        data = read(path)[names] if axes else read(path)[names].expand_dims("row")
+        table = data.to_dataframe(dim_order=axes or None).reset_index()  # what does not vary along an axis repeats
         with whole_file(out) as draft:
-            _write_csv(path, draft)
+            table[[*sweep.parameters, *names]].to_csv(draft, index=False, na_rep="nan", lineterminator="\r\n")
     else:
         raise ValueError(f"--out must end in .nc or .csv, got {out.name}")
-
-
-def _write_csv(path: Path, out: Path) -> None:
-    """One line for each point of the grid; outputs that do not vary along an axis repeat."""
-    sweep, data = read_sweep(path), read(path)
-    axes = {**sweep.task_dims, **sweep.batched_dims}
-    names = [column for name in sweep.experiment.outputs for column in (name, f"{name}_error")]
-    columns = [
-        data[name].broadcast_like(data[list(axes)].coords.to_dataset()) if axes else data[name] for name in names
-    ]
-    with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*sweep.parameters, *names])
-        values = [column.transpose(*axes).values.reshape(math.prod(axes.values())) for column in columns]
-        for row, place in enumerate(np.ndindex(*axes.values())):
-            position = dict(zip(axes, place, strict=True))
-            shown = []
-            for name, given in sweep.parameters.items():
-                along = "point" if name in sweep.design else name
-                shown.append(given[position[along]] if along in position else given)
-            writer.writerow([*shown, *(column[row] for column in values)])
