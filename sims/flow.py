@@ -347,13 +347,8 @@ def sampled_curves(data: xr.Dataset) -> dict[str, Pair[Array]]:
 
     def parabolas(family: str, weighting: str) -> Pair[Parabola]:
         part = along(mean, family).sel(weighting=weighting)
-        parts = (part.sel(risk=risk) for risk in Pair._fields)
-        return Pair(
-            *(
-                Parabola(*(jnp.asarray(x.values) for x in (p.constant, p.slope, p.curvature, 0 * p.slope)))
-                for p in parts
-            )
-        )
+        pair = Pair(*(part.sel(risk=risk) for risk in Pair._fields))
+        return pair.map(lambda risk: Parabola(risk.constant.values, risk.slope.values, risk.curvature.values, 0.0))
 
     def curve(family: str, weighting: str, tau: float | np.ndarray = 1.0) -> Pair[Array]:
         return parabolas(family, weighting).map(lambda parabola: parabola(tau).total)
@@ -647,9 +642,9 @@ def digits_along_training(key: Array, times: np.ndarray, shares: np.ndarray, spl
         splits: at least 2.
         **sizes: those of `sims.real_data.digits_split`.
 
-    Dimensions (share, weighting, time). With standard errors over splits: `finetune` and `pretrain`, squared test errors
-    summed over classes, `accuracy` on the fine-tuning test images, and `hardest_accuracy` on the tenth of them with the
-    largest pretrained loss. Test labels are right.
+    Dimensions (share, weighting, time). With standard errors over splits: `finetune` and `pretrain`, squared test
+    errors summed over classes, `accuracy` on the fine-tuning test images, and `hardest_accuracy` on the tenth of them
+    with the largest pretrained loss. Test labels are right.
     """
     shares = np.asarray(non_negative("shares", shares, ndim=1))
     if shares.max() > 1:
