@@ -70,10 +70,10 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
         _caption_weights,
     )
     yield Picture("flow_limits", "Where weighted training ends", _limits(*both), _draw_limits, _caption_limits)
-    data = _temperatures(*both, np.array(tilts))
+    data = _temperatures(np.array(tilts), *both)
     yield Picture("flow_temperature", "Temperature sweep", data, _draw_temperatures, _caption_temperatures)
     frontier = sims.sampled_frontier(keys[2], problem, replicates, np.geomspace(1e-4, 1e4, 121))
-    data = _trade_off(*both, frontier)
+    data = _trade_off(frontier, *both)
     yield Picture("flow_trade_off", "FLOW in the trade-off plane", data, _draw_trade_off, _caption_trade_off)
     data = _hard_samples(both[1])
     yield Picture("flow_hard_samples", "The cost on hard samples", data, _draw_hard_samples, _caption_hard_samples)
@@ -89,14 +89,15 @@ def _moments(values: xr.DataArray) -> tuple[tuple[Any, ...], np.ndarray]:
     return ("moment", *mean.dims), np.stack([mean, error])
 
 
-def _band(axis: Axes, x: np.ndarray, moments: xr.DataArray, colour: str, label: str | None = None) -> None:
+def _band(axis: Axes, x: Any, moments: xr.DataArray, colour: str, label: str | None = None) -> None:
     mean, error = moments.values
     axis.plot(x, mean, color=colour, label=label)
     axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
 
 
-def _bars(axis: Axes, x: np.ndarray, moments: Any, colour: str, fmt: str = "o", label: str | None = None) -> None:
-    axis.errorbar(x, *moments, color=colour, fmt=fmt, capsize=1.5, label=label)
+def _bars(axis: Axes, x: Any, moments: Any, colour: str, fmt: str = "o", label: str | None = None) -> None:
+    mean, error = moments
+    axis.errorbar(x, mean, error, color=colour, fmt=fmt, capsize=1.5, label=label)
 
 
 def _context(data: xr.Dataset) -> str:
@@ -168,7 +169,7 @@ def _stalled(key: Array, n: int, replicates: int) -> xr.Dataset:
     variables["eigenvalues_theory"] = (("fine_ratio", "direction"), curves)
 
     noise, grid = np.linspace(0, 0.9, 7), np.linspace(0, 0.97, 101)  # σ²/v at q = 1
-    v = 1 / (1 - noise)
+    variances = 1 / (1 - noise)
     found, _ = sims.sample_fixed_points(
         jax.random.fold_in(key, 1),
         problem,
@@ -425,7 +426,7 @@ def _caption_limits(data: xr.Dataset) -> str:
     )
 
 
-def _temperatures(few: xr.Dataset, many: xr.Dataset, tilts: np.ndarray) -> xr.Dataset:
+def _temperatures(tilts: np.ndarray, few: xr.Dataset, many: xr.Dataset) -> xr.Dataset:
     """The best risk along training against the tilt of the weights."""
     variables: dict[str, Any] = {}
 
@@ -493,7 +494,7 @@ METHODS = {
 }
 
 
-def _trade_off(few: xr.Dataset, many: xr.Dataset, frontier: Any) -> xr.Dataset:
+def _trade_off(frontier: Any, few: xr.Dataset, many: xr.Dataset) -> xr.Dataset:
     """The plane R_pre × R_ft, a curve for each method: in the population, and three times from samples."""
     planes = [sims.population_curves(RHO, BLOCK)]
     for measured, deviation in ((few, "gaussian"), (many, "gaussian"), (many, "outliers")):

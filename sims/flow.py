@@ -348,7 +348,9 @@ def sampled_curves(data: xr.Dataset) -> dict[str, Pair[Array]]:
     def parabolas(family: str, weighting: str) -> Pair[Parabola]:
         part = along(mean, family).sel(weighting=weighting)
         pair = Pair(*(part.sel(risk=risk) for risk in Pair._fields))
-        return pair.map(lambda risk: Parabola(risk.constant.values, risk.slope.values, risk.curvature.values, 0.0))
+        return pair.map(
+            lambda risk: Parabola(risk.constant.values, risk.slope.values, risk.curvature.values, jnp.zeros(()))
+        )
 
     def curve(family: str, weighting: str, tau: float | np.ndarray = 1.0) -> Pair[Array]:
         return parabolas(family, weighting).map(lambda parabola: parabola(tau).total)
@@ -388,7 +390,7 @@ def population_curves(rho: float, block: np.ndarray) -> dict[str, Pair[Array]]:
         return theory.trajectory(problem, filter, temperature).risks
 
     def averaged(temperature: float | None) -> Pair[Array]:
-        moved, gap = theory.trajectory(problem, GradientFlow(times), temperature).moved, problem.shift.vector
+        moved, gap = theory.trajectory(problem, GradientFlow(times), temperature).moved, jnp.array([-1.0, 0.0, 0.0])
         finetune = Parabola.of_steps(problem.finetune_covariance, -gap, moved)
         return best_averages(Pair(finetune, Parabola.of_steps(problem.pretrain_covariance, 0 * gap, moved)))
 
@@ -477,7 +479,7 @@ def two_task_training(key: Array, rho: float, block: np.ndarray, steps: int, n: 
     ]
     temperatures, step_sizes = np.array(list(runs.values())).T
     theta = sample_iterates(key, problem, n, temperatures, step_sizes, steps, replicates)
-    sampled = excess_risks(theta, problem, np.zeros(4), problem.shift.vector)
+    sampled = excess_risks(theta, problem, np.zeros(4), -np.eye(4)[0])
 
     def stacked(risks: Pair[Array], axis: int) -> np.ndarray:
         return np.stack([risks.pretrain, risks.finetune, risks.finetune + risks.pretrain], axis)

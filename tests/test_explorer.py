@@ -119,7 +119,7 @@ def test_flow_without_noise_is_theorem_7_2():
     np.testing.assert_allclose(tables["steps"]["flow_x"], positions[:, 0], atol=1e-12)
     np.testing.assert_allclose(tables["steps"]["flow_y"], positions[:, 1], atol=1e-12)
     expected = errors(positions, 0.6, [[2.0, 0.0], [0.0, 1.0]])
-    np.testing.assert_allclose(tables["steps"]["flow_total"], expected.total, atol=1e-12)
+    np.testing.assert_allclose(tables["steps"]["flow_total"], expected.finetune + expected.pretrain, atol=1e-12)
     vanilla = np.asarray(unweighted_iterates(0.6, np.arange(61)))
     np.testing.assert_allclose(tables["steps"]["vanilla_y"], vanilla[:, 1], atol=1e-12)
     np.testing.assert_allclose(tables["now"]["best_averaging"], best_averaging([[2.0, 0.0], [0.0, 1.0]]), rtol=1e-3)

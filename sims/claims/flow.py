@@ -28,13 +28,10 @@ from theory.flow import (
     trajectory,
     unweighted_iterates,
     weighted_covariance,
-    weighted_moment,
 )
 
 P, REPLICATES = 4, 4096
-GAUSSIAN = Parameter(
-    "spread of log S: features (or noise) are √S times Gaussian, kurtosis 3e^{spread²}", highest=2.0
-)
+GAUSSIAN = Parameter("spread of log S: features (or noise) are √S times Gaussian, kurtosis 3e^{spread²}", highest=2.0)
 DATA = {
     "decay": DECAY.within(0.0, 1.5),
     "noise_std": NOISE_STD.within(0.1, 10.0**0.5, lowest=1e-3, highest=1e3**0.5)._replace(unit="√(ΔᵀΣΔ)"),
@@ -105,7 +102,8 @@ def f2(normal: Normal, **values: Any) -> tuple[Any, Any]:
     """E w, E w xxᵀ and E w x r in one vector."""
     data, x, r, w = _sampled(normal, **values)
     mean = mean_weight(residual_variance(*data[:3]), data[3])
-    predicted = np.concatenate([np.ravel(mean), np.ravel(weighted_covariance(*data)), weighted_moment(*data)])
+    weighted = weighted_covariance(*data)
+    predicted = np.concatenate([np.ravel(mean), np.ravel(weighted), weighted.moment])
     outer = np.einsum("n,np,nq->npq", w, x, x).reshape(len(w), -1)
     return predicted, np.concatenate([w[:, None], outer, (w * r)[:, None] * x], axis=1)
 
@@ -269,9 +267,7 @@ def f4_ridge(normal: Normal, *, penalty: float, **values: Any) -> tuple[Any, Any
     source="ours",
     kind="identity",
     parameters={
-        "surplus": Parameter(
-            "samples beyond features, n = 24 + 8·surplus", -1, -2, -1, "whole", highest=1
-        ),
+        "surplus": Parameter("samples beyond features, n = 24 + 8·surplus", -1, -2, -1, "whole", highest=1),
         "noise_std": NOISE_STD.within(0.1, 10.0**0.5),
         "warmth": DATA["warmth"].within(2.0, 30.0, lowest=1e-2),
     },

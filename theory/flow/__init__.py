@@ -33,7 +33,6 @@ from theory.flow.moments import (
     residual_variance,
     stall,
     weighted_covariance,
-    weighted_moment,
 )
 from theory.flow.theorem import (
     best_averaging,
@@ -54,5 +53,5 @@ __all__ = [
     "fixed_point_coefficient", "flow_iterates", "heavy_tailed_stall", "iteration_matrix", "lognormal_sizes",
     "mean_weight", "median_temperature", "population_optima", "residual_variance", "stall", "stalled_direction",
     "temperature_from_beta", "trajectory", "two_task_problem", "unweighted_iterates", "weighted_covariance",
-    "weighted_moment",
+   
 ]  # fmt: skip

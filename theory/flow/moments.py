@@ -120,6 +120,11 @@ class WeightedCovariance(Covariance):
         """Σ_w (p, p), formed here and nowhere else."""
         return self.apply(jnp.eye(self.size, dtype=self.dtype))
 
+    @property
+    def moment(self) -> Array:
+        """E w x r = Z ΣΔ/(1 + 2v/T) (p,), the first step of FLOW from the pretrained weights (ours)."""
+        return self.scale**3 * self.direction
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.matrix, dtype=dtype, copy=copy)
 
@@ -161,13 +166,13 @@ def weighted_covariance(
         noise_std: σ ≥ 0, in units of y.
         temperature: T in [0, ∞], in units of y²; the median of r² by default.
 
-    The result multiplies vectors at the price of Σ; `.matrix` or `numpy.asarray` form the matrix. Raises ValueError for
-    sizes that differ, NaN or Inf, negative noise or temperature.
+    The result multiplies vectors at the price of Σ; `.matrix` or `numpy.asarray` form the matrix, and `.moment` is
+    E w x r = Z ΣΔ/(1 + 2v/T). Raises ValueError for sizes that differ, NaN or Inf, negative noise or temperature.
 
     >>> from theory.flow import weighted_covariance
-    >>> weighted_covariance([1.0, 4.0], [1.0, 0.0], noise_std=0.0, temperature=2.0).matrix.round(3)
-    Array([[0.354, 0.   ],
-           [0.   , 2.828]], dtype=float64)
+    >>> weighted = weighted_covariance([1.0, 4.0], [1.0, 0.0], noise_std=0.0, temperature=2.0)
+    >>> weighted.diagonal().round(3), weighted.moment.round(3)
+    (Array([0.354, 2.828], dtype=float64), Array([0.354, 0.   ], dtype=float64))
     """
     covariance, shift = _data(covariance, shift)
     noise_std = non_negative("noise_std", noise_std, ndim=0)
@@ -176,24 +181,6 @@ def weighted_covariance(
     temperature = median_temperature(variance) if temperature is None else _temperature(temperature, ndim=0)
     damped = damping(variance, temperature)
     return WeightedCovariance(covariance, shift, direction, jnp.sqrt(damped), deflation(damped, variance))
-
-
-def weighted_moment(
-    covariance: Covariance | ArrayLike,
-    shift: FixedShift | ArrayLike,
-    noise_std: ArrayLike,
-    temperature: ArrayLike | None = None,
-) -> Array:
-    """E w x r = Z ΣΔ/(1 + 2v/T) (p,), the first step of FLOW from the pretrained weights (docs, F2; ours).
-
-    Arguments and errors as for `weighted_covariance`.
-
-    >>> from theory.flow import weighted_moment
-    >>> weighted_moment([1.0, 4.0], [1.0, 0.0], noise_std=0.0, temperature=2.0).round(3)
-    Array([0.354, 0.   ], dtype=float64)
-    """
-    weighted = weighted_covariance(covariance, shift, noise_std, temperature)
-    return weighted.scale**3 * weighted.direction
 
 
 class Stall(NamedTuple):

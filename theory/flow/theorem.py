@@ -272,9 +272,11 @@ def best_flow(rho: ArrayLike, pretrain: ArrayLike | None = None, max_steps: int 
 @jax.jit
 def _best_flow(rho: Array, block: Array, steps: Array) -> BestFlow:
     def after(steps: Array) -> BestFlow:
-        found = minimise_over_logarithm(
-            lambda beta: sum(errors(flow_iterates(rho, beta, steps), rho, block)), 1e-4, jnp.ones((), block.dtype)
-        )
+        def total(beta: Array) -> Array:
+            finetune, pretrain = errors(flow_iterates(rho, beta, steps), rho, block)
+            return finetune + pretrain
+
+        found = minimise_over_logarithm(total, 1e-4, jnp.ones((), block.dtype))
         return BestFlow(found.value, found.argument, steps)
 
     finite = jax.vmap(after)(steps)
