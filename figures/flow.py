@@ -104,9 +104,6 @@ def _context(data: xr.Dataset) -> str:
     return f"{PROBLEM_TEXT}, p = {data.p}; mean of {data.replicates} draws; seed {data.seed}."
 
 
-# --------------------------------------------------------------------------------------------- the paper's population
-
-
 def _draw_training(data: xr.Dataset) -> Figure:
     """Both errors along training: eq. (14) through sampled iterates."""
     runs = {
@@ -170,15 +167,9 @@ def _stalled(key: Array, n: int, replicates: int) -> xr.Dataset:
 
     noise, grid = np.linspace(0, 0.9, 7), np.linspace(0, 0.97, 101)  # σ²/v at q = 1
     variances = 1 / (1 - noise)
-    found, _ = sims.sample_fixed_points(
-        jax.random.fold_in(key, 1),
-        problem,
-        n,
-        np.sqrt(v - 1),
-        theory.MEDIAN * v,
-        replicates,
-        deviations=tuple(DEVIATIONS),
-    )
+    hot, stds, deviations = variances * theory.MEDIAN, np.sqrt(variances - 1), tuple(DEVIATIONS)
+    fixed_key = jax.random.fold_in(key, 1)
+    found, _ = sims.sample_fixed_points(fixed_key, problem, n, stds, hot, replicates, deviations=deviations)
     for index, deviation in enumerate(DEVIATIONS):
         variables |= mean_and_error(found[:, index], ("noise_share",), f"coefficient_{deviation}")
     coefficient = np.asarray(theory.fixed_point_coefficient(np.sqrt(grid), theory.MEDIAN))
@@ -314,8 +305,6 @@ def _caption_plane(data: xr.Dataset) -> str:
         f"ρ = {data.rho}; blocks of Σ₁ diag(2.7, 1) and (2.7, 2.3; 2.3, 4.2). Exact, nothing is sampled."
     )
 
-
-# ----------------------------------------------------------------------------------------------------- finite samples
 
 FAMILIES = {
     "FLOW, T = 4 × median": (0.25, LIGHT),
@@ -598,9 +587,6 @@ def _caption_hard_samples(data: xr.Dataset) -> str:
         "the gap, the direction that FLOW stalls. Given a draw the risks are exact for Gaussian "
         f"test points, whose labels carry the noise when they are ranked; means ± one standard error. n = {data.n}. {_context(data)}"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- real data
 
 
 def _draw_digits(data: xr.Dataset) -> Figure:

@@ -46,10 +46,10 @@ from theory import flow as theory
 from theory.frontier import pareto
 
 __all__ = [
-    "DEVIATIONS", "RISKS", "along", "along_tau", "best_averages", "conditional_square", "digits_along_training",
-    "estimate", "form_given_loss", "measure_once", "measure_paths", "monte_carlo", "population_curves",
-    "sample_deviating_task", "sample_fixed_points", "sample_iterates", "sample_moments", "sample_rates",
-    "sampled_curves", "sampled_frontier", "task_forms", "tilted", "two_task_training",
+    "DEVIATIONS", "RISKS", "WEIGHTINGS", "along", "along_tau", "best_averages", "conditional_square",
+    "digits_along_training", "estimate", "form_given_loss", "measure_once", "measure_paths", "monte_carlo",
+    "population_curves", "sample_deviating_task", "sample_fixed_points", "sample_iterates", "sample_moments",
+    "sample_rates", "sampled_curves", "sampled_frontier", "task_forms", "tilted", "two_task_training",
 ]  # fmt: skip
 
 Weighting = Callable[[Array], Array]
@@ -82,8 +82,6 @@ def tilted(tilt: float) -> Weighting:
         return jnp.ones_like
     return lambda losses: flow_weights(losses, median_temperature(losses) / tilt)
 
-
-# ------------------------------------------------------------------------------------------------------- one sample
 
 DEVIATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "gaussian": lambda key, noise, z: noise,
@@ -199,9 +197,6 @@ def conditional_square(low: float, high: float) -> float:
     # E z²1{z² ≤ q} = P(χ²₃ ≤ q)
     edges = scipy.stats.chi2.ppf([low, high], 1)
     return float(np.diff(scipy.stats.chi2.cdf(edges, 3))[0] / (high - low))
-
-
-# -------------------------------------------------------------------------------------------------------- Monte Carlo
 
 
 def measure_once(
@@ -326,8 +321,6 @@ def along(data: xr.Dataset, family: str) -> xr.Dataset:
     return data.isel(filter=data.family.values == family).drop_vars("family").rename(filter=family)
 
 
-# ---------------------------------------------------------------------------- methods in the plane of both risks
-
 KAPPAS = np.concatenate([[0.0], np.geomspace(0.02, 50, 60)])
 """Trade-off weights κ of `best_averages`."""
 
@@ -406,9 +399,6 @@ def population_curves(rho: float, block: np.ndarray) -> dict[str, Pair[Array]]:
         "early stopping + averaging": averaged(np.inf),
         "lower bound": pareto(problem, np.geomspace(1e-4, 1e4, 121)),
     }
-
-
-# ------------------------------------------------------------------------- large samples, beside population formulas
 
 
 def sample_iterates(
@@ -580,9 +570,6 @@ def sample_fixed_points(
 
     coefficient, rest = replicate(landed, key, replicates, "fixed points")
     return np.swapaxes(coefficient, 1, 2), np.swapaxes(rest, 1, 2)
-
-
-# ---------------------------------------------------------------------------------------------------------- real data
 
 
 def wrong_labels(key: Array, targets: Array, share: float) -> Array:

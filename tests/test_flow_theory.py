@@ -402,7 +402,7 @@ def all_the_way(predicted, values):
 
 WRONG = {
     "F1: hard samples first": ("F1", lambda predicted, _: predicted[::-1]),
-    "F2: the moment not damped": ("F2", lambda predicted, _: predicted * np.repeat([1, predicted[0] ** -2], [17, 4])),
+    "F2: moment not damped": ("F2", lambda predicted, _: predicted * np.repeat([1, predicted[0] ** -2], [17, 4])),
     "F2: no mean weight": ("F2", lambda predicted, _: predicted / predicted[0]),
     "F2.median: the mean": ("F2.median", lambda *_: 0.6827),
     "F3: rate = drive": ("F3", lambda predicted, _: predicted[[3, 1, 2, 3]]),
