@@ -413,7 +413,7 @@ WRONG = {
     "F5: all negative": ("F5", lambda predicted, _: -np.abs(predicted)),
     "F6: one step more": ("F6", lambda predicted, _: np.roll(predicted, 1, axis=0)),
     "F6.vanilla: same sign": ("F6.vanilla", lambda predicted, _: np.abs(predicted)),
-    "F6.stalled: λ₁ without its denominator": ("F6.stalled", lambda predicted, values: predicted * (1 + values["beta"])),
+    "F6.stalled: no denominator": ("F6.stalled", lambda predicted, values: predicted * (1 + values["beta"])),
     "F6.averaging: half way": ("F6.averaging", lambda *_: 0.5),
     "F6.remark: by 20%": ("F6.remark", lambda *_: 0.2),
     "F6.better: by 20%": ("F6.better", lambda *_: 0.2),
