@@ -101,7 +101,7 @@ def _bars(axis: Axes, x: Any, moments: Any, colour: str, fmt: str = "o", label: 
 
 
 def _context(data: xr.Dataset) -> str:
-    return f"{PROBLEM_TEXT}, p = {data.p}; mean of {data.replicates} draws; seed {data.seed}."
+    return f"{PROBLEM_TEXT}, p = {data.p}; mean of {data.replicates} replicates; seed {data.seed}."
 
 
 def _draw_training(data: xr.Dataset) -> Figure:
@@ -135,7 +135,7 @@ def _caption_training(data: xr.Dataset) -> str:
         "Both errors along training without noise, in units of ‖e‖²: (a) fine-tuning, (b) pretraining, (c) their sum. Without weights, at η = ½, the error swings "
         "between two directions on its way to θ₂*; FLOW, at the median temperature and η = 1/(2μ), comes there more slowly, by the stalled direction, and at η = ½, "
         f"without making up for the mean weight μ = {data.mean_weight:.2f}, more slowly still. Lines: Theorem 7.2 "
-        f"of the paper, eq. (14) (for FLOW at η = ½ the same iteration with that step); points: gradient descent on {data.n} samples with weights e^{{−ℓ/T}}, mean of {data.replicates} draws ± one "
+        f"of the paper, eq. (14) (for FLOW at η = ½ the same iteration with that step); points: gradient descent on {data.n} samples with weights e^{{−ℓ/T}}, mean of {data.replicates} replicates ± one "
         f"standard error, at most {gap:.3f} off. Best T: β = {data.best_beta:.2f}, where err_tot is least, {data.best_total:.3f} at K = "
         f"{data.best_steps}, against {data.best_average:.3f} for the best average of θ₁* and θ₂* and "
         f"{data.lower_bound:.3f} for anything at all. ρ = {data.rho}, Σ₁ = diag{float(data.pretrain[0]), float(data.pretrain[3])} on (ē, ē⊥), p = 4; seed {data.seed}."
@@ -237,7 +237,7 @@ def _caption_stalled(data: xr.Dataset) -> str:
         "of the gap, an average with the pretrained weights, at T = 0.455 v; the closed form needs Gaussian noise: outliers are "
         "ignored, and a misfit that depends on the gap's own direction ends elsewhere. (d) Features of heavier tails, √S times Gaussian ones with lognormal S, no noise: "
         "still the gap alone is stalled, less at low temperatures and more at high ones. Lines: theory; points: means of "
-        f"{data.replicates} draws of {data.n} samples ± one standard error. p = {data.p}; seed {data.seed}."
+        f"{data.replicates} replicates of {data.n} samples ± one standard error. p = {data.p}; seed {data.seed}."
     )
 
 
@@ -364,7 +364,7 @@ def _draw_weights(data: xr.Dataset) -> Figure:
 
 def _caption_weights(data: xr.Dataset) -> str:
     return (
-        "Weights from pretrained losses. (a) Weight against loss; points: one draw of 60 squared normal residuals at its median temperature. Dashed: the "
+        "Weights from pretrained losses. (a) Weight against loss; points: a sample of 60 squared normal residuals at its median temperature. Dashed: the "
         "opposite weighting, mean one. (b) The pull of one sample on the weights: with FLOW it falls again for large residuals, "
         "as for redescending robust losses, but only once, at the start. (c) Weights as they are also shrink the step, to "
         f"{data.step:.2f} of its size; normalised to mean one the curve moves to the left by as much and is else the same. What remains is the price of samples: "
@@ -463,8 +463,8 @@ def _caption_temperatures(data: xr.Dataset) -> str:
     return (
         "The temperature, from upweighted hard samples through no weights (grey) to FLOW at the median (dotted) and below, each stopped at its own best time. "
         "Upper row: fine-tuning risk; lower row: sum of both risks. What the labels deviate by decides: under Gaussian noise weights cost "
-        f"fine-tuning risk, with outliers (a tenth of the labels has nine tenths of the variance) mild weights save some of it (at T = 4 × median, n > p, {data.gain:.3f} ± {data.gain_error:.3f} in paired draws), and upweighting hard samples is "
-        "ruinous. Misfit: the deviation is a quadratic in the direction of the gap. Means ± one standard error; the same draws for all temperatures, times "
+        f"fine-tuning risk, with outliers (a tenth of the labels has nine tenths of the variance) mild weights save some of it (at T = 4 × median, n > p, {data.gain:.3f} ± {data.gain_error:.3f} in paired replicates), and upweighting hard samples is "
+        "ruinous. Misfit: the deviation is a quadratic in the direction of the gap. Means ± one standard error; the same samples for all temperatures, times "
         f"chosen on the mean of them. {_context(data)}"
     )
 
@@ -584,7 +584,7 @@ def _caption_hard_samples(data: xr.Dataset) -> str:
         "The cost of easy samples. (a) Fine-tuning risk by decile of the pretrained loss of the test points, each method stopped at its least R_ft "
         f"({'; '.join(stops)}): what FLOW leaves is on the hard ones. (b) Risk on the hardest tenth against fine-tuning risk along training (to the right), up to that "
         "stop: nearly one curve; at equal fine-tuning risk the hard points cost hardly more. (c) Against forgetting they do. The hard points are hard because of "
-        "the gap, the direction that FLOW stalls. Given a draw the risks are exact for Gaussian "
+        "the gap, the direction that FLOW stalls. Given a sample the risks are exact for Gaussian "
         f"test points, whose labels carry the noise when they are ranked; means ± one standard error. n = {data.n}. {_context(data)}"
     )
 

@@ -1,4 +1,4 @@
-"""FLOW on finite samples: the drawn forms against iteration and solves, sampled limits against theory, figures."""
+"""FLOW on finite samples: forms of one task against iteration and solves, sampled limits against theory."""
 
 import itertools
 
@@ -50,9 +50,6 @@ def some_task(problem, n, seed):
     return Task(jnp.asarray(X), jnp.asarray(y), problem.pretrain_error, jnp.asarray(theta_2_star))
 
 
-# One draw ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.numerical
 @pytest.mark.parametrize(("name", "n"), [("dense-random-u", 9), ("diagonal-fixed-u", 60)])
 def test_task_forms_equal_the_iteration_and_a_linear_solve(name, n, rtol):
@@ -78,7 +75,7 @@ def test_task_forms_equal_the_iteration_and_a_linear_solve(name, n, rtol):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("low", "high"), [(0.9, 1.0), (0.0, 0.1), (0.3, 0.6)])
-def test_risk_given_the_pretrained_loss_equals_that_of_drawn_test_points(low, high, seed):
+def test_risk_given_the_pretrained_loss_equals_that_of_sampled_test_points(low, high, seed):
     """A million noisy test points ranked by pretrained loss, in standard errors; a wrong moment is far off."""
     problem = TwoTaskProblem([1.0, 0.5, 0.2], [1.0, 0.7, 0.3], FixedShift([1.0, -1.0, 0.5]), 0.6, [0.1, 0.2, -0.3])
     task = sample(jax.random.key(seed), problem, 12)
@@ -112,9 +109,6 @@ def test_deviations_have_mean_zero_and_the_stated_variance(deviation, seed):
     for values, expected in ((noise, 0.0), (noise**2, 2.0), *((noise * x, 0.0) for x in np.asarray(task.X).T)):
         assert abs(values.mean() - expected) < 5 * values.std() / len(values) ** 0.5
     assert (noise**4).mean() / 4 > (2.5 if deviation == "gaussian" else 6)  # kurtosis 3; 8.1; 15
-
-
-# Monte Carlo ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -175,9 +169,6 @@ def test_flow_helps_on_the_task_itself_with_outliers_and_costs_without_them(seed
         differences[deviation] = float(mean / error)
     assert differences["gaussian"] > 4
     assert differences["outliers"] < -4
-
-
-# Large samples against theory ----------------------------------------------------------------------------------------
 
 
 def z_scores(samples, expected):
@@ -241,9 +232,6 @@ def test_sampled_iterates_follow_the_theorem(seed):
     assert (z_scores(around[:, :, 2], exact[::-1, 2]) > 5).any()  # the other's iterates are told apart
 
 
-# Real data -----------------------------------------------------------------------------------------------------------
-
-
 def test_wrong_labels_are_as_many_as_asked_and_all_wrong():
     targets = jnp.eye(10)[jnp.arange(50) % 10]
     for share in (0.0, 0.3, 1.0):
@@ -265,9 +253,6 @@ def test_digits_flow_forgives_wrong_labels_and_neglects_the_hardest():
     hardest = early.hardest_accuracy
     assert float(hardest.sel(weighting="FLOW")) < float(hardest.sel(weighting="unweighted")) - 0.1
     assert float(early.pretrain.sel(weighting="FLOW")) < float(early.pretrain.sel(weighting="unweighted"))
-
-
-# Bad input -----------------------------------------------------------------------------------------------------------
 
 
 KEY, BED = jax.random.key(0), aligned_problem(spectra.power_law(3))

@@ -57,9 +57,6 @@ def moments_by_matrices(Sigma, shift, noise_std, temperature):
     return Z * (Sigma - k * np.outer(a, a)), Z * a / (1 + 2 * v / temperature)
 
 
-# ------------------------------------------------------------------------------------------------ F2: moments
-
-
 @pytest.mark.numerical
 @pytest.mark.parametrize("noise_std", [0.0, 0.6])
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,9 +110,6 @@ def test_a_million_diagonal_features_need_no_matrix():
     assert 0 < path.finetune < q
 
 
-# ------------------------------------------------------------------------------------------------ F3, F4
-
-
 def test_stall_is_the_generalised_eigenproblem(generator):
     """Eigenvalues of Σ_w against Σ: Z, and Z·rate along Δ; for Σ of any spectrum."""
     for noise_std in (0.0, 0.8):
@@ -156,9 +150,6 @@ def test_the_fixed_point_does_not_depend_on_the_law_of_the_features(law, generat
 
     assert z(float(flow.fixed_point_coefficient(0.6, 0.8))).max() < 4.5
     assert z(1.0).max() > 8
-
-
-# ------------------------------------------------------------------------------------------------ trajectories
 
 
 def task(kind, generator, noise_std=0.5, u_size=0.3):
@@ -277,9 +268,6 @@ def test_float32_stays_float32(generator):
         assert flow.trajectory(problem, filter).moved.dtype == jnp.float32
 
 
-# ------------------------------------------------------------------------------------------------ the best of each
-
-
 @pytest.mark.slow
 def test_optima_agree_with_scipy_and_respect_the_lower_bound(generator):
     problem, weight = task("diagonal", generator, u_size=0.0), 0.7
@@ -311,9 +299,6 @@ def test_optima_agree_with_scipy_and_respect_the_lower_bound(generator):
     assert best["flow + averaging"].total <= best["early stopping + averaging"].total * (1 + 1e-9)
     assert best["flow"].total <= min(best["averaging"].total, best["early stopping"].total) * (1 + 1e-6)
     assert best["ridge + averaging"].total <= best["flow + ridge"].total * (1 + 1e-6)
-
-
-# ------------------------------------------------------------------------------------------------ F6: Theorem 7.2
 
 
 @pytest.mark.slow
@@ -391,9 +376,6 @@ def test_entropic_objective_is_least_at_the_weights(generator):
     assert (values[1:] > values[0]).all()
 
 
-# ------------------------------------------------------------------------------------------------ claims
-
-
 def all_the_way(predicted, values):
     """As if noise did not matter."""
     variance = values["noise_std"] ** 2
@@ -457,8 +439,6 @@ def test_claims_fail_outside_their_assumptions(id, values):
     (verdict,) = verify([claim._replace(parameters=claim.parameters | held)], instances=4, seed=0)
     assert not verdict.holds
 
-
-# ------------------------------------------------------------------------------------------------ bad input
 
 PROBLEM = TwoTaskProblem([1.0, 1.0], [1.0, 2.0], FixedShift([1.0, 1.0]), 0.1)
 RANDOM = TwoTaskProblem([1.0, 1.0], [1.0, 2.0], RandomShift([1.0, 1.0]), 0.1)

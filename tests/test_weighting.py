@@ -80,8 +80,6 @@ def test_bad_input(arguments, message):
         flow_weights(*arguments)
 
 
-# ------------------------------------------------------------------------------------------------ normalisations
-
 MASKS = {
     "samples": ([3.0, 0.5, 1.0, 2.0], None),
     "tokens": ([[3.0, 0.5], [1.0, 2.0]], [[True, True], [False, True]]),
