@@ -22,6 +22,8 @@ from jax import Array
 
 from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array
 
+__all__ = ["effective_sample_size", "effective_step", "flow_weights", "median_temperature", "robust_weights"]
+
 Normalisation = Literal["count", "mean", "none"]
 
 
@@ -30,6 +32,7 @@ def median_temperature(losses: ArrayLike, mask: ArrayLike | None = None) -> Arra
 
     `losses` and `mask` share one shape; the result is a scalar, NaN if nothing counts.
 
+    >>> from linfit.weighting import median_temperature
     >>> median_temperature([1.0, 3.0, float("nan"), 2.0])
     Array(2., dtype=float64)
     """
@@ -47,11 +50,15 @@ def flow_weights(
 ) -> Array:
     """FLOW weights w ∝ exp(−ℓ/T) of the pretrained losses ℓ ≥ 0 (paper 2502.02797; docs, F1).
 
-    `losses` (n,) per sample, or (n, t) per token, in any unit; `temperature` T ≥ 0 in the same unit, the median of the
-    losses that count by default. `mask` (of the losses' shape) is true at target tokens; others get weight 0 and do not
-    enter the median. `normalisation` is "count" (the authors': w = exp(−ℓ/T), in [0, 1]), "mean" (mean one over the
-    mask) or "none" (n times the first, so that the loss is a plain sum); see the table of this module. Returns weights
-    of the losses' shape. A NaN loss gets weight 0, with a warning that counts them; an infinite loss has weight 0.
+    Args:
+        losses: (n,) per sample, or (n, t) per token, in any unit.
+        temperature: T ≥ 0 in the same unit; the median of the losses that count by default.
+        mask: of the losses' shape, true at target tokens; others get weight 0 and do not enter the median.
+        normalisation: "count" (the authors': w = exp(−ℓ/T), in [0, 1]), "mean" (mean one over the mask) or "none" (n
+            times the first, so that the loss is a plain sum); see the table of this module.
+
+    Returns weights of the losses' shape. A NaN loss gets weight 0, with a warning that counts them; an infinite loss
+    has weight 0.
 
     If all losses are equal, all weights are e^{−1} at the median: no sample is preferred, and the weights act as a
     smaller learning rate only. T = 0, also by a median of 0, is the limit T → 0: weight 1 where the loss is 0, else 0.
@@ -175,7 +182,16 @@ def _prepare(
     under_mask = jnp.ones(losses.shape, bool) if mask is None else _mask(mask, losses)
     counted = under_mask & ~jnp.isnan(losses)
     if is_concrete(losses, counted):
-        _check_losses(np.asarray(losses), np.asarray(counted), np.asarray(under_mask))
+        considered = np.asarray(losses)[np.asarray(counted)]
+        undefined = int(under_mask.sum()) - considered.size
+        if undefined:
+            warnings.warn(f"{undefined} of {under_mask.sum()} losses are NaN: weight 0", UserWarning, stacklevel=3)
+        if not considered.size:
+            raise ValueError(f"losses must hold at least one value that counts, got {losses.size} NaN or masked")
+        if considered.min() < 0:
+            raise ValueError(
+                f"losses must be non-negative (log-losses, squared errors), got minimum {considered.min()}"
+            )
     if temperature is None:
         temperature = median_temperature(losses, mask)
         if is_concrete(temperature) and not np.isfinite(temperature):
@@ -200,15 +216,3 @@ def _mask(mask: ArrayLike, reference: Array, name: str = "losses") -> Array:
     if mask.shape != reference.shape:
         raise ValueError(f"mask must have the shape of {name}, {reference.shape}, got {mask.shape}")
     return mask
-
-
-def _check_losses(losses: np.ndarray, counted: np.ndarray, under_mask: np.ndarray) -> None:
-    undefined = int((np.isnan(losses) & under_mask).sum())
-    if undefined:
-        warnings.warn(f"{undefined} of {int(under_mask.sum())} losses are NaN: weight 0", UserWarning, stacklevel=4)
-    if not counted.any():
-        raise ValueError(f"losses must hold at least one value that counts, got {losses.size} NaN or masked")
-    if losses[counted].min() < 0:
-        raise ValueError(
-            f"losses must be non-negative (log-losses, squared errors), got minimum {losses[counted].min()}"
-        )

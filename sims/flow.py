@@ -1,15 +1,15 @@
 """FLOW measured on finite samples: weights from the pretrained losses, weighted fine-tuning, both risks (docs, §4).
 
 The weights e^{−r²/T} depend on the labels, so the label noise is not averaged by a formula here, as it is where the
-weights are fixed (docs, S2). Every replicate draws design, shift and noise; given that draw its risks are exact, as
+weights are fixed (docs, S2). Every replicate samples design, shift and noise; given that sample its risks are exact, as
 quadratic forms in the filter from one eigendecomposition of W^{1/2}KW^{1/2} (docs, F5); means over replicates carry
 standard errors. A sample's loss is r², r = y − Xθ₁, without ½.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +19,16 @@ from jax import Array
 
 from linfit import (
     Filter,
+    GradientDescent,
     GradientFlow,
     MinNorm,
     Pair,
+    Parabola,
+    RandomShift,
     Ridge,
     RiskForm,
     TwoTaskProblem,
+    excess_risks,
     fine_tune,
     flow_weights,
     sample_task,
@@ -32,16 +36,26 @@ from linfit import (
 from linfit import gradient_descent as descend
 from linfit.covariance import Covariance
 from linfit.design import Task
+from linfit.filters import Several
 from linfit.internal.checks import count, non_negative
 from linfit.internal.linear_algebra import eigh, gram
 from linfit.weighting import effective_sample_size, effective_step, median_temperature, robust_weights
 from sims.estimate import mean_and_error, progress, replicate
 from sims.real_data import CLASSES, digits_split, leave_one_out_penalty
+from theory import flow as theory
+from theory.frontier import pareto
+
+__all__ = [
+    "DEVIATIONS", "RISKS", "WEIGHTINGS", "along", "along_tau", "best_averages", "conditional_square",
+    "digits_along_training", "estimate", "form_given_loss", "measure_once", "measure_paths", "monte_carlo",
+    "population_curves", "sample_deviating_task", "sample_fixed_points", "sample_iterates", "sample_moments",
+    "sample_rates", "sampled_curves", "sampled_frontier", "task_forms", "tilted", "two_task_training",
+]  # fmt: skip
 
 Weighting = Callable[[Array], Array]
 """Sample weights (n,) from the pretrained losses (n,)."""
 
-WEIGHTINGS: dict[str, Weighting] = {"vanilla": jnp.ones_like, "FLOW": flow_weights}
+WEIGHTINGS: dict[str, Weighting] = {"unweighted": jnp.ones_like, "FLOW": flow_weights}
 """Unweighted fine-tuning, and FLOW at the median temperature."""
 
 RISKS = ("finetune", "pretrain", "hardest")
@@ -55,6 +69,7 @@ def tilted(tilt: float) -> Weighting:
 
     Negative tilts, the distributionally robust baseline, have mean one; the others are as they are, at most 1.
 
+    >>> from sims.flow import tilted
     >>> losses = jnp.array([1.0, 2.0, 3.0])
     >>> tilted(2.0)(losses).round(3), tilted(-1.0)(losses).round(3)
     (Array([0.368, 0.135, 0.05 ], dtype=float64), Array([0.559, 0.922, 1.519], dtype=float64))
@@ -68,38 +83,25 @@ def tilted(tilt: float) -> Weighting:
     return lambda losses: flow_weights(losses, median_temperature(losses) / tilt)
 
 
-# ------------------------------------------------------------------------------------------------- one draw of labels
-
-
-def gaussian_noise(key: Array, noise: Array, z: Array) -> Array:
-    """ε ~ N(0, σ²), independent."""
-    return noise
-
-
-def outliers(key: Array, noise: Array, z: Array) -> Array:
-    """A tenth of the labels has nine tenths of the variance: ε scaled by 3 there and by 1/3 elsewhere."""
-    return noise * jnp.where(jax.random.bernoulli(key, 0.1, noise.shape), 3.0, 1 / 3)
-
-
-def misfit(key: Array, noise: Array, z: Array) -> Array:
-    """No noise but what a linear model cannot fit: ∝ z² − 1, z = Δᵀx standardised; uncorrelated with Gaussian x."""
-    return (z**2 - 1) / 2**0.5
-
-
 DEVIATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "gaussian": gaussian_noise,
-    "outliers": outliers,
-    "misfit": misfit,
+    "gaussian": lambda key, noise, z: noise,
+    # a tenth of the labels has nine tenths of the variance
+    "outliers": lambda key, noise, z: noise * jnp.where(jax.random.bernoulli(key, 0.1, noise.shape), 3.0, 1 / 3),
+    # no noise but what a linear model cannot fit, z = Δᵀx standardised; uncorrelated with Gaussian x
+    "misfit": lambda key, noise, z: (z**2 - 1) / 2**0.5,
 }
 """What keeps y from being xᵀθ₂*: always of mean 0 and variance σ²; from a key, standard normals ε/σ (n,) and z (n,)."""
 
 
-def draw(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian", deviation: str = "gaussian") -> Task:
-    """A task whose labels deviate from Xθ₂* in one of the ways of `DEVIATIONS`.
+def sample_deviating_task(
+    key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian", deviation: str = "gaussian"
+) -> Task:
+    """A task whose labels deviate from Xθ₂* in one of the ways of `DEVIATIONS`; arguments as for `linfit.sample_task`.
 
     >>> from linfit import aligned_problem, spectra
-    >>> problem = aligned_problem(spectra.power_law(5), noise_std=4.0**0.5)
-    >>> tasks = [draw(jax.random.key(0), problem, 100_000, deviation=name) for name in DEVIATIONS]
+    >>> from sims.flow import DEVIATIONS, sample_deviating_task
+    >>> problem = aligned_problem(spectra.power_law(5), noise_std=2.0)
+    >>> tasks = [sample_deviating_task(jax.random.key(0), problem, 100_000, deviation=name) for name in DEVIATIONS]
     >>> [round(float(jnp.std(task.y - task.X @ task.theta_2_star)), 1) for task in tasks]
     [2.0, 2.0, 2.0]
     """
@@ -109,7 +111,7 @@ def draw(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian", dev
     task = sample_task(task_key, problem, n, law)
     clean, gap = task.X @ task.theta_2_star, task.theta_2_star - task.theta_1
     std = jnp.where(problem.noise_std > 0, problem.noise_std, 1)
-    z = task.X @ gap / jnp.sqrt(gap @ problem.finetune_covariance.apply(gap))
+    z = task.X @ gap / jnp.sqrt(problem.finetune_covariance.squared_norm(gap))
     return task._replace(y=clean + problem.noise_std * DEVIATIONS[deviation](deviation_key, (task.y - clean) / std, z))
 
 
@@ -117,18 +119,18 @@ def draw(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian", dev
 # W^{1/2}KW^{1/2} = U diag(s) Uᵀ (n > p: XᵀWX/n = V diag(s) Vᵀ) makes the fine-tuned weights linear in the filter,
 #     θ̂ = θ₁ + D g,   D = (1/n) XᵀW^{1/2}U diag(UᵀW^{1/2}r)   or   V diag(VᵀXᵀWr)/n,
 # and so ‖θ̂ − θ*‖²_Σ = ‖a + Dg‖²_Σ with a = θ₁ − θ*: c = aᵀΣa, b = −DᵀΣa, H = DᵀΣD.
-def drawn_forms(task: Task, problem: TwoTaskProblem, sample_weights: Array) -> Pair:
-    """Both risks of every filter fitted to this one draw of labels, as quadratic forms (ours).
+def task_forms(task: Task, problem: TwoTaskProblem, sample_weights: Array) -> Pair[RiskForm]:
+    """Both risks of every filter fitted to the labels of one task, as quadratic forms (ours).
 
-    The label noise is part of the draw: it is in the "bias" of the forms, and their variance is 0.
+    The label noise is part of the task: it is in the "bias" of the forms, and their variance is 0.
 
-    >>> from linfit import aligned_problem, spectra
-    >>> problem = aligned_problem(spectra.power_law(40), noise_std=0.5**0.5)
-    >>> task = draw(jax.random.key(0), problem, 15)
-    >>> form = drawn_forms(task, problem, jnp.linspace(0.1, 1, 15)).finetune
-    >>> theta = fine_tune(task.X, task.y, task.theta_1, Ridge(0.3), jnp.linspace(0.1, 1, 15))
-    >>> error = theta - task.theta_2_star
-    >>> bool(jnp.isclose(form(Ridge(0.3)).total, error @ problem.finetune_covariance.apply(error), rtol=1e-12))
+    >>> from linfit import Ridge, aligned_problem, excess_risks, fine_tune, sample_task, spectra
+    >>> from sims.flow import task_forms
+    >>> problem = aligned_problem(spectra.power_law(40))
+    >>> task, weights = sample_task(jax.random.key(0), problem, 15), jnp.linspace(0.1, 1, 15)
+    >>> theta = fine_tune(task.X, task.y, task.theta_1, Ridge(0.3), weights)
+    >>> risks = excess_risks(theta, problem, 0 * theta, task.theta_2_star)
+    >>> bool(jnp.isclose(task_forms(task, problem, weights).finetune(Ridge(0.3)).total, risks.finetune, rtol=1e-12))
     True
     """
     n, p = task.X.shape
@@ -143,8 +145,7 @@ def drawn_forms(task: Task, problem: TwoTaskProblem, sample_weights: Array) -> P
     eigenvalues = jnp.maximum(eigenvalues, 0)
 
     def form(covariance: Covariance, start: Array) -> RiskForm:
-        weighed = covariance.apply(start)
-        noiseless = jnp.zeros_like(eigenvalues)
+        weighed, noiseless = covariance.apply(start), jnp.zeros_like(eigenvalues)
         curvature = covariance.gram(directions.T)
         return RiskForm(eigenvalues, start @ weighed, -weighed @ directions, curvature, noiseless, jnp.zeros(()))
 
@@ -159,32 +160,35 @@ def drawn_forms(task: Task, problem: TwoTaskProblem, sample_weights: Array) -> P
 # ever, so
 #     E[(xᵀh)² | r² in a range] = R(g) + (m − 1)(c − b·g)²/v,   m = E[r²/v | r²/v in that range].
 def form_given_loss(form: RiskForm, noise_std: Array, low: float, high: float) -> RiskForm:
-    """R_ft on Gaussian test points whose pretrained loss lies between two quantiles, as a form of one draw (ours).
+    """R_ft on Gaussian test points whose pretrained loss lies between two quantiles, as a form of one task (ours).
 
-    `low` and `high` in [0, 1]; 0.9 and 1 are the hardest tenth. Labels of the test points carry the same noise when
-    they are ranked, the error is measured without it.
+    Args:
+        form: the fine-tuning form of `task_forms`.
+        noise_std: of the labels of the test points, where they are ranked; the error is measured without it.
+        low: quantile in [0, 1], below `high`.
+        high: quantile in [0, 1]; 0.9 and 1 are the hardest tenth.
 
-    >>> from linfit import aligned_problem, spectra
-    >>> problem = aligned_problem(spectra.power_law(40), noise_std=0.5**0.5)
-    >>> form = drawn_forms(draw(jax.random.key(0), problem, 15), problem, jnp.ones(15)).finetune
+    >>> from linfit import Ridge, aligned_problem, sample_task, spectra
+    >>> from sims.flow import form_given_loss, task_forms
+    >>> problem = aligned_problem(spectra.power_law(40))
+    >>> form = task_forms(sample_task(jax.random.key(0), problem, 15), problem, jnp.ones(15)).finetune
     >>> parts = [form_given_loss(form, problem.noise_std, *edges)(Ridge(0.3)).total for edges in ((0, 0.7), (0.7, 1))]
     >>> bool(jnp.isclose(0.7 * parts[0] + 0.3 * parts[1], form(Ridge(0.3)).total))
     True
     """
     excess = (conditional_square(low, high) - 1) / (form.constant + noise_std**2)
-    return RiskForm(
-        form.eigenvalues,
-        form.constant + excess * form.constant**2,
-        form.linear + excess * form.constant * form.linear,
-        form.bias_quadratic + excess * jnp.outer(form.linear, form.linear),
-        form.noise_gain,
-        form.noise_std,
+    return dataclasses.replace(
+        form,
+        constant=form.constant + excess * form.constant**2,
+        linear=form.linear + excess * form.constant * form.linear,
+        bias_quadratic=form.bias_quadratic + excess * jnp.outer(form.linear, form.linear),
     )
 
 
 def conditional_square(low: float, high: float) -> float:
     """E[z² | z² between its quantiles low and high], z standard normal.
 
+    >>> from sims.flow import conditional_square
     >>> round(conditional_square(0.9, 1.0), 3), round(conditional_square(0.0, 1.0), 3)
     (4.393, 1.0)
     """
@@ -193,9 +197,6 @@ def conditional_square(low: float, high: float) -> float:
     # E z²1{z² ≤ q} = P(χ²₃ ≤ q)
     edges = scipy.stats.chi2.ppf([low, high], 1)
     return float(np.diff(scipy.stats.chi2.cdf(edges, 3))[0] / (high - low))
-
-
-# -------------------------------------------------------------------------------------------------------- Monte Carlo
 
 
 def measure_once(
@@ -207,22 +208,21 @@ def measure_once(
     law: str,
     deviations: tuple[str, ...],
 ) -> dict[str, Array]:
-    """One draw with each deviation, fine-tuned with every weighting: (deviation, weighting, risk, filter)."""
-    tasks = [draw(key, problem, n, law, deviation) for deviation in deviations]
+    """One task with each deviation, fine-tuned with every weighting: (deviation, weighting, risk, filter)."""
+    tasks = [sample_deviating_task(key, problem, n, law, deviation) for deviation in deviations]
 
     def with_labels(y: Array) -> dict[str, Array]:
         task = tasks[0]._replace(y=y)
         losses = (y - task.X @ task.theta_1) ** 2
 
         def with_weights(weights: Array) -> dict[str, Array]:
-            finetune, pretrain = drawn_forms(task, problem, weights)
-            hardest = form_given_loss(finetune, problem.noise_std, 1 - HARDEST, 1.0)
-            forms = (finetune, pretrain, hardest)
-            along = [form.along(filter) for form in forms]
+            finetune, pretrain = task_forms(task, problem, weights)
+            forms = (finetune, pretrain, form_given_loss(finetune, problem.noise_std, 1 - HARDEST, 1.0))
+            parabolas = [form.along(filter) for form in forms]
             return {
                 "constant": jnp.stack([form.constant for form in forms]),
-                "slope": jnp.stack([parabola.slope for parabola in along]),
-                "curvature": jnp.stack([parabola.curvature for parabola in along]),
+                "slope": jnp.stack([parabola.slope for parabola in parabolas]),
+                "curvature": jnp.stack([parabola.curvature for parabola in parabolas]),
                 "step": effective_step(weights),
                 "share": effective_sample_size(weights) / n,
             }
@@ -245,16 +245,26 @@ def monte_carlo(
 ) -> xr.Dataset:
     """Risks of weighted fine-tuning over random designs, shifts and noise, for every weighting and filter.
 
-    Along the ensemble every risk of a replicate is the parabola constant − 2τ·slope + τ²·curvature; these are stored
-    one by one, dimensions (replicate, deviation, weighting, risk, filter), for `along_tau`. `filter` holds one
-    hyperparameter axis, with coordinate values `names`. Risks are "finetune", "pretrain" and "hardest", R_ft on the
-    tenth of the test points with the largest pretrained loss (for Gaussian test points and noise). All weightings see
-    the same draws, all deviations the same designs and shifts. `step`, the factor on the step size, and `share`, the
-    effective share (Σw)²/nΣw² of the samples, are (replicate, deviation, weighting).
+    Args:
+        key: replicate i uses `fold_in(key, i)`.
+        problem: where tasks are sampled.
+        n: samples.
+        weightings: by name; all see the same tasks.
+        filter: with one hyperparameter axis.
+        names: coordinate values of that axis.
+        replicates: at least 2.
+        law: of the design, see `linfit.design.LAWS`.
+        deviations: names in `DEVIATIONS`, on the same designs and shifts.
 
-    >>> from linfit import aligned_problem, spectra
-    >>> times = np.array([1.0, 10.0])
-    >>> problem = aligned_problem(spectra.power_law(30))
+    Along the ensemble every risk of a replicate is the parabola constant − 2τ·slope + τ²·curvature; these are stored
+    one by one, dimensions (replicate, deviation, weighting, risk, filter), for `along_tau`. Risks are "finetune",
+    "pretrain" and "hardest", R_ft on the tenth of the test points with the largest pretrained loss (for Gaussian test
+    points and noise). `step`, the factor on the step size, and `share`, the effective share (Σw)²/nΣw² of the samples,
+    are (replicate, deviation, weighting).
+
+    >>> from linfit import GradientFlow, aligned_problem, spectra
+    >>> from sims.flow import WEIGHTINGS, along_tau, estimate, monte_carlo
+    >>> times, problem = np.array([1.0, 10.0]), aligned_problem(spectra.power_law(30))
     >>> data = monte_carlo(jax.random.key(0), problem, 10, WEIGHTINGS, GradientFlow(times), times, 20)
     >>> mean, error = estimate(along_tau(data.sel(deviation="gaussian", risk="pretrain"), 0.5))
     >>> mean.dims, bool((error > 0).all())
@@ -266,19 +276,9 @@ def monte_carlo(
     )
     dims = ("replicate", "deviation", "weighting", "risk", "filter")
     variables = {name: (dims[: values.ndim], values) for name, values in samples.items()}
-    coordinates = {
-        "deviation": list(deviations),
-        "weighting": list(weightings),
-        "risk": list(RISKS),
-        "filter": np.asarray(names),
-    }
+    coordinates = dict(zip(dims[1:], (list(deviations), list(weightings), list(RISKS), np.asarray(names))))
     attributes = {"n": n, "p": problem.p, "noise_std": float(problem.noise_std), "law": law, "replicates": replicates}
     return xr.Dataset(variables, coordinates, attributes)
-
-
-def drawn_shifts(key: Array, problem: TwoTaskProblem, replicates: int) -> np.ndarray:
-    """The shifts θ₂* − θ₁* (replicates, p) that `monte_carlo` draws from the same key, whatever its n."""
-    return np.asarray(replicate(lambda key: draw(key, problem, 1).theta_2_star, key, replicates, "shifts"))
 
 
 def along_tau(data: xr.Dataset, tau: xr.DataArray | float = 1.0) -> xr.DataArray:
@@ -286,20 +286,122 @@ def along_tau(data: xr.Dataset, tau: xr.DataArray | float = 1.0) -> xr.DataArray
     return data.constant - 2 * tau * data.slope + tau**2 * data.curvature
 
 
-def best_tau(data: xr.Dataset) -> xr.DataArray:
-    """The τ of least mean risk: one for all replicates."""
-    return data.slope.mean("replicate") / data.curvature.mean("replicate")
-
-
 def estimate(values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
     """Mean over replicates and its standard error; give it a difference to get that of a paired comparison."""
     return values.mean("replicate"), values.std("replicate", ddof=1) / values.sizes["replicate"] ** 0.5
 
 
-# ------------------------------------------------------------------------- large samples, beside population formulas
+def measure_paths(
+    key: Array,
+    problem: TwoTaskProblem,
+    n: int,
+    *,
+    tilts: Sequence[float],
+    times: np.ndarray,
+    penalties: np.ndarray,
+    replicates: int,
+) -> xr.Dataset:
+    """`monte_carlo` of every tilt of the weights, and of FLOW with mean one, along training and along the ridge path.
+
+    Under every deviation. Weightings are "unweighted", "FLOW", "tilt c" and "FLOW, mean one"; `along` selects times,
+    penalties or the end of both.
+    """
+    names = {0.0: "unweighted", 1.0: "FLOW"}
+    weightings: dict[str, Weighting] = {names.get(float(c), f"tilt {c:g}"): tilted(c) for c in tilts}
+    weightings["FLOW, mean one"] = lambda losses: flow_weights(losses, normalisation="mean")
+    filter = Several((GradientFlow(times), Ridge(penalties), MinNorm()))
+    values = np.concatenate([times, penalties, [0.0]])
+    data = monte_carlo(key, problem, n, weightings, filter, values, replicates, deviations=tuple(DEVIATIONS))
+    sizes = {"time": len(times), "penalty": len(penalties), "end": 1}
+    return data.assign_coords(family=("filter", np.repeat(list(sizes), list(sizes.values()))))
 
 
-def sampled_iterates(
+def along(data: xr.Dataset, family: str) -> xr.Dataset:
+    """The part of `measure_paths` that is gradient flow ("time"), ridge ("penalty") or the "end" of both."""
+    return data.isel(filter=data.family.values == family).drop_vars("family").rename(filter=family)
+
+
+KAPPAS = np.concatenate([[0.0], np.geomspace(0.02, 50, 60)])
+"""Trade-off weights κ of `best_averages`."""
+
+
+def best_averages(parabolas: Pair[Parabola], weights: np.ndarray = KAPPAS) -> Pair[Array]:
+    """R_ft and R_pre of the best member and τ in [0, 1] for each R_ft + κR_pre, κ of `weights`; parabolas (member,)."""
+    kappa = weights[:, None]
+    both = jax.tree.map(lambda finetune, pretrain: finetune + kappa * pretrain, *parabolas)
+    tau = jnp.clip(both.optimal_tau, 0, 1)
+    best = jnp.argmin(both(tau).total, axis=-1)
+    return parabolas.map(lambda parabola: parabola(tau).total[np.arange(len(weights)), best])
+
+
+def sampled_curves(data: xr.Dataset) -> dict[str, Pair[Array]]:
+    """The mean risks of each method along its hyperparameter, from one deviation of `measure_paths`."""
+    mean = data.mean("replicate")
+
+    def parabolas(family: str, weighting: str) -> Pair[Parabola]:
+        part = along(mean, family).sel(weighting=weighting)
+        pair = Pair(*(part.sel(risk=risk) for risk in Pair._fields))
+        return pair.map(
+            lambda risk: Parabola(risk.constant.values, risk.slope.values, risk.curvature.values, jnp.zeros(()))
+        )
+
+    def curve(family: str, weighting: str, tau: float | np.ndarray = 1.0) -> Pair[Array]:
+        return parabolas(family, weighting).map(lambda parabola: parabola(tau).total)
+
+    return {
+        "averaging": curve("end", "unweighted", np.linspace(0, 1, 61)),
+        "early stopping": curve("time", "unweighted"),
+        "L2 to init": curve("penalty", "unweighted"),
+        "FLOW": curve("time", "FLOW"),
+        "FLOW, T = 4 × median": curve("time", "tilt 0.25"),
+        "FLOW + ridge": curve("penalty", "FLOW"),
+        "FLOW + averaging": best_averages(parabolas("time", "FLOW")),
+        "early stopping + averaging": best_averages(parabolas("time", "unweighted")),
+    }
+
+
+def sampled_frontier(key: Array, problem: TwoTaskProblem, replicates: int, weights: np.ndarray) -> Pair[Array]:
+    """The Pareto frontier at κ of `weights` of the very shifts that `monte_carlo` samples from the same key.
+
+    For diagonal covariances, where only the mean squares of the shifts matter.
+    """
+    shifts = replicate(lambda key: sample_deviating_task(key, problem, 1).theta_2_star, key, replicates, "shifts")
+    return pareto(dataclasses.replace(problem, shift=RandomShift(np.mean(shifts**2, axis=0))), weights)
+
+
+def population_curves(rho: float, block: np.ndarray) -> dict[str, Pair[Array]]:
+    """The methods of `sampled_curves` in the setting of Theorem 7.2, and L2 to zero and the lower bound.
+
+    ρ and the block of Σ₁ as for `theory.flow.two_task_problem`; θ₁* is as far from the origin as from θ₂*, at a right
+    angle to the plane.
+    """
+    problem = theory.two_task_problem(rho, block, p=3)
+    from_zero = dataclasses.replace(problem, pretrain_error=jnp.array([0.0, 0.0, -1.0]))
+    times, penalties, tau = np.geomspace(1e-2, 1e4, 121), np.geomspace(1e-4, 1e4, 121), np.linspace(0, 1, 61)
+
+    def curve(filter: Filter, temperature: float | None = np.inf, problem: TwoTaskProblem = problem) -> Pair[Array]:
+        return theory.trajectory(problem, filter, temperature).risks
+
+    def averaged(temperature: float | None) -> Pair[Array]:
+        moved, gap = theory.trajectory(problem, GradientFlow(times), temperature).moved, jnp.array([-1.0, 0.0, 0.0])
+        finetune = Parabola.of_steps(problem.finetune_covariance, -gap, moved)
+        return best_averages(Pair(finetune, Parabola.of_steps(problem.pretrain_covariance, 0 * gap, moved)))
+
+    return {
+        "averaging": curve(tau * MinNorm()),
+        "early stopping": curve(GradientFlow(times)),
+        "L2 to init": curve(Ridge(penalties)),
+        "L2 to zero": curve(Ridge(penalties), problem=from_zero),
+        "FLOW": curve(GradientFlow(times), None),
+        "FLOW, T = 4 × median": curve(GradientFlow(times), 4 * theory.MEDIAN),
+        "FLOW + ridge": curve(Ridge(penalties), None),
+        "FLOW + averaging": averaged(None),
+        "early stopping + averaging": averaged(np.inf),
+        "lower bound": pareto(problem, np.geomspace(1e-4, 1e4, 121)),
+    }
+
+
+def sample_iterates(
     key: Array,
     problem: TwoTaskProblem,
     n: int,
@@ -307,7 +409,6 @@ def sampled_iterates(
     step_sizes: np.ndarray,
     steps: int,
     replicates: int,
-    law: str = "gaussian",
 ) -> np.ndarray:
     """θ_k along weighted gradient descent on n samples, iterated: (replicates, runs, steps + 1, p).
 
@@ -316,7 +417,7 @@ def sampled_iterates(
     """
 
     def paths(key: Array) -> Array:
-        task = sample_task(key, problem, n, law)
+        task = sample_task(key, problem, n)
         losses = (task.y - task.X @ task.theta_1) ** 2
 
         def run(setting: tuple[Array, Array]) -> Array:
@@ -335,18 +436,63 @@ def sampled_iterates(
     return np.asarray(replicate(paths, key, replicates, "iterates"))
 
 
-def sampled_moments(
-    key: Array,
-    problem: TwoTaskProblem,
-    n: int,
-    temperatures: np.ndarray,
-    replicates: int,
-    law: str = "gaussian",
+def two_task_training(key: Array, rho: float, block: np.ndarray, steps: int, n: int, replicates: int) -> xr.Dataset:
+    """Both errors and their sum along training in the setting of Theorem 7.2: by theory, and on n samples.
+
+    Args:
+        key: replicate i uses `fold_in(key, i)`.
+        rho: the correlation in Σ₂.
+        block: of Σ₁ on ē and ē⊥ (2, 2).
+        steps: K.
+        n: samples.
+        replicates: at least 2.
+
+    Dimensions (run, error, step); a run has a temperature and a step size, on the loss with ½, twice the paper's η.
+    """
+    problem, grid = theory.two_task_problem(rho, block, p=4), np.arange(steps + 1)
+    best, median = theory.best_flow(rho, block), float(theory.median_temperature(1.0))
+    coldest = float(theory.temperature_from_beta(best.beta, rho))
+    mean_weights = [float(theory.mean_weight(1.0, temperature)) for temperature in (median, coldest)]
+    runs = {
+        "unweighted": (np.inf, 1.0),
+        "FLOW": (median, 1 / mean_weights[0]),
+        "FLOW at its best": (coldest, 1 / mean_weights[1]),
+        "FLOW, small steps": (median, 1.0),
+    }
+    predicted = [
+        theory.errors(theory.unweighted_iterates(rho, grid), rho, block),
+        *(
+            theory.errors(theory.flow_iterates(rho, theory.beta_from_temperature(T, rho), grid), rho, block)
+            for T in (median, coldest)
+        ),
+        theory.trajectory(problem, GradientDescent(1.0, grid), median).risks,
+    ]
+    temperatures, step_sizes = np.array(list(runs.values())).T
+    theta = sample_iterates(key, problem, n, temperatures, step_sizes, steps, replicates)
+    sampled = excess_risks(theta, problem, np.zeros(4), -np.eye(4)[0])
+
+    def stacked(risks: Pair[Array], axis: int) -> np.ndarray:
+        return np.stack([risks.pretrain, risks.finetune, risks.finetune + risks.pretrain], axis)
+
+    dims, bound = ("run", "error", "step"), pareto(problem, 1.0)
+    variables = mean_and_error(stacked(sampled, 2), dims, "sampled")
+    variables["theory"] = xr.Variable(dims, np.stack([stacked(risks, 0) for risks in predicted]))
+    attributes = {
+        "rho": rho, "pretrain": np.ravel(block), "n": n, "replicates": replicates, "mean_weight": mean_weights[0],
+        "best_total": float(best.total), "best_beta": float(best.beta), "best_steps": int(best.steps),
+        "best_average": float(theory.best_averaging(block)), "lower_bound": float(sum(bound)),
+    }  # fmt: skip
+    coordinates = {"run": list(runs), "error": ["pretrain", "finetune", "total"], "step": grid}
+    return xr.Dataset(variables, coordinates, attributes)
+
+
+def sample_moments(
+    key: Array, problem: TwoTaskProblem, n: int, temperatures: np.ndarray, replicates: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Σ_w = E w xxᵀ and E w x r by sampling: (replicates, temperatures, p, p) and (replicates, temperatures, p)."""
 
     def moments(key: Array) -> tuple[Array, Array]:
-        task = sample_task(key, problem, n, law)
+        task = sample_task(key, problem, n)
         residual = task.y - task.X @ task.theta_1
 
         def at(temperature: Array) -> tuple[Array, Array]:
@@ -359,7 +505,7 @@ def sampled_moments(
     return np.asarray(covariance), np.asarray(moment)
 
 
-def sampled_rates(
+def sample_rates(
     key: Array, spreads: np.ndarray, noise_std: float, temperatures: np.ndarray, n: int, replicates: int
 ) -> np.ndarray:
     """How much slower the gap is learned than other directions if features have heavier tails (docs, F3).
@@ -386,7 +532,7 @@ def sampled_rates(
     return np.asarray(replicate(rates, key, replicates, "rates"))
 
 
-def fixed_points(
+def sample_fixed_points(
     key: Array,
     problem: TwoTaskProblem,
     n: int,
@@ -407,27 +553,23 @@ def fixed_points(
     def landed(key: Array) -> tuple[Array, Array]:
         def run(setting: tuple[Array, Array]) -> tuple[Array, Array]:
             noise_std, temperature = setting
-            noisy = eqx.tree_at(lambda problem: problem.noise_std, problem, noise_std)
-            coefficients, rests = [], []
+            noisy = dataclasses.replace(problem, noise_std=noise_std)
+            ends = []
             for deviation in deviations:
-                task = draw(key, noisy, n, law, deviation)
+                task = sample_deviating_task(key, noisy, n, law, deviation)
                 weights = flow_weights((task.y - task.X @ task.theta_1) ** 2, temperature)
                 step = fine_tune(task.X, task.y, task.theta_1, MinNorm(), weights) - task.theta_1
                 gap = task.theta_2_star - task.theta_1
-                weighed = covariance.apply(gap)
-                coefficient = step @ weighed / (gap @ weighed)
-                rest = step - coefficient * gap
-                coefficients.append(coefficient)
-                rests.append(rest @ covariance.apply(rest) / (gap @ weighed))
+                signal = covariance.squared_norm(gap)
+                coefficient = covariance.dot(gap, step) / signal
+                ends.append((coefficient, covariance.squared_norm(step - coefficient * gap) / signal))
+            coefficients, rests = zip(*ends)
             return jnp.stack(coefficients), jnp.stack(rests)
 
         return jax.lax.map(run, (jnp.asarray(noise_stds), jnp.asarray(temperatures)))
 
     coefficient, rest = replicate(landed, key, replicates, "fixed points")
     return np.swapaxes(coefficient, 1, 2), np.swapaxes(rest, 1, 2)
-
-
-# ---------------------------------------------------------------------------------------------------------- real data
 
 
 def wrong_labels(key: Array, targets: Array, share: float) -> Array:
@@ -440,8 +582,17 @@ def wrong_labels(key: Array, targets: Array, share: float) -> Array:
     return jnp.where(chosen[:, None], wrong, targets)
 
 
-def measure_digits(key: Array, times: np.ndarray, shares: np.ndarray, **sizes: Any) -> dict[str, np.ndarray]:
+def _measure_digits(key: Array, times: np.ndarray, shares: np.ndarray, **sizes: Any) -> dict[str, np.ndarray]:
     """One split: test errors along training of each weighting, arrays (share, weighting, time)."""
+
+    def outputs(data: tuple[Array, Array], theta: Array) -> np.ndarray:
+        """φ(x)ᵀθ (…, images, 10) for θ (…, p, 10)."""
+        return np.asarray(data[0]) @ np.asarray(theta)
+
+    def squared_errors(data: tuple[Array, Array], theta: Array) -> np.ndarray:
+        """Of each image, summed over classes: (…, images)."""
+        return np.sum((outputs(data, theta) - np.asarray(data[1])) ** 2, axis=-1)
+
     split_key, label_key = jax.random.split(key)
     split = digits_split(split_key, **sizes)
     X_pre, y_pre = split.pretrain
@@ -470,29 +621,25 @@ def measure_digits(key: Array, times: np.ndarray, shares: np.ndarray, **sizes: A
     return {name: np.stack([row[name] for row in rows]).reshape(shape) for name in rows[0]}
 
 
-def outputs(data: tuple[Array, Array], theta: Array) -> np.ndarray:
-    """φ(x)ᵀθ (…, images, 10) for θ (…, p, 10)."""
-    return np.asarray(data[0]) @ np.asarray(theta)
-
-
-def squared_errors(data: tuple[Array, Array], theta: Array) -> np.ndarray:
-    """Squared error of each image, summed over classes: (…, images)."""
-    return np.sum((outputs(data, theta) - np.asarray(data[1])) ** 2, axis=-1)
-
-
 def digits_along_training(key: Array, times: np.ndarray, shares: np.ndarray, splits: int, **sizes: Any) -> xr.Dataset:
     """FLOW against unweighted fine-tuning along training on the digits, over random splits, features and wrong labels.
 
-    Dimensions (share, weighting, time): `share` of the fine-tuning labels that name a wrong class, gradient flow to
-    time t. With standard errors over splits: `finetune` and `pretrain`, squared test errors summed over classes,
-    `accuracy` on the fine-tuning test images, and `hardest_accuracy` on the tenth of them with the largest pretrained
-    loss. Test labels are right. Further arguments are those of `digits_split`.
+    Args:
+        key: split i uses `fold_in(key, i)`.
+        times: of gradient flow.
+        shares: of the fine-tuning labels that name a wrong class, in [0, 1].
+        splits: at least 2.
+        **sizes: those of `sims.real_data.digits_split`.
+
+    Dimensions (share, weighting, time). With standard errors over splits: `finetune` and `pretrain`, squared test
+    errors summed over classes, `accuracy` on the fine-tuning test images, and `hardest_accuracy` on the tenth of them
+    with the largest pretrained loss. Test labels are right.
     """
     shares = np.asarray(non_negative("shares", shares, ndim=1))
     if shares.max() > 1:
         raise ValueError(f"shares must be at most 1, got {shares.max()}")
     runs = [
-        measure_digits(jax.random.fold_in(key, i), times, shares, **sizes)
+        _measure_digits(jax.random.fold_in(key, i), times, shares, **sizes)
         for i in progress(range(count("splits", splits, minimum=2)), "digits")
     ]
     variables: dict[str, xr.Variable] = {}

@@ -112,15 +112,15 @@ def test_overadaptation_shows_the_deterministic_equivalents():
 
 
 def test_flow_without_noise_is_theorem_7_2():
-    from theory.flow import best_averaging, errors, flow_iterates, vanilla_iterates
+    from theory.flow import best_averaging, errors, flow_iterates, unweighted_iterates
 
     tables = PAGES["flow"].compute(PAGES["flow"].defaults() | {"rho": 0.6, "beta": 0.3162, "curvature": 2.0})
     positions = np.asarray(flow_iterates(0.6, 0.3162, np.arange(61)))
     np.testing.assert_allclose(tables["steps"]["flow_x"], positions[:, 0], atol=1e-12)
     np.testing.assert_allclose(tables["steps"]["flow_y"], positions[:, 1], atol=1e-12)
     expected = errors(positions, 0.6, [[2.0, 0.0], [0.0, 1.0]])
-    np.testing.assert_allclose(tables["steps"]["flow_total"], expected.total, atol=1e-12)
-    vanilla = np.asarray(vanilla_iterates(0.6, np.arange(61)))
+    np.testing.assert_allclose(tables["steps"]["flow_total"], expected.finetune + expected.pretrain, atol=1e-12)
+    vanilla = np.asarray(unweighted_iterates(0.6, np.arange(61)))
     np.testing.assert_allclose(tables["steps"]["vanilla_y"], vanilla[:, 1], atol=1e-12)
     np.testing.assert_allclose(tables["now"]["best_averaging"], best_averaging([[2.0, 0.0], [0.0, 1.0]]), rtol=1e-3)
 

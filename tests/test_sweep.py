@@ -360,11 +360,11 @@ def test_overtraining_follows_the_closed_forms():
 def test_flow_is_weighted_fine_tuning_of_the_draw():
     from linfit import GradientFlow, aligned_problem, excess_risks, fine_tune, flow_weights, interpolate, spectra
     from linfit.weighting import median_temperature
-    from sims.flow import draw
+    from sims.flow import sample_deviating_task
 
     samples = measure(sweep_over("flow", CASES["flow"], seeds=1, seed=3), Task((), 0, 1)).samples
     problem = aligned_problem(spectra.power_law(40), noise_std=0.9, pretrain_risk=0.1)
-    task = draw(jax.random.fold_in(jax.random.key(3), 0), problem, 12, deviation="outliers")
+    task = sample_deviating_task(jax.random.fold_in(jax.random.key(3), 0), problem, 12, deviation="outliers")
     losses = (task.y - task.X @ task.theta_1) ** 2
     for row, weights in enumerate((jnp.ones(12), flow_weights(losses, median_temperature(losses) / 2))):
         thetas = fine_tune(task.X, task.y, task.theta_1, GradientFlow([5.0, 50.0]), weights)

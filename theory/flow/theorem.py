@@ -1,0 +1,285 @@
+"""Theorem 7.2 of paper 2502.02797: FLOW in the paper's two-task setting (docs, F6).
+
+The setting: e = θ₁* − θ₂* = −δ, ē = e/‖e‖, ē⊥ a unit vector orthogonal to it; Σ₂ = Σ̃ = I + ρ(ēē⊥ᵀ + ē⊥ēᵀ),
+Σ₁ = Σ ⪰ I, no noise, population gradient descent on the loss without ½ from θ₁ = θ₁*. All of it happens in the plane
+of ē and ē⊥: a position (x, y) stands for θ = θ₂* + x·e + y·‖e‖·ē⊥. Training starts at (1, 0) and is to end at (0, 0).
+By F2 with v = ‖e‖², Σ_w = μ(I − Q), μ² = d(‖e‖²), so that the step η = 1/(2μ) gives e_K = Q^K e.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from linfit import FixedShift, Pair, TwoTaskProblem
+from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
+from theory.optimum import minimise_over_logarithm
+
+
+def temperature_from_beta(beta: ArrayLike, rho: ArrayLike, distance: ArrayLike = 1.0) -> Array:
+    """T = 2β(1 − ρ²)‖e‖²/(1 − β²ρ²), Theorem 7.2's temperature (paper 2502.02797; docs, F6).
+
+    Args:
+        beta: β in (0, 1]; T rises with it from 0 to 2‖e‖².
+        rho: correlation ρ in [0, 1).
+        distance: ‖e‖ > 0; the three broadcast.
+
+    Raises ValueError outside these ranges.
+
+    >>> from theory.flow import temperature_from_beta
+    >>> temperature_from_beta(jnp.array([0.5, 1.0]), rho=0.6)
+    Array([0.7032967, 2.       ], dtype=float64)
+    """
+    beta, rho = _beta(beta), _rho(rho)
+    return 2 * beta * (1 - rho**2) * positive("distance", distance) ** 2 / (1 - (beta * rho) ** 2)
+
+
+def beta_from_temperature(temperature: ArrayLike, rho: ArrayLike, distance: ArrayLike = 1.0) -> Array:
+    """The β in (0, 1] of a temperature T in (0, 2‖e‖²], the inverse of `temperature_from_beta` (docs, F6).
+
+        β = T / ((1−ρ²)‖e‖² + ((1−ρ²)²‖e‖⁴ + ρ²T²)^{1/2})
+
+    Arguments as there. Raises ValueError for a temperature out of the theorem's range.
+
+    >>> from theory.flow import beta_from_temperature, temperature_from_beta
+    >>> float(beta_from_temperature(temperature_from_beta(0.3, 0.8, 2.0), 0.8, 2.0))
+    0.3
+    """
+    temperature, rho = positive("temperature", temperature), _rho(rho)
+    square = positive("distance", distance) ** 2
+    if is_concrete(temperature, square) and not np.all(temperature <= 2 * square * (1 + 1e-12)):
+        raise ValueError(f"temperature must be at most 2‖e‖² = {2 * square}, where β = 1, got {temperature}")
+    half = (1 - rho**2) * square
+    return temperature / (half + jnp.sqrt(half**2 + (rho * temperature) ** 2))
+
+
+def _rho(rho: ArrayLike) -> Array:
+    rho = non_negative("rho", rho)
+    if is_concrete(rho) and not (np.asarray(rho) < 1).all():
+        raise ValueError(f"rho must be in [0, 1), got {rho}")
+    return rho
+
+
+def _beta(beta: ArrayLike) -> Array:
+    beta = positive("beta", beta)
+    if is_concrete(beta) and not (np.asarray(beta) <= 1).all():
+        raise ValueError(f"beta must be in (0, 1], got {beta}")
+    return beta
+
+
+def _steps(steps: ArrayLike) -> Array:
+    steps = non_negative("steps", steps)
+    if is_concrete(steps) and (np.asarray(steps) % 1).any():
+        raise ValueError(f"steps must be whole numbers, got {steps}")
+    return steps
+
+
+def two_task_problem(
+    rho: ArrayLike, pretrain: ArrayLike | None = None, *, p: int = 2, distance: ArrayLike = 1.0
+) -> TwoTaskProblem:
+    """The setting of Theorem 7.2 as a problem (paper 2502.02797; docs, F6): ē and ē⊥ are the first two axes.
+
+    Args:
+        rho: the correlation ρ in [0, 1) of Σ₂ = I + ρ(ēē⊥ᵀ + ē⊥ēᵀ), (p, p).
+        pretrain: the block (2, 2) of Σ₁ on ē and ē⊥, the identity by default, as Σ₁ is beyond it.
+        p: number of features, at least 2.
+        distance: ‖e‖ > 0; the shift is δ = −‖e‖ē.
+
+    No noise. Raises ValueError for ρ outside [0, 1), p < 2, or a block that is not Σ₁ ⪰ I.
+
+    >>> from theory.flow import two_task_problem
+    >>> problem = two_task_problem(0.5, [[2.0, 0.0], [0.0, 1.0]], p=3)
+    >>> problem.finetune_covariance.matrix
+    Array([[1. , 0.5, 0. ],
+           [0.5, 1. , 0. ],
+           [0. , 0. , 1. ]], dtype=float64)
+    """
+    rho, block = _rho(rho), _block(pretrain)
+    p = count("p", p, minimum=2)
+    flat = jnp.eye(p, dtype=block.dtype)
+    finetune = flat.at[0, 1].set(rho).at[1, 0].set(rho)
+    shift = -positive("distance", distance, ndim=0) * flat[0]
+    return TwoTaskProblem(flat.at[:2, :2].set(block), finetune, FixedShift(shift), noise_std=0.0)
+
+
+def _block(pretrain: ArrayLike | None) -> Array:
+    block = real_array("pretrain", jnp.eye(2) if pretrain is None else pretrain)
+    if block.shape != (2, 2):
+        raise ValueError(f"pretrain must be the block (2, 2) of Σ₁ on ē and ē⊥, got shape {block.shape}")
+    if is_concrete(block):
+        host = np.asarray(block)
+        if abs(host[0, 1] - host[1, 0]) > 1e-6 * abs(host).max():
+            raise ValueError("pretrain must be symmetric")
+        smallest = np.linalg.eigvalsh(host)[0]
+        if smallest < 1 - 1e-6:
+            raise ValueError(f"pretrain must be Σ₁ ⪰ I, got eigenvalue {smallest:.3g}")
+    return block
+
+
+# Σ̃ has eigenvectors ē ± ē⊥ with eigenvalues 1 ± ρ.
+def unweighted_iterates(rho: ArrayLike, steps: ArrayLike, step_size: ArrayLike = 0.5) -> Array:
+    """Positions (…, 2) after K steps without weights, θ_K = θ₂* + (I − 2ηΣ̃)^K e (paper 2502.02797, §7; docs, F6).
+
+    Args:
+        rho: correlation ρ in [0, 1).
+        steps: whole numbers K ≥ 0.
+        step_size: the paper's η, for the loss without ½; the three broadcast.
+
+    At η = ½ the position is ρ^K(1, 0) for even K and ρ^K(0, −1) for odd. Raises ValueError outside these ranges and for
+    an unstable η.
+
+    >>> from theory.flow import unweighted_iterates
+    >>> unweighted_iterates(0.5, [0, 1, 2])
+    Array([[ 1.  ,  0.  ],
+           [ 0.  , -0.5 ],
+           [ 0.25,  0.  ]], dtype=float64)
+    """
+    rho, steps, step_size = _rho(rho), _steps(steps), positive("step_size", step_size)
+    if is_concrete(rho, step_size) and not (np.asarray(step_size * (1 + rho)) < 1).all():
+        raise ValueError(f"step_size must be below 1/(1 + rho) = {float(1 / (1 + rho.max())):.6g}, got {step_size}")
+    fast, slow = (1 - 2 * step_size * (1 + rho)) ** steps, (1 - 2 * step_size * (1 - rho)) ** steps
+    return jnp.stack(jnp.broadcast_arrays((fast + slow) / 2, (fast - slow) / 2), axis=-1)
+
+
+def iteration_matrix(rho: ArrayLike, beta: ArrayLike) -> Array:
+    """Q (…, 2, 2) on the plane of ē and ē⊥, with Σ_w = μ(I − Q) (paper 2502.02797, Theorem 7.2; docs, F6).
+
+        Q = (1−μ²) ēēᵀ + ρ²(1−μ²) ē⊥ē⊥ᵀ − ρμ² (ēē⊥ᵀ + ē⊥ēᵀ),   μ² = β(1−ρ²)/((1+β)(1−βρ²))
+
+    >>> from theory.flow import iteration_matrix
+    >>> jnp.linalg.eigvalsh(iteration_matrix(0.5, 0.5)).round(4)          # λ₂ and λ₁
+    Array([0.1429, 0.75  ], dtype=float64)
+    """
+    rho, beta = jnp.broadcast_arrays(_rho(rho), _beta(beta))
+    square = beta * (1 - rho**2) / ((1 + beta) * (1 - beta * rho**2))
+    corner = -rho * square
+    rows = [jnp.stack([1 - square, corner], axis=-1), jnp.stack([corner, rho**2 * (1 - square)], axis=-1)]
+    return jnp.stack(rows, axis=-2)
+
+
+def stalled_direction(rho: ArrayLike, beta: ArrayLike) -> Array:
+    """(1, −βρ): the top eigenvector e − βρ‖e‖ē⊥ of Q, along which learning is stalled (paper 2502.02797; docs, F6).
+
+    Its eigenvalue λ₁ = (1 + βρ²)/(1 + β) is all that is left after many steps.
+
+    >>> from theory.flow import stalled_direction
+    >>> stalled_direction(0.5, [0.5, 1.0])
+    Array([[ 1.  , -0.25],
+           [ 1.  , -0.5 ]], dtype=float64)
+    """
+    rho, beta = jnp.broadcast_arrays(_rho(rho), _beta(beta))
+    return jnp.stack([jnp.ones_like(rho), -beta * rho], axis=-1)
+
+
+def flow_iterates(rho: ArrayLike, beta: ArrayLike, steps: ArrayLike) -> Array:
+    """Positions (…, 2) after K steps of FLOW, η = 1/(2μ) (paper 2502.02797, Theorem 7.2, eq. (14); docs, F6).
+
+        θ_K = θ₂* + [(λ₁^K + λ₂^K β²ρ²)/(1+β²ρ²)] e − βρ[(λ₁^K − λ₂^K)/(1+β²ρ²)] ‖e‖ē⊥,
+        λ₁ = (1+βρ²)/(1+β),   λ₂ = ρ²(1−β)/(1−βρ²),   T as in `temperature_from_beta`
+
+    Args:
+        rho: correlation ρ in [0, 1).
+        beta: β in (0, 1], see `temperature_from_beta`.
+        steps: whole numbers K ≥ 0; the three broadcast.
+
+    η is the paper's, for the loss without ½; this one equals weights normalised to mean one and η = ½. Raises
+    ValueError outside these ranges.
+
+    >>> from theory.flow import flow_iterates
+    >>> flow_iterates(0.5, 0.5, [0, 1, 2]).round(4)
+    Array([[ 1.    , -0.    ],
+           [ 0.7143, -0.1429],
+           [ 0.5306, -0.1276]], dtype=float64)
+    """
+    rho, beta, steps = _rho(rho), _beta(beta), _steps(steps)
+    top = ((1 + beta * rho**2) / (1 + beta)) ** steps
+    low = (rho**2 * (1 - beta) / (1 - beta * rho**2)) ** steps
+    square = (beta * rho) ** 2
+    along, across = (top + low * square) / (1 + square), -beta * rho * (top - low) / (1 + square)
+    return jnp.stack(jnp.broadcast_arrays(along, across), axis=-1)
+
+
+def errors(position: ArrayLike, rho: ArrayLike, pretrain: ArrayLike | None = None) -> Pair[Array]:
+    """The paper's err₂ = ‖θ−θ₂*‖²_Σ̃ and err₁ = ‖θ−θ₁*‖²_Σ, in units of ‖e‖² (paper 2502.02797, §7; docs, F6).
+
+    Args:
+        position: (…, 2) in the plane.
+        rho: the correlation ρ (…) in [0, 1).
+        pretrain: the block (2, 2) of Σ₁ on ē and ē⊥, the identity by default.
+
+    >>> from theory.flow import errors
+    >>> errors([1.0, 0.0], rho=0.5, pretrain=[[3.0, 1.0], [1.0, 2.0]])
+    Pair(finetune=Array(1., dtype=float64), pretrain=Array(0., dtype=float64))
+    """
+    position, rho, block = real_array("position", position), _rho(rho), _block(pretrain)
+    same_size("position (last axis)", position.shape[-1], "the plane", 2)
+    x, y = position[..., 0], position[..., 1]
+    moved = x - 1
+    finetune = x**2 + y**2 + 2 * rho * x * y
+    pretrain = block[0, 0] * moved**2 + 2 * block[0, 1] * moved * y + block[1, 1] * y**2
+    return Pair(*jnp.broadcast_arrays(finetune, pretrain))
+
+
+def best_averaging(pretrain: ArrayLike | None = None) -> Array:
+    """min_ω err_tot(θ₂* + ωe) = s/(s+1) in units of ‖e‖², s = ēᵀΣ₁ē, at ω = s/(s+1) (paper 2502.02797, §7; docs, F6).
+
+    >>> from theory.flow import best_averaging
+    >>> best_averaging([[3.0, 0.0], [0.0, 1.0]])
+    Array(0.75, dtype=float64)
+    """
+    s = _block(pretrain)[0, 0]
+    return s / (s + 1)
+
+
+class BestFlow(NamedTuple):
+    """The least err_tot of FLOW, in units of ‖e‖², and where."""
+
+    total: Array
+    beta: Array
+    """0 in the limit K → ∞."""
+    steps: Array
+    """K; ∞ where FLOW comes arbitrarily close to the best averaging but never below."""
+
+
+# For K → ∞ with Kβ = const the position tends to (λ₁^K, 0): averaging with any ω. err_tot is convex, and its slope
+# along y at the best averaging is 2(ρs − c)/(s + 1), s = ēᵀΣ₁ē, c = ēᵀΣ₁ē⊥; FLOW has y ≤ 0. So it goes below the best
+# averaging if and only if c < ρs.
+def best_flow(rho: ArrayLike, pretrain: ArrayLike | None = None, max_steps: int = 64) -> BestFlow:
+    """The least err_tot of FLOW over β in (0, 1] and 1 ≤ K ≤ max_steps (docs, F6; Remark 7.6 of paper 2502.02797).
+
+    The paper's Remark 7.6: it is at least as good as the best averaging. Ours: it is better **if and only if**
+    ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē; otherwise averaging is its limit for K → ∞, returned with K = ∞ and β = 0.
+
+    Args:
+        rho: correlation ρ in [0, 1), a number.
+        pretrain: the block (2, 2) of Σ₁ on ē and ē⊥, the identity by default.
+        max_steps: the largest K that is tried.
+
+    >>> from theory.flow import best_averaging, best_flow
+    >>> best = best_flow(0.76, [[2.7, 0.0], [0.0, 1.0]])
+    >>> bool(best.total < best_averaging([[2.7, 0.0], [0.0, 1.0]])), int(best.steps)
+    (True, 1)
+    >>> best_flow(0.3, [[2.0, 1.0], [1.0, 2.0]]).steps
+    Array(inf, dtype=float64)
+    """
+    rho, block = _rho(rho), _block(pretrain)
+    steps = jnp.arange(1, count("max_steps", max_steps) + 1, dtype=block.dtype)
+    return _best_flow(jnp.asarray(rho, block.dtype), block, steps)
+
+
+@jax.jit
+def _best_flow(rho: Array, block: Array, steps: Array) -> BestFlow:
+    def after(steps: Array) -> BestFlow:
+        def total(beta: Array) -> Array:
+            finetune, pretrain = errors(flow_iterates(rho, beta, steps), rho, block)
+            return finetune + pretrain
+
+        found = minimise_over_logarithm(total, 1e-4, jnp.ones((), block.dtype))
+        return BestFlow(found.value, found.argument, steps)
+
+    finite = jax.vmap(after)(steps)
+    limit = BestFlow(best_averaging(block), jnp.zeros((), block.dtype), jnp.asarray(jnp.inf, block.dtype))
+    best = jax.tree.map(lambda leaf: leaf[jnp.argmin(finite.total)], finite)
+    return jax.tree.map(lambda a, b: jnp.where(best.total < limit.total, a, b), best, limit)
