@@ -44,7 +44,7 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 def families(tmp_path_factory):
     """Base and three fine-tuned runs of each architecture, really trained, in bfloat16 (GPT-2 in float32)."""
     pytest.importorskip("transformers")
-    from linfit.bridge.example import make_family
+    from sims.laboratory.toy_language import make_family
 
     root = tmp_path_factory.mktemp("families")
     sizes = {"pretrain_steps": 15, "finetune_steps": 8, "hidden": 32, "runs": 3, "shard_size": "12KB"}

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from linfit.bridge import fit_curve
-from linfit.bridge.curve import read_evaluations
+from linfit.bridge import fit_curve, read_evaluations
 
 TAUS = np.array([0.0, 0.3, 0.5, 0.8, 1.0])
 
@@ -242,7 +241,7 @@ def test_harness_samples_are_paired_by_document_and_of_one_filter(tmp_path, gene
 
 
 def test_curve_takes_the_direction_from_the_results(harness, capsys):
-    from figures.commands.bridge import curve
+    from figures.commands.checkpoints import curve
 
     curve(tuple(harness), metric="mmlu/acc", json=True)
     printed = capsys.readouterr()

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from linfit.bridge import inspect, noise_level, optimal_shrinkage, split_deltas
-from linfit.bridge.deltas import marchenko_pastur_median, shrinkage, split_of, truncation
-from linfit.bridge.inspection import delta_singular_values
+from linfit.bridge import delta_singular_values, inspect, noise_level, optimal_shrinkage, split_deltas
+from linfit.bridge.delta import split_of
+from linfit.bridge.signal import marchenko_pastur_median, shrinkage, truncation
 from linfit.bridge.spectrum import most_directions, spectrum_of
 from tests.bridge_checkpoints import write_single
 

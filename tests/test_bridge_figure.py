@@ -18,14 +18,14 @@ def test_figure_is_drawn_with_its_numbers():
     one, average = picture.data["sums_loss"].mean("sum").values
     assert one[0] == average[0]  # τ = 0 is the base in both
     assert np.isfinite(picture.data["singular_value"]).all()
-    assert "seed 3" in picture.caption
-    assert len(picture.figure.axes) == 3
+    assert "seed 3" in picture.caption(picture.data)
+    assert len(picture.draw(picture.data).axes) == 3
 
 
 def test_the_weighted_loss_of_the_documentation():
     """With weights 1 it is the model's own loss; in general Σ w_i Σ_t nll / tokens."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from linfit.bridge.example import build
+    from sims.laboratory.toy_language import build
 
     text = (Path(__file__).parents[1] / "docs" / "bridge.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(class WeightedTrainer.*?)```", text, re.DOTALL)[1]

@@ -4,19 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
 
 from figures.commands import main
-from linfit.bridge import load, merge, perturb
-from linfit.bridge.records import (
+from linfit.bridge import (
     choose_targets,
-    command_judge,
     judge_named,
-    last_number,
-    normalise,
+    load,
+    merge,
+    perturb,
     read_records,
     weigh,
     write_records,
@@ -46,7 +44,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def sums(tmp_path):
-    from linfit.bridge.example import counting_text, encode
+    from sims.laboratory.toy_language import counting_text, encode
 
     generator = np.random.default_rng(5)
     records = [{"input_ids": encode(counting_text(generator, k % 3 + 1)).tolist()} for k in range(11)]
@@ -169,7 +167,7 @@ def talkers(tmp_path_factory):
     """A base and a tuned model with trained byte-pair encodings; only the tuned one has a chat template."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    from linfit.bridge.example import counting_text, story_text
+    from sims.laboratory.toy_language import counting_text, story_text
 
     generator = np.random.default_rng(0)
     text = story_text(generator, 300) + counting_text(generator, 300)
@@ -272,9 +270,11 @@ def test_weights_keep_records_and_mask_tokens():
         ("exact", "Yes", "yes", False),
         ("normalised", "The answer: YES!", "answer yes", True),
         ("normalised", "no", "yes", False),
+        ("normalised", "An   apple, the PEAR", "apple pear", True),
         ("last-number", "3 + 4 = 7, so $1,007.0", "#### 1007", True),
         ("last-number", "seven", "7", False),
         ("last-number", "-3", "3", False),
+        ("last-number", "none", "none", False),
         (r"regex:\((\w)\)", "first (A), then (B)", "(B)", True),
         (r"regex:\((\w)\)", "B", "(B)", False),
         ('command:grep -q \'"answer": "ok\'', "ok then", "x", True),
@@ -290,9 +290,7 @@ def test_judges_that_cannot_judge():
         with pytest.raises(ValueError, match=r"judge must be|regex is not valid"):
             judge_named(name)
     with pytest.raises(ValueError, match="ended with 3"):
-        command_judge("exit 3")("a", "b")
-    assert last_number("none") is None
-    assert normalise("An   apple, the PEAR") == "apple pear"
+        judge_named("command:exit 3")("a", "b")
 
 
 def test_targets_from_records():
@@ -375,11 +373,9 @@ def test_bad_noise(tmp_path, options, message):
 # The command line ---------------------------------------------------------------------------------------------------
 
 
-def test_every_command_is_registered_and_light():
-    names = {entry.name for entry in entry_points(group="linfit.commands")}
-    assert {"merge", "inspect", "curve", "perturb", "weights", "losses", "targets"} <= names
+def test_commands_are_light():
     heavy = ("jax", "numpy", "torch", "rich", "scipy")
-    code = f"import sys, figures.commands.bridge; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, figures.commands; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

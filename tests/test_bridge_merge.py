@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from linfit import interpolate
-from linfit.bridge import Checkpoint, load, merge
-from linfit.bridge.merging import read_layer_taus
+from linfit.bridge import Checkpoint, load, merge, read_layer_taus
 from tests.bridge_checkpoints import read_all, write_sharded, write_single
 
 TAUS = [0.0, 0.25, 0.6, 1.0, 1.2]
@@ -437,7 +436,7 @@ def test_stopped_before_the_last_rename_or_by_a_power_cut(tmp_path, generator, m
 
 KILLED = """
 import sys
-from linfit.bridge.merging import merge
+from linfit.bridge import merge
 print("ready", flush=True)
 outcome = merge(sys.argv[1], sys.argv[2], sys.argv[3], tau=[float(tau) for tau in sys.argv[4].split(",")])
 print(outcome.resumed_shards)
@@ -548,7 +547,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
 MEASURE_SPECTRA = """
 import re, sys
 import ml_dtypes
-import linfit.bridge.deltas, linfit.bridge.inspection
+import linfit.bridge.inspection, linfit.bridge.merging
 from linfit.bridge import inspect, merge
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024

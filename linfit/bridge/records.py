@@ -54,7 +54,7 @@ def losses_of(records: Sequence[Record], path: str | Path = "records", field: st
     return np.array(losses, float)
 
 
-def token_losses_of(records: Sequence[Record], path: str | Path = "records") -> tuple[np.ndarray, np.ndarray]:
+def _token_losses_of(records: Sequence[Record], path: str | Path = "records") -> tuple[np.ndarray, np.ndarray]:
     """The field `token_losses` of every record, padded (n, t), and the mask of target tokens; null is not a target."""
     lists = [record.get("token_losses") for record in records]
     for number, values in enumerate(lists, start=1):
@@ -78,7 +78,7 @@ def weigh(
     from linfit.weighting import flow_weights, median_temperature
 
     if tokens:
-        losses, mask = token_losses_of(records)
+        losses, mask = _token_losses_of(records)
         used = float(median_temperature(losses, mask)) if temperature is None else temperature
         weights = np.asarray(flow_weights(losses, used, mask))
         lengths = [len(record["token_losses"]) for record in records]
@@ -95,36 +95,36 @@ def weigh(
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
-def normalise(text: str) -> str:
+def _normalise(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces.
 
-    >>> normalise("The answer:  Forty-two!")
+    >>> _normalise("The answer:  Forty-two!")
     'answer forty two'
     """
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def last_number(text: str) -> float | None:
+def _last_number(text: str) -> float | None:
     """The last number in a text, as answers to GSM8K are compared.
 
-    >>> last_number("so it costs $1,234.50 in all.")
+    >>> _last_number("so it costs $1,234.50 in all.")
     1234.5
     """
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
-def same_number(answer: str, gold: str) -> bool:
+def _same_number(answer: str, gold: str) -> bool:
     """Whether both end in the same number."""
-    number = last_number(answer)
-    return number is not None and number == last_number(gold)
+    number = _last_number(answer)
+    return number is not None and number == _last_number(gold)
 
 
-def regex_judge(pattern: str) -> Callable[[str, str], bool]:
+def _regex_judge(pattern: str) -> Callable[[str, str], bool]:
     """Compares what the pattern captures (its first group, or all of it) at its last match in each text.
 
-    >>> regex_judge(r"Answer: (\\w+)")("Answer: B", "I think so. Answer: B")
+    >>> _regex_judge(r"Answer: (\\w+)")("Answer: B", "I think so. Answer: B")
     True
     """
     try:
@@ -141,7 +141,7 @@ def regex_judge(pattern: str) -> Callable[[str, str], bool]:
     return lambda answer, gold: captured(answer) is not None and captured(answer) == captured(gold)
 
 
-def command_judge(command: str) -> Callable[[str, str], bool]:
+def _command_judge(command: str) -> Callable[[str, str], bool]:
     """Runs a shell command with {"answer", "gold"} as JSON on its standard input; exit 0 accepts, 1 rejects."""
 
     def judge(answer: str, gold: str) -> bool:
@@ -154,23 +154,23 @@ def command_judge(command: str) -> Callable[[str, str], bool]:
     return judge
 
 
-JUDGES: dict[str, Callable[[str, str], bool]] = {
+_JUDGES: dict[str, Callable[[str, str], bool]] = {
     "exact": lambda answer, gold: answer.strip() == gold.strip(),
-    "normalised": lambda answer, gold: normalise(answer) == normalise(gold),
-    "last-number": same_number,
+    "normalised": lambda answer, gold: _normalise(answer) == _normalise(gold),
+    "last-number": _same_number,
 }
 
 
 def judge_named(name: str) -> Callable[[str, str], bool]:
-    """A judge of `JUDGES`, `regex:PATTERN` or `command:COMMAND`; ValueError for anything else."""
+    """A judge of `_JUDGES`, `regex:PATTERN` or `command:COMMAND`; ValueError for anything else."""
     kind, _, argument = name.partition(":")
     if kind == "regex" and argument:
-        return regex_judge(argument)
+        return _regex_judge(argument)
     if kind == "command" and argument:
-        return command_judge(argument)
-    if name not in JUDGES:
-        raise ValueError(f"judge must be {', '.join(JUDGES)}, regex:PATTERN or command:COMMAND, got {name!r}")
-    return JUDGES[name]
+        return _command_judge(argument)
+    if name not in _JUDGES:
+        raise ValueError(f"judge must be {', '.join(_JUDGES)}, regex:PATTERN or command:COMMAND, got {name!r}")
+    return _JUDGES[name]
 
 
 def choose_targets(
