@@ -166,7 +166,7 @@ def make_family(
 
 
 def merges_along_tau(
-    taus: Sequence[float] | np.ndarray,
+    taus: np.ndarray,
     *,
     runs: int,
     hidden: int,
