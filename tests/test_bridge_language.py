@@ -9,16 +9,7 @@ import numpy as np
 import pytest
 
 from figures.commands import main
-from linfit.bridge import (
-    choose_targets,
-    judge_named,
-    load,
-    merge,
-    perturb,
-    read_records,
-    weigh,
-    write_records,
-)
+from linfit.bridge import choose_targets, judge_named, load, merge, perturb, read_records, weigh, write_records
 from tests.bridge_checkpoints import write_single
 
 

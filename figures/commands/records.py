@@ -9,11 +9,7 @@ from figures.commands.language import Out, note, progress, require_parent
 
 
 def weights(
-    losses: Annotated[Path, tyro.conf.Positional],
-    /,
-    out: Out,
-    temperature: float | None = None,
-    tokens: bool = False,
+    losses: Annotated[Path, tyro.conf.Positional], /, out: Out, temperature: float | None = None, tokens: bool = False
 ) -> None:
     """FLOW weights exp(−loss/T) for a dataset, from the pretrained model's losses (`linfit losses`).
 
@@ -93,12 +89,7 @@ def losses(
     print(f"written to {out}" + (f"; {resumed} records were finished before" if resumed else ""))
 
 
-def targets(
-    answers: Annotated[Path, tyro.conf.Positional],
-    /,
-    out: Out,
-    judge: str = "normalised",
-) -> None:
+def targets(answers: Annotated[Path, tyro.conf.Positional], /, out: Out, judge: str = "normalised") -> None:
     """S3FT training targets: own answer if judged right, else own paraphrase of gold if judged right, else gold.
 
     Args:

@@ -4,33 +4,23 @@ Safetensors folders in Hugging Face layout are read and written as streams; no f
 `write_losses`, which runs a model (extra `llm`). Names are imported on first use.
 """
 
+# ruff: noqa: F401
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from linfit.bridge.checkpoint import Checkpoint as Checkpoint
-    from linfit.bridge.checkpoint import load as load
-    from linfit.bridge.curve import Curve as Curve
-    from linfit.bridge.curve import fit_curve as fit_curve
-    from linfit.bridge.delta import Split as Split
-    from linfit.bridge.delta import split_deltas as split_deltas
-    from linfit.bridge.evaluations import read_evaluations as read_evaluations
-    from linfit.bridge.inspection import Inspection as Inspection
-    from linfit.bridge.inspection import delta_singular_values as delta_singular_values
-    from linfit.bridge.inspection import inspect as inspect
-    from linfit.bridge.language import write_losses as write_losses
-    from linfit.bridge.merging import merge as merge
-    from linfit.bridge.merging import read_layer_taus as read_layer_taus
-    from linfit.bridge.output import Written as Written
-    from linfit.bridge.perturbation import perturb as perturb
-    from linfit.bridge.records import choose_targets as choose_targets
-    from linfit.bridge.records import judge_named as judge_named
-    from linfit.bridge.records import read_records as read_records
-    from linfit.bridge.records import weigh as weigh
-    from linfit.bridge.records import write_records as write_records
-    from linfit.bridge.signal import Noise as Noise
-    from linfit.bridge.signal import noise_level as noise_level
-    from linfit.bridge.signal import optimal_shrinkage as optimal_shrinkage
+    from linfit.bridge.checkpoint import Checkpoint, load
+    from linfit.bridge.curve import Curve, fit_curve
+    from linfit.bridge.delta import Split, split_deltas
+    from linfit.bridge.evaluations import read_evaluations
+    from linfit.bridge.inspection import Inspection, delta_singular_values, inspect
+    from linfit.bridge.language import write_losses
+    from linfit.bridge.merging import merge, read_layer_taus
+    from linfit.bridge.output import Written
+    from linfit.bridge.perturbation import perturb
+    from linfit.bridge.records import choose_targets, judge_named, read_records, weigh, write_records
+    from linfit.bridge.signal import Noise, noise_level, optimal_shrinkage
 
 _PUBLIC = {
     "checkpoint": ("Checkpoint", "load"),

@@ -19,9 +19,7 @@ import numpy as np
 from linfit.bridge.numbers import FLOATS, ITEM_SIZE, decode
 
 INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Tensor(NamedTuple):
@@ -71,17 +69,15 @@ class Shard(NamedTuple):
     """In the order of their bytes."""
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"name {next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return result
-
-
 def _parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            raise ValueError(f"name {next(n for n in names if names.count(n) > 1)!r} appears twice")
+        return dict(pairs)
+
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {what} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -134,10 +130,8 @@ def read_shard(path: Path) -> Shard:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{path}: __metadata__ must map strings to strings")
     data_start = 8 + length
-    tensors = sorted(
-        (_tensor(name, entry, path, data_start) for name, entry in header.items()),
-        key=lambda tensor: (tensor.start, tensor.stop),
-    )
+    tensors = [_tensor(name, entry, path, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     position = data_start
     for tensor in tensors:
         if tensor.start != position:
@@ -165,61 +159,50 @@ class Checkpoint:
             self.folder = self.folder.parent
         elif not self.folder.is_dir():
             raise ValueError(f"no such checkpoint folder: {folder}")
-        elif (self.folder / INDEX_NAME).exists():
-            paths = self._indexed_paths()
-        elif (self.folder / _SINGLE_NAME).exists():
-            paths = [self.folder / _SINGLE_NAME]
+        elif (path := self.folder / INDEX_NAME).exists():
+            self.index = _parse_json(path.read_bytes(), path, "the index")
+            paths = _indexed_paths(self.index.get("weight_map"), path)
+        elif (path := self.folder / "model.safetensors").exists():
+            paths = [path]
         else:
             paths = [_only_safetensors(self.folder)]
         self.shards = [read_shard(path) for path in paths]
         self.tensors: dict[str, Tensor] = {}
-        for shard in self.shards:
-            for tensor in shard.tensors:
-                if tensor.name in self.tensors:
-                    other = self.tensors[tensor.name].path.name
-                    raise ValueError(f"{self.folder}: tensor {tensor.name!r} is in {other} and in {shard.path.name}")
-                self.tensors[tensor.name] = tensor
+        for tensor in (tensor for shard in self.shards for tensor in shard.tensors):
+            if tensor.name in self.tensors:
+                other = self.tensors[tensor.name].path.name
+                raise ValueError(f"{self.folder}: tensor {tensor.name!r} is in {other} and in {tensor.path.name}")
+            self.tensors[tensor.name] = tensor
         if self.index is not None:
-            self._check_index()
+            listed, held = self.index["weight_map"], {name: each.path.name for name, each in self.tensors.items()}
+            wrong = sorted(name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name))
+            if wrong:
+                raise ValueError(
+                    f"{self.folder / INDEX_NAME}: disagrees with its shards about {some(wrong, 'tensor')}; "
+                    f"{wrong[0]!r} is listed in {listed.get(wrong[0])} and found in {held.get(wrong[0])}"
+                )
         config = self.folder / "config.json"
         self.config = _parse_json(config.read_bytes(), config, "the config") if config.is_file() else {}
-
-    def _indexed_paths(self) -> list[Path]:
-        path = self.folder / INDEX_NAME
-        self.index = _parse_json(path.read_bytes(), path, "the index")
-        weight_map = self.index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{path}: weight_map must be an object of tensor name → file name")
-        for file_name in weight_map.values():
-            if not isinstance(file_name, str) or not _is_plain_name(file_name):
-                raise ValueError(
-                    f"{path}: points outside its folder: {file_name!r:.80}; a shard needs a plain *.safetensors name"
-                )
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{path}: missing {some(missing, 'shard')}")
-        return [self.folder / name for name in names]
-
-    def _check_index(self) -> None:
-        assert self.index is not None
-        listed = self.index["weight_map"]
-        held = {name: tensor.path.name for name, tensor in self.tensors.items()}
-        wrong = sorted(name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name))
-        if wrong:
-            name = wrong[0]
-            raise ValueError(
-                f"{self.folder / INDEX_NAME}: disagrees with its shards about {some(wrong, 'tensor')}; {name!r} "
-                f"is listed in {listed.get(name)} and found in {held.get(name)}"
-            )
 
     def version(self, name: str) -> Tensor | None:
         """What this model has of a tensor, if anything."""
         return self.tensors.get(name)
 
 
-def _is_plain_name(name: str) -> bool:
-    return name.endswith(".safetensors") and Path(name).name == name and "\\" not in name and "\0" not in name
+def _indexed_paths(weight_map: object, index: Path) -> list[Path]:
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map must be an object of tensor name → file name")
+    for name in weight_map.values():
+        plain = isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+        if not plain or "\\" in name or "\0" in name:
+            raise ValueError(
+                f"{index}: points outside its folder: {name!r:.80}; a shard needs a plain *.safetensors name"
+            )
+    paths = [index.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"{index}: missing {some(missing, 'shard')}")
+    return paths
 
 
 def _only_safetensors(folder: Path) -> Path:
@@ -228,7 +211,7 @@ def _only_safetensors(folder: Path) -> Path:
         return found[0]
     if len(found) > 1:
         raise ValueError(f"{folder}: {len(found)} safetensors files but no {INDEX_NAME} to say which belong together")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     if pickles:
         raise ValueError(
             f"{folder}: only pickled weights ({some(pickles, 'file')}), which may run code when loaded and are never "

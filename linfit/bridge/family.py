@@ -35,11 +35,7 @@ class Family(NamedTuple):
 
 
 def open_family(
-    base: str | Path,
-    tuned: str | Path | Sequence[str | Path],
-    *,
-    shared: bool = False,
-    mixed_dtypes: bool = False,
+    base: str | Path, tuned: str | Path | Sequence[str | Path], *, shared: bool = False, mixed_dtypes: bool = False
 ) -> Family:
     """Open a base and its fine-tuned versions and check that they fit together.
 

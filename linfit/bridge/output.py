@@ -1,7 +1,8 @@
 """Writing checkpoints: a folder that appears whole or not at all, resumes after an interruption, and is checked first.
 
-Everything goes to a hidden folder beside the target, with a journal of finished shards; the last act is to rename it.
-A second run of the same plan on unchanged inputs goes on after the last finished shard, any other starts clean.
+Everything goes to a hidden folder beside the target, where a shard gets its name once it is finished and on the disk;
+the last act is to rename the folder. A second run of the same plan on unchanged inputs goes on after the last
+finished shard, any other starts clean.
 """
 
 import fcntl
@@ -101,15 +102,14 @@ def write_checkpoints(
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"the output {out} must lie outside the input {folder}")
     shards = [_plan_shard(shard, filter(None, map(plan, shard.tensors))) for shard in template.shards]
-    with _hidden_folder(out) as partial:
-        journal = _Journal(partial, _fingerprint(arguments, inputs))
+    with _hidden_folder(out, _fingerprint(arguments, inputs)) as partial:
         folders = [partial / label for label in cards] if len(cards) > 1 else [partial]
         for folder in folders:
             folder.mkdir(exist_ok=True)
         started = time.perf_counter()
-        todo = [shard for shard in shards if not journal.has(shard, folders)]
+        todo = [shard for shard in shards if not all(shard.finished(folder) for folder in folders)]
         try:
-            bytes_read, bytes_written = _write_shards(todo, folders, journal, out, max(1, workers), progress)
+            bytes_read, bytes_written = _write_shards(todo, folders, out, max(1, workers), progress)
         except ValueError:  # will not go away by running again: leave nothing behind
             shutil.rmtree(partial)
             raise
@@ -120,7 +120,7 @@ def write_checkpoints(
             _set_config_dtype(folder, dtype)
             _write_card(template.folder, folder, title, facts)
         _publish(partial, out)
-    final = [out / label for label in cards] if len(cards) > 1 else [out]
+    final = [out / folder.relative_to(partial) for folder in folders]
     seconds = time.perf_counter() - started
     return Written(final, list(notes), bytes_read, bytes_written, seconds, len(shards) - len(todo))
 
@@ -134,6 +134,11 @@ class _PlannedShard(NamedTuple):
     """Where each tensor's bytes begin in the file."""
     tensors: tuple[Planned, ...]
     file_size: int
+
+    def finished(self, folder: Path) -> bool:
+        """Whether an earlier run has written it: only then does it have its name."""
+        path = folder / self.file_name
+        return path.is_file() and path.stat().st_size == self.file_size
 
 
 def _plan_shard(template: Shard, planned: Iterable[Planned]) -> _PlannedShard:
@@ -166,13 +171,13 @@ def _fingerprint(arguments: Mapping[str, Any], inputs: Sequence[Checkpoint | Ada
     return hashlib.sha256(json.dumps([arguments, files], sort_keys=True, default=str).encode()).hexdigest()
 
 
-_LOCK, _JOURNAL = ".lock", ".journal.json"
+_LOCK, _IDENTITY = ".lock", ".identity"
 """In the hidden folder until it is renamed; no file copied from an input has a name that starts with a dot."""
 
 
 @contextmanager
-def _hidden_folder(out: Path) -> Iterator[Path]:
-    """Where `out` is prepared, for one process at a time."""
+def _hidden_folder(out: Path, identity: str) -> Iterator[Path]:
+    """Where `out` is prepared, by one process at a time; what a run with another identity has left is removed."""
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / _LOCK, "w") as lock:
@@ -182,58 +187,23 @@ def _hidden_folder(out: Path) -> Iterator[Path]:
             raise ValueError(f"another run is writing {out}") from None
         if not partial.exists():
             raise ValueError(f"another run has just finished {out}")
-        yield partial
-
-
-class _Journal:
-    """Which shards are finished; whatever an earlier run with another identity left is removed."""
-
-    def __init__(self, partial: Path, identity: str):
-        self.path = partial / _JOURNAL
-        try:
-            state = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            state = {}
-        if state.get("identity") != identity:
+        mark = partial / _IDENTITY
+        if not mark.is_file() or mark.read_text() != identity:
             for entry in partial.iterdir():
                 if entry.name != _LOCK:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            state = {"identity": identity, "finished": []}
-        self.state = state
-        self._save()
-
-    def has(self, shard: _PlannedShard, folders: Sequence[Path]) -> bool:
-        """Finished, and its files are there: a power cut may keep the journal and lose the rename of a file."""
-        paths = [folder / shard.file_name for folder in folders]
-        return shard.file_name in self.state["finished"] and all(
-            path.is_file() and path.stat().st_size == shard.file_size for path in paths
-        )
-
-    def add(self, shard: _PlannedShard) -> None:
-        self.state["finished"].append(shard.file_name)
-        self._save()
-
-    def _save(self) -> None:
-        temporary = self.path.with_suffix(".new")
-        with open(temporary, "w") as file:
-            json.dump(self.state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+            sync(partial)  # a power cut must not bring back the old shards under the new identity
+            mark.write_text(identity)
+        yield partial
 
 
 def _write_shards(
-    shards: Sequence[_PlannedShard],
-    folders: Sequence[Path],
-    journal: _Journal,
-    out: Path,
-    workers: int,
-    progress: Progress | None,
+    shards: Sequence[_PlannedShard], folders: Sequence[Path], out: Path, workers: int, progress: Progress | None
 ) -> tuple[int, int]:
     """Write all shards, one after the other; bytes read and written."""
     needed = sum(shard.file_size for shard in shards) * len(folders)
-    occupied = sum(path.stat().st_size for path in journal.path.parent.rglob("*.writing") if path.is_file())
-    free = shutil.disk_usage(journal.path.parent).free + occupied
+    occupied = sum(path.stat().st_size for folder in folders for path in folder.glob("*.writing"))
+    free = shutil.disk_usage(folders[0]).free + occupied
     if needed > free:
         raise ValueError(f"{out} needs {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free")
     total = sum(tensor.byte_size for shard in shards for tensor in shard.tensors) * len(folders)
@@ -250,7 +220,6 @@ def _write_shards(
             with Files(source for tensor in shard.tensors for source in tensor.sources) as files:
                 _write_shard(shard, folders, files, pool, workers, count)
             bytes_read += files.bytes_read
-            journal.add(shard)
     return bytes_read, needed
 
 
@@ -328,7 +297,7 @@ def _publish(partial: Path, out: Path) -> None:
     """One rename makes the output appear; everything in it is on disk by then."""
     for path in partial.rglob("*"):
         sync(path)
-    (partial / _JOURNAL).unlink()
+    (partial / _IDENTITY).unlink()
     (partial / _LOCK).unlink()
     sync(partial)
     os.rename(partial, out)

@@ -166,14 +166,7 @@ def make_family(
 
 
 def merges_along_tau(
-    taus: np.ndarray,
-    *,
-    runs: int,
-    hidden: int,
-    pretrain_steps: int,
-    finetune_steps: int,
-    lines: int,
-    seed: int,
+    taus: np.ndarray, *, runs: int, hidden: int, pretrain_steps: int, finetune_steps: int, lines: int, seed: int
 ) -> xr.Dataset:
     """Train a family, merge one run and the average of all along τ, and evaluate every merge with transformers.
 
