@@ -29,6 +29,9 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
         hidden=32 if quick else 64,
         pretrain_steps=20 if quick else 300,
         finetune_steps=10 if quick else 40,
+        finetune_lines=100,
+        finetune_rate=5e-4,
+        shard_size="1MB",
         lines=30 if quick else 250,
         seed=int(np.ravel(jax.random.key_data(key))[-1]),
     )

@@ -273,26 +273,20 @@ def _summary(fits: "Mapping[str, Curve]") -> dict[str, object]:
     for name, fit in fits.items():
         sign = -1 if fit.maximize else 1
         gain, gain_error = fit.gain_over_full
-        metrics.append(
-            {
-                "metric": name,
-                "maximize": fit.maximize,
-                "taus": fit.taus.tolist(),
-                "values": (sign * fit.values).tolist(),
-                "standard_errors": None if fit.standard_errors is None else fit.standard_errors.tolist(),
-                "coefficients": (sign * fit.coefficients).tolist(),
-                "best_tau": fit.best_tau,
-                "best_tau_error": fit.best_tau_error,
-                "gain_over_full": gain,
-                "gain_over_full_error": gain_error,
-                "value_at_first_best_tau": float(sign * fit(first.best_tau)),
-                "chi_square": fit.chi_square,
-                "degrees_of_freedom": fit.degrees_of_freedom,
-                "p_value": fit.p_value,
-                "verdict": fit.verdict,
-                "next_tau": fit.next_tau(),
-            }
-        )
+        derived = {
+            "metric": name,
+            "values": sign * fit.values,
+            "coefficients": sign * fit.coefficients,
+            "residuals": sign * fit.residuals,
+            "best_tau": fit.best_tau,
+            "best_tau_error": fit.best_tau_error,
+            "gain_over_full": gain,
+            "gain_over_full_error": gain_error,
+            "value_at_first_best_tau": sign * fit(first.best_tau),
+            "verdict": fit.verdict,
+            "next_tau": fit.next_tau(),
+        }
+        metrics.append(fit._asdict() | derived)
     return {"metrics": metrics, "trade_off": _trade_off(fits)}
 
 

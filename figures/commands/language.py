@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -76,7 +76,9 @@ def print_json(value: object) -> None:
     print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
 
 
-def _finite(value: object) -> object:
+def _finite(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # of NumPy, which is not imported for this
+        value = value.tolist()
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

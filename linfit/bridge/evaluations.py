@@ -24,13 +24,8 @@ class Evaluations(NamedTuple):
     """Where the files say so."""
 
 
-class _Result(NamedTuple):
-    """A metric of one model."""
-
-    value: Any
-    """A number, or one per sample (n,)."""
-    standard_error: float | None = None
-    larger_is_better: bool | None = None
+_Result = tuple[Any, float | None, bool | None]
+"""Of one model: a number, or one per sample (n,); its standard error; whether larger is better."""
 
 
 def read_evaluations(sources: Sequence[str], metric: str) -> Evaluations:
@@ -45,54 +40,43 @@ def read_evaluations(sources: Sequence[str], metric: str) -> Evaluations:
     if len(sources) == 1 and "=" not in sources[0]:
         return _from_table(Path(sources[0]), metric)
     taus, found = [], []
-    for source in sources:
-        label, separator, file = source.partition("=")
+    for source in sources or [""]:
+        label, _, file = source.partition("=")
         try:
-            taus.append(float(label))
+            taus.append(float(label if file else ""))
         except ValueError:
-            separator = ""
-        if not separator:
-            raise ValueError(f"give one table, or TAU=FILE for each τ, got {source!r}")
+            raise ValueError(f"give one table, or TAU=FILE for each τ, got {source!r}") from None
         found.append(_from_result(Path(file), metric))
-    values = [result.value for result in found]
-    larger = next((result.larger_is_better for result in found if result.larger_is_better is not None), None)
-    if all(isinstance(value, np.ndarray) for value in values):
-        lengths = {value.size for value in values}
-        if len(lengths) != 1:
-            raise ValueError(f"losses must be of the same samples at every τ, got {sorted(lengths)} of them")
-        losses = np.stack(values)
-        return Evaluations(np.array(taus), losses[:, np.isfinite(losses).all(axis=0)], None, larger)
-    if any(isinstance(value, np.ndarray) for value in values):
+    values, errors, directions = zip(*found)
+    larger = next((direction for direction in directions if direction is not None), None)
+    sizes = sorted({np.size(value) for value in values if isinstance(value, np.ndarray)})
+    if not sizes:
+        known = all(error is not None and error > 0 for error in errors)
+        return Evaluations(np.array(taus), np.array(values), np.array(errors, float) if known else None, larger)
+    if not all(isinstance(value, np.ndarray) for value in values):
         raise ValueError("mixing per-sample losses with summary results: use one kind for every τ")
-    errors = [result.standard_error for result in found]
-    known = all(error is not None and error > 0 for error in errors)
-    return Evaluations(np.array(taus), np.array(values), np.array(errors, float) if known else None, larger)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
-    try:
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: neither CSV, a JSON array nor JSON lines: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: every entry must be an object with tau and {{metric}}")
-    return rows
+    if len(sizes) != 1:
+        raise ValueError(f"losses must be of the same samples at every τ, got {sizes} of them")
+    losses = np.stack(values)
+    return Evaluations(np.array(taus), losses[:, np.isfinite(losses).all(axis=0)], None, larger)
 
 
 def _from_table(path: Path, metric: str) -> Evaluations:
-    rows = _rows(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".csv":
+            rows: list[Any] = list(csv.DictReader(text.splitlines()))
+        elif text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path}: neither CSV, a JSON array nor JSON lines: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: every entry must be an object with tau and {metric}")
     columns = list(rows[0]) if rows else []
     if "tau" not in columns or metric not in columns:
         raise ValueError(f"{path}: needs columns tau and {metric}, found {', '.join(columns) or 'nothing'}")
-    errors = [f"{metric}_standard_error", f"{metric}_stderr", "standard_error"]
-    error_column = next((name for name in errors if name in columns), None)
 
     def column(name: str) -> np.ndarray:
         try:
@@ -100,14 +84,16 @@ def _from_table(path: Path, metric: str) -> Evaluations:
         except (TypeError, ValueError, KeyError):
             raise ValueError(f"{path}: column {name} must hold a number in every row") from None
 
-    return Evaluations(column("tau"), column(metric), None if error_column is None else column(error_column))
+    errors = [f"{metric}_standard_error", f"{metric}_stderr", "standard_error"]
+    found = next((column(name) for name in errors if name in columns), None)
+    return Evaluations(column("tau"), column(metric), found)
 
 
 def _from_result(path: Path, metric: str) -> _Result:
     if path.is_dir():
         path = _latest_result(path)
     if path.suffix == ".jsonl":
-        return _Result(_per_sample(path, metric))
+        return _per_sample(path, metric), None, None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -145,7 +131,7 @@ def _from_harness(content: dict[str, Any], metric: str, path: Path) -> _Result:
     if not _is_number(value):
         raise ValueError(f"{path}: {metric!r} must be a finite number, got {value!r}")
     larger = content.get("higher_is_better", {}).get(task, {}).get(head)
-    return _Result(float(value), float(error) if _is_number(error) else None, larger)
+    return float(value), float(error) if _is_number(error) else None, larger
 
 
 def _is_metric(key: str) -> bool:

@@ -133,14 +133,12 @@ def make_family(
     """Pretrain a base on stories and a few sums, fine-tune it on few sums, and save all; their folders.
 
     Args:
-        folder: where `base`, `tuned_0`, … are written, as sharded safetensors by transformers.
+        folder: where `base`, `tuned_0`, … are written by transformers, in shards of `shard_size`.
         architecture, hidden, tied: of the model, as for `build`.
         runs: number of fine-tuned models, each on other data.
-        pretrain_steps, finetune_steps: of AdamW.
-        finetune_lines, finetune_rate: number of sums to fine-tune on; learning rate.
+        pretrain_steps, finetune_steps, finetune_lines, finetune_rate: steps of AdamW, number of sums, learning rate.
         dtype: stored format, a name of torch.
-        shard_size: largest file, as transformers writes sizes.
-        seed: of initialisation and data.
+        seed: of everything random.
     """
     import torch
 
@@ -165,18 +163,17 @@ def make_family(
     return base, tuned
 
 
-def merges_along_tau(
-    taus: np.ndarray, *, runs: int, hidden: int, pretrain_steps: int, finetune_steps: int, lines: int, seed: int
-) -> xr.Dataset:
+def merges_along_tau(taus: np.ndarray, *, lines: int, seed: int, **family: Any) -> xr.Dataset:
     """Train a family, merge one run and the average of all along τ, and evaluate every merge with transformers.
 
     Args:
         taus: ensemble coefficients (T,).
-        runs, hidden, pretrain_steps, finetune_steps, seed: as for `make_family`.
         lines: of held-out stories; twice as many sums.
+        seed: of everything random.
+        family: further arguments of `make_family`.
 
-    Held-out losses in nats on both tasks (who, tau, window), `linfit.bridge.inspect` by layer type, and the singular
-    values of one run's delta of a matrix beside those of pure noise of the same level.
+    Returns held-out losses in nats on both tasks (who, tau, window), what `linfit.bridge.inspect` finds by layer type,
+    and the singular values of one run's delta of a matrix beside those of pure noise of the same level.
     """
     import transformers
 
@@ -187,17 +184,7 @@ def merges_along_tau(
     matrix = "model.layers.0.mlp.up_proj.weight"
     on_stories, on_sums = [], []
     with tempfile.TemporaryDirectory() as folder:
-        base, tuned = make_family(
-            folder,
-            runs=runs,
-            hidden=hidden,
-            pretrain_steps=pretrain_steps,
-            finetune_steps=finetune_steps,
-            finetune_lines=100,
-            finetune_rate=5e-4,
-            shard_size="1MB",
-            seed=seed,
-        )
+        base, tuned = make_family(folder, seed=seed, **family)
         for name, members in (("one", tuned[:1]), ("all", tuned)):
             for path in merge(base, members, Path(folder) / name, tau=taus.tolist()).folders:
                 model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
@@ -205,9 +192,11 @@ def merges_along_tau(
                 on_sums.append(_held_out_losses(model, sums))
         inspection = inspect(base, tuned)
         values = delta_singular_values(base, tuned[0], matrix)
-    shape = 2 * hidden, hidden
-    noise, generator = noise_level(values, shape), np.random.default_rng(0)
-    pure = np.linalg.svd(generator.standard_normal((20, *shape)) * noise.entry_std, compute_uv=False).mean(axis=0)
+    rows, columns = next(tensor.shape for tensor in inspection.tensors if tensor.name == matrix)
+    noise, generator = noise_level(values, (rows, columns)), np.random.default_rng(0)
+    pure = np.linalg.svd(generator.standard_normal((20, rows, columns)) * noise.entry_std, compute_uv=False).mean(
+        axis=0
+    )
     kinds = [kind for kind in inspection.by_kind() if kind["signal_share"] is not None]
     return xr.Dataset(
         {
@@ -221,7 +210,7 @@ def merges_along_tau(
         },
         {"who": ["one run", "average"], "tau": taus, "kind": [kind["kind"] for kind in kinds]},
         {
-            "runs": runs,
+            "runs": len(tuned),
             "matrix": matrix,
             "parameters": sum(int(np.prod(tensor.shape)) for tensor in inspection.tensors),
             "seed": seed,
