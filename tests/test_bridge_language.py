@@ -45,9 +45,6 @@ def sums(tmp_path):
     return tmp_path / "data.jsonl", records
 
 
-# Losses -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_losses_are_those_of_the_model_itself(families, sums, tmp_path, batch_size):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -145,8 +142,6 @@ def test_bad_records(record, message):
         encode_record(record, Words(), 100, 4)
 
 
-# A real tokenizer ---------------------------------------------------------------------------------------------------
-
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -239,9 +234,6 @@ def test_losses_of_text_prompts_and_conversations(talkers, command, tmp_path):
         assert line["tokens"] == int((labels[:, 1:] != -100).sum())
 
 
-# Weights and targets ------------------------------------------------------------------------------------------------
-
-
 def test_weights_keep_records_and_mask_tokens():
     weighed, temperature = weigh([{"loss": 1.0, "id": "a"}, {"loss": 3.0, "id": "b"}, {"loss": 2.0}])
     assert temperature == 2
@@ -310,9 +302,6 @@ def test_bad_jsonl(tmp_path, content, message):
         read_records(tmp_path / "x.jsonl")
 
 
-# Noise --------------------------------------------------------------------------------------------------------------
-
-
 def test_noise_has_the_size_asked_for(families, tmp_path):
     base = families["gpt2"][0]
     outcome = perturb(base, tmp_path / "out", gamma=[0.0, 0.01, 0.1], seed=[0, 1])
@@ -361,9 +350,6 @@ def test_bad_noise(tmp_path, options, message):
         perturb(base, tmp_path / "out", **options)
 
 
-# The command line ---------------------------------------------------------------------------------------------------
-
-
 def test_commands_are_light():
     heavy = ("jax", "numpy", "torch", "rich", "scipy")
     code = f"import sys, figures.commands; print([name for name in {heavy} if name in sys.modules])"
@@ -398,12 +384,8 @@ def test_from_checkpoints_to_the_best_tau(families, sums, command, tmp_path):
     command("merge", base, tuned, "-o", tmp_path / "by_layer", *arguments)
     np.testing.assert_array_equal(load(tmp_path / "by_layer")["model.norm.weight"], load(base)["model.norm.weight"])
     assert "τ of average" in command("inspect", base, tuned, other)
-
-
-def test_targets_command(command, tmp_path):
     write_records(tmp_path / "a.jsonl", [{"own": "It is 4", "gold": "4"}, {"own": "5", "gold": "6"}])
     assert "own 50.0%" in command("targets", tmp_path / "a.jsonl", "-o", tmp_path / "t.jsonl", "--judge", "last-number")
-    assert [record["completion"] for record in read_records(tmp_path / "t.jsonl")] == ["It is 4", "6"]
 
 
 def test_bad_calls_end_with_one_line(command, tmp_path):
