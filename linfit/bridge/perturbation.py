@@ -50,46 +50,48 @@ def perturb(
     Raises ValueError for a negative or infinite γ, a negative seed, a pattern that fits nothing, or as `merge`. Docs,
     B4; paper 2503.19206.
     """
+    if init_scale is not None and not (isfinite(init_scale) and init_scale > 0):
+        raise ValueError(f"init_scale must be finite and positive, got {init_scale}")
+    checkpoint = Checkpoint(model)
+    refuse_quantised(checkpoint, "perturbed")
+    noise = _noises(gamma, seed)
+    size = "relative to each tensor" if init_scale is None else f"times the initial scale {init_scale:g}"
+    name = f"`{checkpoint.folder.resolve().name}`"
+    noisy = _chosen(checkpoint, only, matrices=init_scale is not None)
+
+    def plan(tensor: Tensor) -> Planned:
+        if tensor.name not in noisy:
+            return copied(tensor, tensor.dtype, len(noise))
+        scale = init_scale if init_scale is not None else _root_mean_square(tensor)
+        return _noisy(tensor, [(value * scale, number) for value, number in noise.values()])
+
+    return write_checkpoints(
+        out,
+        {label: {"model": name, "γ": f"{g:g}, {size}", "seed": str(number)} for label, (g, number) in noise.items()},
+        checkpoint,
+        plan,
+        title="Gaussian noise added with linfit",
+        inputs=[checkpoint],
+        arguments={"perturb": [noise, init_scale, only]},
+        side_folders=[checkpoint.folder],
+        notes=[f"noise in {len(noisy)} of {len(checkpoint.tensors)} tensors"],
+        workers=workers,
+        progress=progress,
+    )
+
+
+def _noises(gamma: float | Sequence[float], seed: int | Sequence[int]) -> dict[str, tuple[float, int]]:
+    """(γ, seed) by the name of their output folder."""
     gammas = [float(value) for value in ([gamma] if isinstance(gamma, int | float) else gamma)]
     seeds = [int(value) for value in ([seed] if isinstance(seed, int) else seed)]
     if not all(isfinite(value) and value >= 0 for value in gammas):
         raise ValueError(f"gamma must be finite and non-negative, got {gammas}")
     if not gammas or not seeds or min(seeds) < 0:
         raise ValueError(f"give at least one gamma and one seed, seeds non-negative; got {gammas} and {seeds}")
-    if init_scale is not None and not (isfinite(init_scale) and init_scale > 0):
-        raise ValueError(f"init_scale must be finite and positive, got {init_scale}")
-    checkpoint = Checkpoint(model)
-    refuse_quantised(checkpoint, "perturbed")
-    pairs = [(value, number) for value in gammas for number in seeds]
-    size = "relative to each tensor" if init_scale is None else f"times the initial scale {init_scale:g}"
-    name = f"`{checkpoint.folder.resolve().name}`"
-    cards = {
-        f"gamma_{value:g}_seed_{number}": {"model": name, "γ": f"{value:g}, {size}", "seed": str(number)}
-        for value, number in pairs
-    }
-    if len(cards) != len(pairs):
+    noises = {f"gamma_{value:g}_seed_{number}": (value, number) for value in gammas for number in seeds}
+    if len(noises) != len(gammas) * len(seeds):
         raise ValueError(f"gamma and seed must not repeat values, got {gammas} and {seeds}")
-    noisy = _chosen(checkpoint, only, matrices=init_scale is not None)
-
-    def plan(tensor: Tensor) -> Planned:
-        if tensor.name not in noisy:
-            return copied(tensor, tensor.dtype, len(pairs))
-        scale = init_scale if init_scale is not None else _root_mean_square(tensor)
-        return _noisy(tensor, [(value * scale, number) for value, number in pairs])
-
-    return write_checkpoints(
-        out,
-        cards,
-        checkpoint,
-        plan,
-        title="Gaussian noise added with linfit",
-        inputs=[checkpoint],
-        arguments={"perturb": [gammas, seeds, init_scale, only]},
-        side_folders=[checkpoint.folder],
-        notes=[f"noise in {len(noisy)} of {len(checkpoint.tensors)} tensors"],
-        workers=workers,
-        progress=progress,
-    )
+    return noises
 
 
 def _chosen(checkpoint: Checkpoint, only: str | None, *, matrices: bool) -> set[str]:
