@@ -1,10 +1,13 @@
-"""Losses by transformers, weights and targets as datasets, noise on real models, and the command line end to end."""
+"""Losses by transformers, weights and targets, noise on real models, the command line end to end, the figure."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -94,52 +97,14 @@ def test_losses_resume_after_an_interruption(families, sums, tmp_path):
         np.testing.assert_allclose(one["loss"] or 0, two["loss"] or 0, rtol=2e-2)
 
 
-class Words:
-    """A tokenizer of one token per word."""
-
-    bos = 1
-
-    def __call__(self, text, add_special_tokens=True):
-        ids = [2 + len(word) for word in text.split()]
-        return type("Encoded", (), {"input_ids": [self.bos, *ids] if add_special_tokens else ids})
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        text = " ".join(f"<{m['role']}> {m['content']}" for m in messages)
-        return text + (" <assistant>" if add_generation_prompt else "")
-
-
-@pytest.mark.parametrize(
-    ("record", "ids", "labels"),
-    [
-        ({"text": "a bb"}, [1, 3, 4], [1, 3, 4]),
-        ({"prompt": "a bb", "completion": "ccc"}, [1, 3, 4, 5], [-100, -100, -100, 5]),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bb ccc"}]},
-            [8, 3, 13, 4, 5],
-            [-100, -100, -100, 4, 5],
-        ),
-        ({"input_ids": [5, 6], "labels": [-100, 6]}, [5, 6], [-100, 6]),
-    ],
-)
-def test_forms_of_records(record, ids, labels):
+def test_records_are_cut_and_bad_ones_named():
     from linfit.bridge.language import encode_record
 
-    assert encode_record(record, Words(), 100, 0) == (ids, labels)
-    assert encode_record(record, Words(), 2, 0) == (ids[:2], labels[:2])
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"question": "a"}, r"record 4: needs text, prompt and completion.* found question"),
-        ({"input_ids": [1, 2], "labels": [1]}, "labels must be as long"),
-    ],
-)
-def test_bad_records(record, message):
-    from linfit.bridge.language import encode_record
-
-    with pytest.raises(ValueError, match=message):
-        encode_record(record, Words(), 100, 4)
+    assert encode_record({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, None, 2, 0) == ([5, 6], [-100, 6])
+    with pytest.raises(ValueError, match=r"record 4: needs text, prompt and completion.* found question"):
+        encode_record({"question": "a"}, None, 100, 4)
+    with pytest.raises(ValueError, match="labels must be as long"):
+        encode_record({"input_ids": [1, 2], "labels": [1]}, None, 100, 4)
 
 
 CHAT_TEMPLATE = (
@@ -403,3 +368,43 @@ def test_bad_calls_end_with_one_line(command, tmp_path):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_figure_is_drawn_with_its_numbers():
+    pytest.importorskip("transformers")
+    from figures.bridge import pictures
+
+    (picture,) = pictures(jax.random.key(3), quick=True)
+    assert picture.data["sums_loss"].dims == ("who", "tau", "sum")
+    one, average = picture.data["sums_loss"].mean("sum").values
+    assert one[0] == average[0]  # τ = 0 is the base in both
+    assert np.isfinite(picture.data["singular_value"]).all()
+    assert "seed 3" in picture.caption(picture.data)
+    assert len(picture.draw(picture.data).axes) == 3
+
+
+def test_the_weighted_loss_of_the_documentation():
+    """With weights 1 it is the model's own loss; in general Σ w_i Σ_t nll / tokens."""
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from sims.laboratory.toy_language import build
+
+    text = (Path(__file__).parents[1] / "docs" / "bridge.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(class WeightedTrainer.*?)```", text, re.DOTALL)[1]
+    names = {"Trainer": object, "torch": torch}
+    exec(code, names)
+    trainer, model = names["WeightedTrainer"](), build("llama", hidden=16, layers=1).eval()
+    ids = torch.arange(1, 25).reshape(3, 8)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    with torch.no_grad():
+        own = model(input_ids=ids, labels=labels).loss
+        plain = trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "weight": torch.ones(3)})
+        assert torch.allclose(own, plain)
+        weight = torch.tensor([0.2, 1.0, 0.5])
+        weighted = trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "weight": weight})
+        parts = [
+            trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "weight": torch.eye(3)[row]})
+            for row in range(3)
+        ]
+    assert torch.allclose(weighted, sum(w * part for w, part in zip(weight, parts)))
