@@ -390,7 +390,7 @@ def test_an_interrupted_merge_resumes_or_starts_clean(tmp_path, generator, chang
 
 @pytest.mark.parametrize("taus", [[0.4], [0.2, 0.7]])
 def test_stopped_before_the_last_rename_or_by_a_power_cut(tmp_path, generator, monkeypatch, taus):
-    """Without its journal the work starts clean; a shard that the journal has but the disk lost is written again."""
+    """Without its identity the work starts clean; a shard that the disk has lost is written again."""
     shards = [{f"w{i}": generator.standard_normal(50).astype(np.float32)} for i in range(3)]
     base = write_sharded(tmp_path / "base", shards)
     tuned = write_sharded(tmp_path / "tuned", [{name: -value for name, value in shard.items()} for shard in shards])
