@@ -3,7 +3,7 @@
     python benchmarks/bench_bridge.py [--bytes 1.5e9] [--folder /dev/shm] [--repeats 5]
     python benchmarks/bench_bridge.py --folder . --cold       # on a disk, the inputs dropped from the page cache first
 
-The floor reads every byte that the merge reads and writes every byte that it writes (two inputs, one output), with
+The copy reads every byte that the merge reads and writes every byte that it writes (two inputs, one output), with
 two threads and the same pread/pwrite, and computes nothing. Copies and merges alternate; ratios are of medians. The
 last column is the processor time of the merge per byte, which another process on the machine disturbs least.
 """
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 
 import numpy as np
@@ -137,14 +137,13 @@ def main() -> None:
                 if arguments.cold:
                     forget((base, tuned))
                 times[name].append(timed(action, out))
-        floor = statistics.median(wall for wall, _ in times["copy, two workers"][1:])
-        work = statistics.median(used for _, used in times["copy, two workers"][1:])
+        copied, work = (statistics.median(column) for column in zip(*times["copy, two workers"][1:]))
         print(f"{'':20} {'seconds':>8} {'÷ copy':>7} {'processor ÷ copy':>17}")
         for name, pairs in times.items():
             wall, used = (statistics.median(column) for column in zip(*pairs[1:]))
-            print(f"{name:20} {wall:8.3f} {wall / floor:7.2f} {used / work:17.2f}")
+            print(f"{name:20} {wall:8.3f} {wall / copied:7.2f} {used / work:17.2f}")
         command = [sys.executable, "-c", MEMORY, str(base), str(tuned), str(out)]
-        print(f"peak memory beyond the runtime: {loads(subprocess.check_output(command)):.0f} MB")
+        print(f"peak memory beyond the runtime: {float(subprocess.check_output(command)):.0f} MB")
     finally:
         shutil.rmtree(root)
 

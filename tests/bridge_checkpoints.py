@@ -42,14 +42,14 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
-    """Base and three fine-tuned runs of each architecture, really trained, in bfloat16 (GPT-2 in float32)."""
+    """Bases and fine-tuned runs (three of llama), really trained, in bfloat16 (GPT-2 in float32)."""
     pytest.importorskip("transformers")
-    from linfit.bridge.example import make_family
+    from sims.laboratory.toy_language import make_family
 
     root = tmp_path_factory.mktemp("families")
-    sizes = {"pretrain_steps": 15, "finetune_steps": 8, "hidden": 32, "runs": 3, "shard_size": "12KB"}
+    sizes = {"pretrain_steps": 6, "finetune_steps": 8, "hidden": 32, "shard_size": "12KB"}
     return {
-        "llama": make_family(root / "llama", architecture="llama", dtype="bfloat16", **sizes),
-        "qwen2": make_family(root / "qwen2", architecture="qwen2", dtype="bfloat16", tied=True, **sizes),
-        "gpt2": make_family(root / "gpt2", architecture="gpt2", dtype="float32", tied=True, **sizes),
+        "llama": make_family(root / "llama", architecture="llama", dtype="bfloat16", runs=3, **sizes),
+        "qwen2": make_family(root / "qwen2", architecture="qwen2", dtype="bfloat16", runs=1, tied=True, **sizes),
+        "gpt2": make_family(root / "gpt2", architecture="gpt2", dtype="float32", runs=1, tied=True, **sizes),
     }

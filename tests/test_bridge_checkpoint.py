@@ -10,7 +10,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linfit.bridge import Checkpoint, load, merge
+from linfit.bridge import Checkpoint, merge
 from linfit.bridge.checkpoint import read_shard
 from tests.bridge_checkpoints import read_all, write_sharded, write_single
 
@@ -18,20 +18,6 @@ from tests.bridge_checkpoints import read_all, write_sharded, write_single
 def raw_file(path, header, data=b"") -> None:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
-def test_reads_what_safetensors_wrote(tmp_path, generator):
-    shards = [
-        {"a.weight": generator.standard_normal((3, 5)).astype(np.float32), "b": np.float16([1, 2])},
-        {"c": np.float64([[1.5]]), "scalar": np.float32(3.0), "empty": np.zeros((0, 4), np.float32)},
-    ]
-    folder = write_sharded(tmp_path / "m", [{k: np.asarray(v) for k, v in shard.items()} for shard in shards])
-    checkpoint = Checkpoint(folder)
-    assert checkpoint.tensors["a.weight"].shape == (3, 5)
-    values = load(folder)
-    for shard in shards:
-        for name, value in shard.items():
-            np.testing.assert_array_equal(values[name], np.asarray(value))
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -104,21 +90,15 @@ def test_pickles_are_never_opened(tmp_path):
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
-        (lambda path: None, "no such checkpoint folder"),
-        (lambda path: path.mkdir(), "no safetensors file"),
-        (
-            lambda path: (path.mkdir(), *[(path / f"{x}.safetensors").touch() for x in "ab"]),
-            "no model.safetensors.index",
-        ),
-    ],
-)
-def test_other_folders_are_refused(tmp_path, prepare, message):
-    prepare(tmp_path / "m")
-    with pytest.raises(ValueError, match=message):
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such checkpoint folder"):
         Checkpoint(tmp_path / "m")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        Checkpoint(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").touch()
+    with pytest.raises(ValueError, match=r"no model.safetensors.index"):
+        Checkpoint(tmp_path)
 
 
 # Fuzzing: an error or the right tensors, never a wrong file ----------------------------------------------------------
@@ -185,7 +165,7 @@ def check_file(folder, content: bytes) -> bool:
 
 
 @pytest.mark.slow
-@settings(max_examples=4500, deadline=None, database=None)
+@settings(max_examples=2000, deadline=None, database=None)
 @given(files())
 def test_fuzzed_files_are_refused_or_read_right(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
@@ -212,7 +192,7 @@ NAMES = st.sampled_from(
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, database=None)
+@settings(max_examples=500, deadline=None, database=None)
 @given(
     weight_map=st.one_of(st.dictionaries(st.sampled_from("abcd"), NAMES, max_size=4), VALUES),
     extra=st.dictionaries(st.sampled_from(["metadata", "more"]), VALUES, max_size=2),
@@ -239,7 +219,7 @@ def test_fuzzed_indexes_are_refused_or_read_right(tmp_path_factory, weight_map, 
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=150, deadline=None, database=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4),
     kind=st.sampled_from([np.float32, np.float16, np.float64, np.int32]),

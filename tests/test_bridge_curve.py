@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from linfit.bridge import fit_curve
-from linfit.bridge.curve import read_evaluations
+from linfit.bridge import fit_curve, read_evaluations
 
 TAUS = np.array([0.0, 0.3, 0.5, 0.8, 1.0])
 
@@ -110,7 +109,7 @@ def test_tables(tmp_path, form):
 
 
 def harness_result(tau: float) -> dict:
-    """What lm-evaluation-harness 0.4 writes to MODEL/results_DATE.json, key by key."""
+    """What lm-evaluation-harness 0.4 writes to MODEL/results_DATE.json, as far as it matters here."""
     arc = {"alias": "arc_easy", "sample_len": 2376, "acc,none": 0.5 + tau / 10, "acc_stderr,none": 0.02}
     math = {
         "alias": "gsm8k", "sample_len": 1319,
@@ -126,23 +125,10 @@ def harness_result(tau: float) -> dict:
         "results": {"arc_easy": arc, "gsm8k": math, "wikitext": text, "mmlu": group, "mmlu_humanities": part,
                     "untagged": {" ": " ", "alias": "untagged"}},
         "groups": {"mmlu": group, "mmlu_humanities": part},
-        "group_subtasks": {"mmlu": ["mmlu_humanities"], "arc_easy": [], "gsm8k": [], "wikitext": []},
         "configs": {"arc_easy": {"task": "arc_easy", "metric_list": [{"metric": "acc", "higher_is_better": True}]}},
-        "versions": {"arc_easy": 1.0, "gsm8k": 3.0, "mmlu": 2, "wikitext": 2.0},
-        "n-shot": {"arc_easy": 0, "gsm8k": 5, "wikitext": 0},
         "higher_is_better": {"arc_easy": {"acc": True}, "gsm8k": {"exact_match": True}, "mmlu": {"acc": True},
                              "mmlu_humanities": {"acc": None}, "wikitext": {"word_perplexity": False}},
-        "n-samples": {"arc_easy": {"original": 2376, "effective": 2376}},
-        "config": {"model": "hf", "model_args": f"pretrained=runs/tau_{tau:g},dtype=bfloat16",
-                   "model_num_parameters": 1235814400, "model_dtype": "torch.bfloat16", "batch_size": "8",
-                   "batch_sizes": [], "device": "cpu", "use_cache": None, "limit": None, "bootstrap_iters": 100000,
-                   "gen_kwargs": None, "random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234},
-        "git_hash": "abc1234", "date": 1790000000.0, "transformers_version": "5.0.0", "lm_eval_version": "0.4.9",
-        "upper_git_hash": None, "tokenizer_pad_token": ["<pad>", "0"], "tokenizer_eos_token": ["</s>", "2"],
-        "tokenizer_bos_token": ["<s>", "1"], "eot_token_id": 2, "max_length": 2048, "task_hashes": {},
-        "model_source": "hf", "model_name": f"runs/tau_{tau:g}", "model_name_sanitized": f"runs__tau_{tau:g}",
-        "system_instruction": None, "system_instruction_sha": None, "fewshot_as_multiturn": False,
-        "chat_template": None, "chat_template_sha": None, "total_evaluation_time_seconds": "812.4",
+        "config": {"model": "hf", "model_args": f"pretrained=runs/tau_{tau:g}"}, "lm_eval_version": "0.4.9",
     }  # fmt: skip
 
 
@@ -242,7 +228,7 @@ def test_harness_samples_are_paired_by_document_and_of_one_filter(tmp_path, gene
 
 
 def test_curve_takes_the_direction_from_the_results(harness, capsys):
-    from figures.commands.bridge import curve
+    from figures.commands.checkpoints import curve
 
     curve(tuple(harness), metric="mmlu/acc", json=True)
     printed = capsys.readouterr()

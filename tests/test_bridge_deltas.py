@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from linfit.bridge import inspect, noise_level, optimal_shrinkage, split_deltas
-from linfit.bridge.deltas import marchenko_pastur_median, shrinkage, split_of, truncation
-from linfit.bridge.inspection import delta_singular_values
+from linfit.bridge import delta_singular_values, inspect, noise_level, optimal_shrinkage
+from linfit.bridge.delta import split_of
+from linfit.bridge.signal import marchenko_pastur_median, shrinkage, truncation
 from linfit.bridge.spectrum import most_directions, spectrum_of
 from tests.bridge_checkpoints import write_single
 
@@ -39,10 +39,6 @@ def test_noise_edge_bounds_noise_and_finds_spikes(generator):
     assert (s > 1.02 * level.edge).sum() == 3
 
 
-def best_scale(direction, signal):
-    return scipy.optimize.minimize_scalar(lambda eta: np.sum((eta * direction - signal) ** 2)).x
-
-
 @pytest.mark.parametrize("shape", [(160, 100), (100, 160)])
 def test_optimal_shrinkage_is_the_best_of_all_gains(shape, generator):
     """One spike x in noise: η(y) is what minimises ‖η u vᵀ − x a bᵀ‖² over η, found by brute force."""
@@ -51,7 +47,8 @@ def test_optimal_shrinkage_is_the_best_of_all_gains(shape, generator):
         a, b = (v / np.linalg.norm(v) for v in (generator.standard_normal(size) for size in shape))
         signal = 25 * np.outer(a, b)
         u, s, vt = np.linalg.svd(signal + generator.standard_normal(shape), full_matrices=False)
-        best = best_scale(np.outer(u[:, 0], vt[0]), signal)
+        top = np.outer(u[:, 0], vt[0])
+        best = scipy.optimize.minimize_scalar(lambda eta, top=top, signal=signal: np.sum((eta * top - signal) ** 2)).x
         shrunk = optimal_shrinkage(s, shape, 1.0)
         differences.append(shrunk[0] - best)
         changes.append(s[0] - best)
@@ -118,6 +115,8 @@ def test_spectra_of_low_rank_end_early(tiny_budget, rank, generator):
     assert (found.singular_values[rank:] < 1e-3 * s[0] + 1e-12).all()
     np.testing.assert_allclose(found.singular_values[: min(rank, 8)], s[: min(rank, 8)], rtol=1e-4)
     assert shrinkage(lambda: iter([delta]), delta.shape) is None
+    assert noise_level(s, delta.shape) == (0.0, 0.0)
+    np.testing.assert_array_equal(optimal_shrinkage(s, delta.shape, 0.0), s)
 
 
 def test_what_does_not_fit_into_memory_is_counted(monkeypatch, generator):
@@ -129,13 +128,6 @@ def test_what_does_not_fit_into_memory_is_counted(monkeypatch, generator):
     assert filtered.gains.size >= 32
     assert filtered.missed >= 0
     assert most_directions(600) == 32
-
-
-def test_a_low_rank_delta_has_no_noise_to_shrink(generator):
-    delta = generator.standard_normal((60, 3)) @ generator.standard_normal((3, 40))
-    s = np.linalg.svd(delta, compute_uv=False)
-    assert noise_level(s, delta.shape) == (0.0, 0.0)
-    np.testing.assert_array_equal(optimal_shrinkage(s, delta.shape, 0.0), s)
 
 
 def test_split_is_unbiased(seed):
@@ -163,16 +155,6 @@ def test_suggested_tau_is_the_best_on_average(averaged, seed):
     best = taus[np.argmin([np.sum((t * used - m) ** 2) for t in taus])]
     assert abs(tau - best) < 0.08
     assert 0.2 < tau < 0.95
-
-
-def test_split_of_pytrees():
-    deltas = [{"a": np.array([2.0]), "b": np.array([[1.0, 0.0]])}, {"a": np.array([0.0]), "b": np.array([[0.0, 1.0]])}]
-    split = split_deltas(deltas)
-    assert split["a"].mean_square == 1
-    assert split["b"].variance == 1
-
-
-# Inspection ---------------------------------------------------------------------------------------------------------
 
 
 def test_inspection_of_known_deltas(tmp_path, generator):
@@ -224,13 +206,10 @@ def test_bad_inspections(tmp_path):
     assert "base and tuned are identical" in inspect(folder, folder).notes
 
 
-@pytest.mark.parametrize("aspect", [0.0, -1.0, 1.5])
-def test_bad_aspect(aspect):
-    with pytest.raises(ValueError, match="aspect must be in"):
-        marchenko_pastur_median(aspect)
-
-
-def test_bad_noise_and_runs():
+def test_bad_arguments():
+    for aspect in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match="aspect must be in"):
+            marchenko_pastur_median(aspect)
     with pytest.raises(ValueError, match="entry_std must be non-negative"):
         optimal_shrinkage(np.ones(3), (3, 3), -1.0)
     with pytest.raises(ValueError, match="at least 2 fine-tuned runs"):

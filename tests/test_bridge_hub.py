@@ -50,10 +50,10 @@ def test_a_dangling_link_is_a_missing_shard(tmp_path):
 
 
 OFFLINE = """
-from figures.commands.bridge import _local
-print(_local("owner/base"))
+from figures.commands.language import local_folder
+print(local_folder("owner/base"))
 try:
-    _local("owner/absent")
+    local_folder("owner/absent")
 except ValueError as error:
     print(error)
 """
@@ -72,7 +72,7 @@ def test_names_are_found_in_the_cache_or_the_error_says_what_to_do(tmp_path):
 
 def test_hub_names_are_fetched_and_folders_are_not(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
-    from figures.commands.bridge import _local
+    from figures.commands.language import local_folder
 
     folder = write_single(tmp_path / "owner" / "name", {"w": np.ones((2, 2), np.float32)})
     asked = []
@@ -83,9 +83,9 @@ def test_hub_names_are_fetched_and_folders_are_not(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
-    assert _local("owner/name") == Path("owner/name")  # a folder here
+    assert local_folder("owner/name") == Path("owner/name")  # a folder here
     assert asked == []
-    assert _local("owner/other") == folder
+    assert local_folder("owner/other") == folder
     assert asked[0][0] == "owner/other"
     assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked[0][1])
-    assert _local("./owner/other") == Path("./owner/other")  # meant as a path
+    assert local_folder("./owner/other") == Path("./owner/other")  # meant as a path

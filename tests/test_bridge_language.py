@@ -1,26 +1,18 @@
-"""Losses by transformers, weights and targets as datasets, noise on real models, and the command line end to end."""
+"""Losses by transformers, weights and targets, noise on real models, the command line end to end, the figure."""
 
 import json
 import os
+import re
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from figures.commands import main
-from linfit.bridge import load, merge, perturb
-from linfit.bridge.records import (
-    choose_targets,
-    command_judge,
-    judge_named,
-    last_number,
-    normalise,
-    read_records,
-    weigh,
-    write_records,
-)
+from linfit.bridge import choose_targets, judge_named, load, merge, perturb, read_records, weigh, write_records
 from tests.bridge_checkpoints import write_single
 
 
@@ -46,7 +38,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def sums(tmp_path):
-    from linfit.bridge.example import counting_text, encode
+    from sims.laboratory.toy_language import counting_text, encode
 
     generator = np.random.default_rng(5)
     records = [{"input_ids": encode(counting_text(generator, k % 3 + 1)).tolist()} for k in range(11)]
@@ -54,9 +46,6 @@ def sums(tmp_path):
     records[7]["labels"] = [-100] * len(records[7]["input_ids"])
     write_records(tmp_path / "data.jsonl", records)
     return tmp_path / "data.jsonl", records
-
-
-# Losses -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -108,55 +97,15 @@ def test_losses_resume_after_an_interruption(families, sums, tmp_path):
         np.testing.assert_allclose(one["loss"] or 0, two["loss"] or 0, rtol=2e-2)
 
 
-class Words:
-    """A tokenizer of one token per word."""
-
-    bos = 1
-
-    def __call__(self, text, add_special_tokens=True):
-        ids = [2 + len(word) for word in text.split()]
-        return type("Encoded", (), {"input_ids": [self.bos, *ids] if add_special_tokens else ids})
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        text = " ".join(f"<{m['role']}> {m['content']}" for m in messages)
-        return text + (" <assistant>" if add_generation_prompt else "")
-
-
-@pytest.mark.parametrize(
-    ("record", "ids", "labels"),
-    [
-        ({"text": "a bb"}, [1, 3, 4], [1, 3, 4]),
-        ({"prompt": "a bb", "completion": "ccc"}, [1, 3, 4, 5], [-100, -100, -100, 5]),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bb ccc"}]},
-            [8, 3, 13, 4, 5],
-            [-100, -100, -100, 4, 5],
-        ),
-        ({"input_ids": [5, 6], "labels": [-100, 6]}, [5, 6], [-100, 6]),
-    ],
-)
-def test_forms_of_records(record, ids, labels):
+def test_records_are_cut_and_bad_ones_named():
     from linfit.bridge.language import encode_record
 
-    assert encode_record(record, Words(), 100, 0) == (ids, labels)
-    assert encode_record(record, Words(), 2, 0) == (ids[:2], labels[:2])
+    assert encode_record({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, None, 2, 0) == ([5, 6], [-100, 6])
+    with pytest.raises(ValueError, match=r"record 4: needs text, prompt and completion.* found question"):
+        encode_record({"question": "a"}, None, 100, 4)
+    with pytest.raises(ValueError, match="labels must be as long"):
+        encode_record({"input_ids": [1, 2], "labels": [1]}, None, 100, 4)
 
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"question": "a"}, r"record 4: needs text, prompt and completion.* found question"),
-        ({"input_ids": [1, 2], "labels": [1]}, "labels must be as long"),
-    ],
-)
-def test_bad_records(record, message):
-    from linfit.bridge.language import encode_record
-
-    with pytest.raises(ValueError, match=message):
-        encode_record(record, Words(), 100, 4)
-
-
-# A real tokenizer ---------------------------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
@@ -169,7 +118,7 @@ def talkers(tmp_path_factory):
     """A base and a tuned model with trained byte-pair encodings; only the tuned one has a chat template."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    from linfit.bridge.example import counting_text, story_text
+    from sims.laboratory.toy_language import counting_text, story_text
 
     generator = np.random.default_rng(0)
     text = story_text(generator, 300) + counting_text(generator, 300)
@@ -250,9 +199,6 @@ def test_losses_of_text_prompts_and_conversations(talkers, command, tmp_path):
         assert line["tokens"] == int((labels[:, 1:] != -100).sum())
 
 
-# Weights and targets ------------------------------------------------------------------------------------------------
-
-
 def test_weights_keep_records_and_mask_tokens():
     weighed, temperature = weigh([{"loss": 1.0, "id": "a"}, {"loss": 3.0, "id": "b"}, {"loss": 2.0}])
     assert temperature == 2
@@ -272,9 +218,11 @@ def test_weights_keep_records_and_mask_tokens():
         ("exact", "Yes", "yes", False),
         ("normalised", "The answer: YES!", "answer yes", True),
         ("normalised", "no", "yes", False),
+        ("normalised", "An   apple, the PEAR", "apple pear", True),
         ("last-number", "3 + 4 = 7, so $1,007.0", "#### 1007", True),
         ("last-number", "seven", "7", False),
         ("last-number", "-3", "3", False),
+        ("last-number", "none", "none", False),
         (r"regex:\((\w)\)", "first (A), then (B)", "(B)", True),
         (r"regex:\((\w)\)", "B", "(B)", False),
         ('command:grep -q \'"answer": "ok\'', "ok then", "x", True),
@@ -290,9 +238,7 @@ def test_judges_that_cannot_judge():
         with pytest.raises(ValueError, match=r"judge must be|regex is not valid"):
             judge_named(name)
     with pytest.raises(ValueError, match="ended with 3"):
-        command_judge("exit 3")("a", "b")
-    assert last_number("none") is None
-    assert normalise("An   apple, the PEAR") == "apple pear"
+        judge_named("command:exit 3")("a", "b")
 
 
 def test_targets_from_records():
@@ -319,9 +265,6 @@ def test_bad_jsonl(tmp_path, content, message):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path / "x.jsonl")
-
-
-# Noise --------------------------------------------------------------------------------------------------------------
 
 
 def test_noise_has_the_size_asked_for(families, tmp_path):
@@ -372,14 +315,9 @@ def test_bad_noise(tmp_path, options, message):
         perturb(base, tmp_path / "out", **options)
 
 
-# The command line ---------------------------------------------------------------------------------------------------
-
-
-def test_every_command_is_registered_and_light():
-    names = {entry.name for entry in entry_points(group="linfit.commands")}
-    assert {"merge", "inspect", "curve", "perturb", "weights", "losses", "targets"} <= names
+def test_commands_are_light():
     heavy = ("jax", "numpy", "torch", "rich", "scipy")
-    code = f"import sys, figures.commands.bridge; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, figures.commands; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -411,12 +349,8 @@ def test_from_checkpoints_to_the_best_tau(families, sums, command, tmp_path):
     command("merge", base, tuned, "-o", tmp_path / "by_layer", *arguments)
     np.testing.assert_array_equal(load(tmp_path / "by_layer")["model.norm.weight"], load(base)["model.norm.weight"])
     assert "τ of average" in command("inspect", base, tuned, other)
-
-
-def test_targets_command(command, tmp_path):
     write_records(tmp_path / "a.jsonl", [{"own": "It is 4", "gold": "4"}, {"own": "5", "gold": "6"}])
     assert "own 50.0%" in command("targets", tmp_path / "a.jsonl", "-o", tmp_path / "t.jsonl", "--judge", "last-number")
-    assert [record["completion"] for record in read_records(tmp_path / "t.jsonl")] == ["It is 4", "6"]
 
 
 def test_bad_calls_end_with_one_line(command, tmp_path):
@@ -434,3 +368,43 @@ def test_bad_calls_end_with_one_line(command, tmp_path):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_figure_is_drawn_with_its_numbers():
+    pytest.importorskip("transformers")
+    from figures.bridge import pictures
+
+    (picture,) = pictures(jax.random.key(3), quick=True)
+    assert picture.data["sums_loss"].dims == ("who", "tau", "sum")
+    one, average = picture.data["sums_loss"].mean("sum").values
+    assert one[0] == average[0]  # τ = 0 is the base in both
+    assert np.isfinite(picture.data["singular_value"]).all()
+    assert "seed 3" in picture.caption(picture.data)
+    assert len(picture.draw(picture.data).axes) == 3
+
+
+def test_the_weighted_loss_of_the_documentation():
+    """With weights 1 it is the model's own loss; in general Σ w_i Σ_t nll / tokens."""
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from sims.laboratory.toy_language import build
+
+    text = (Path(__file__).parents[1] / "docs" / "bridge.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(class WeightedTrainer.*?)```", text, re.DOTALL)[1]
+    names = {"Trainer": object, "torch": torch}
+    exec(code, names)
+    trainer, model = names["WeightedTrainer"](), build("llama", hidden=16, layers=1).eval()
+    ids = torch.arange(1, 25).reshape(3, 8)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    with torch.no_grad():
+        own = model(input_ids=ids, labels=labels).loss
+        plain = trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "weight": torch.ones(3)})
+        assert torch.allclose(own, plain)
+        weight = torch.tensor([0.2, 1.0, 0.5])
+        weighted = trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "weight": weight})
+        parts = [
+            trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "weight": torch.eye(3)[row]})
+            for row in range(3)
+        ]
+    assert torch.allclose(weighted, sum(w * part for w, part in zip(weight, parts)))

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from linfit import interpolate
-from linfit.bridge import Checkpoint, load, merge
-from linfit.bridge.merging import read_layer_taus
+from linfit.bridge import Checkpoint, load, merge, read_layer_taus
 from tests.bridge_checkpoints import read_all, write_sharded, write_single
 
 TAUS = [0.0, 0.25, 0.6, 1.0, 1.2]
@@ -39,9 +38,6 @@ def pair(tmp_path, generator):
         )
 
     return toy("base", 0.0), toy("tuned", 0.5), toy("other", -0.25)
-
-
-# Real models --------------------------------------------------------------------------------------------------------
 
 
 def in_memory(base, tuned, tau):
@@ -96,15 +92,6 @@ def test_folder_merge_is_interpolate_on_the_pytree(pair, tmp_path):
     for name, value in expected.items():
         tolerance = 1e-3 if "layers.1" in name else 1e-6
         np.testing.assert_allclose(merged[name], value, rtol=tolerance, atol=tolerance)
-
-
-def test_soup_is_the_average_and_weights_count(pair, tmp_path):
-    base, tuned, other = pair
-    a, b, c = (load(folder)["layers.0.weight"] for folder in pair)
-    soup = load(merge(base, [tuned, other], tmp_path / "soup", tau=0.8).folders[0])["layers.0.weight"]
-    np.testing.assert_allclose(soup, 0.2 * a + 0.4 * b + 0.4 * c, rtol=1e-5, atol=1e-6)
-    weighted = merge(base, [tuned, other], tmp_path / "weighted", tau=1.0, run_weights=[0.9, 0.1]).folders[0]
-    np.testing.assert_allclose(load(weighted)["layers.0.weight"], 0.9 * b + 0.1 * c, rtol=1e-5, atol=1e-6)
 
 
 def linear_as_mergekit(tensors, weights, normalize=True):
@@ -170,9 +157,6 @@ def test_singular_shrinkage_recovers_a_spike_from_noise(tmp_path, generator):
     assert np.sum((delta - signal) ** 2) < 0.4 * np.sum((best * raw - signal) ** 2)
 
 
-# LoRA ---------------------------------------------------------------------------------------------------------------
-
-
 def adapter(base: Path, folder: Path, seed: int, **options) -> Path:
     peft, transformers, torch = (pytest.importorskip(name) for name in ("peft", "transformers", "torch"))
     torch.manual_seed(seed)
@@ -227,9 +211,6 @@ def test_dora_is_refused_with_the_reason(families, tmp_path):
     folder = adapter(base, tmp_path / "dora", seed=1, use_dora=True)
     with pytest.raises(ValueError, match=r"DoRA rescales .*merge_and_unload"):
         merge(base, folder, tmp_path / "out")
-
-
-# Care ---------------------------------------------------------------------------------------------------------------
 
 
 def test_layer_tau_by_pattern_and_by_file(pair, tmp_path):
@@ -409,7 +390,7 @@ def test_an_interrupted_merge_resumes_or_starts_clean(tmp_path, generator, chang
 
 @pytest.mark.parametrize("taus", [[0.4], [0.2, 0.7]])
 def test_stopped_before_the_last_rename_or_by_a_power_cut(tmp_path, generator, monkeypatch, taus):
-    """Without its journal the work starts clean; a shard that the journal has but the disk lost is written again."""
+    """Without its identity the work starts clean; a shard that the disk has lost is written again."""
     shards = [{f"w{i}": generator.standard_normal(50).astype(np.float32)} for i in range(3)]
     base = write_sharded(tmp_path / "base", shards)
     tuned = write_sharded(tmp_path / "tuned", [{name: -value for name, value in shard.items()} for shard in shards])
@@ -437,7 +418,7 @@ def test_stopped_before_the_last_rename_or_by_a_power_cut(tmp_path, generator, m
 
 KILLED = """
 import sys
-from linfit.bridge.merging import merge
+from linfit.bridge import merge
 print("ready", flush=True)
 outcome = merge(sys.argv[1], sys.argv[2], sys.argv[3], tau=[float(tau) for tau in sys.argv[4].split(",")])
 print(outcome.resumed_shards)
@@ -519,13 +500,22 @@ def test_side_files_are_copied_but_never_weights_or_training_state(pair, tmp_pat
 
 MEASURE = """
 import re, sys
-from linfit.bridge import merge
+import ml_dtypes
+import linfit.bridge.inspection, linfit.bridge.merging
+from linfit.bridge import inspect, merge
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 before = peak()
-merge(sys.argv[1], sys.argv[2], sys.argv[3], tau=0.3)
+exec(sys.argv[1])
 print(peak() - before)
 """
+
+
+def megabytes_of(action: str) -> float:
+    """Memory that an action needs in a fresh process, beyond the runtime."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURE, action]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
 @pytest.mark.slow
@@ -538,27 +528,10 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
         with open(tmp_path / name / "model.safetensors", "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header + np.full(1000, bits, np.uint16).tobytes())
             file.truncate(8 + len(header) + size)
-    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("base", "tuned", "out"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 1 < float(done.stdout) < 200
+    base, tuned, out = (str(tmp_path / name) for name in ("base", "tuned", "out"))
+    assert 1 < megabytes_of(f"merge({base!r}, {tuned!r}, {out!r}, tau=0.3)") < 200
     bits = np.fromfile(tmp_path / "out" / "model.safetensors", np.uint16, count=1001, offset=8 + len(header))
     np.testing.assert_array_equal(bits, [0x3FA6] * 1000 + [0])  # 0.7 · 1 + 0.3 · 2
-
-
-MEASURE_SPECTRA = """
-import re, sys
-import ml_dtypes
-import linfit.bridge.deltas, linfit.bridge.inspection
-from linfit.bridge import inspect, merge
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-before = peak()
-if sys.argv[3] == "inspect":
-    assert inspect(sys.argv[1], sys.argv[2]).tensors[0].above_edge == 3
-else:
-    merge(sys.argv[1], sys.argv[2], sys.argv[3], method="singular")
-print(peak() - before)
-"""
 
 
 @pytest.mark.slow
@@ -570,8 +543,6 @@ def test_memory_of_spectra_does_not_grow_with_the_tensor(tmp_path):
     values = generator.standard_normal(shape, dtype=np.float32)
     base = write_single(tmp_path / "base", {"w": np.zeros(shape, np.float16)})
     tuned = write_single(tmp_path / "tuned", {"w": (values + spikes).astype(np.float16)})
-    for what in ("inspect", str(tmp_path / "out")):
-        command = [sys.executable, "-c", MEASURE_SPECTRA, str(base), str(tuned), what]
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        assert 1 < float(done.stdout) < 200
+    folders = f"{str(base)!r}, {str(tuned)!r}"
+    assert 1 < megabytes_of(f"assert inspect({folders}).tensors[0].above_edge == 3") < 200
+    assert 1 < megabytes_of(f"merge({folders}, {str(tmp_path / 'out')!r}, method='singular')") < 200

@@ -6,8 +6,9 @@ from importlib.metadata import version
 
 import tyro
 
-from figures.commands.bridge import curve, inspect, losses, merge, perturb, targets, weights
+from figures.commands.checkpoints import curve, inspect, merge, perturb
 from figures.commands.explore import explore
+from figures.commands.records import losses, targets, weights
 from figures.commands.report import figures
 from figures.commands.select import select
 from figures.commands.sweep import sweep

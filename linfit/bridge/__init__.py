@@ -1,37 +1,39 @@
 """The same estimators on real checkpoints: merging, inspecting, perturbing and weighting language models.
 
 Safetensors folders in Hugging Face layout are read and written as streams; no framework is needed except for
-`losses`, which runs a model (extra `llm`). Names are imported on first use.
+`write_losses`, which runs a model (extra `llm`). Names are imported on first use.
 """
+
+# ruff: noqa: F401
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from linfit.bridge.adapter import Adapter as Adapter
-    from linfit.bridge.checkpoint import Checkpoint as Checkpoint
-    from linfit.bridge.curve import Curve as Curve
-    from linfit.bridge.curve import fit_curve as fit_curve
-    from linfit.bridge.deltas import Noise as Noise
-    from linfit.bridge.deltas import Split as Split
-    from linfit.bridge.deltas import noise_level as noise_level
-    from linfit.bridge.deltas import optimal_shrinkage as optimal_shrinkage
-    from linfit.bridge.deltas import split_deltas as split_deltas
-    from linfit.bridge.inspection import inspect as inspect
-    from linfit.bridge.merging import load as load
-    from linfit.bridge.merging import merge as merge
-    from linfit.bridge.output import Outcome as Outcome
-    from linfit.bridge.perturbation import perturb as perturb
+    from linfit.bridge.checkpoint import Checkpoint, load
+    from linfit.bridge.curve import Curve, fit_curve
+    from linfit.bridge.delta import Split, split_deltas
+    from linfit.bridge.evaluations import read_evaluations
+    from linfit.bridge.inspection import Inspection, delta_singular_values, inspect
+    from linfit.bridge.language import write_losses
+    from linfit.bridge.merging import merge, read_layer_taus
+    from linfit.bridge.output import Written
+    from linfit.bridge.perturbation import perturb
+    from linfit.bridge.records import choose_targets, judge_named, read_records, weigh, write_records
+    from linfit.bridge.signal import Noise, noise_level, optimal_shrinkage
 
 _PUBLIC = {
-    "adapter": ("Adapter",),
-    "checkpoint": ("Checkpoint",),
+    "checkpoint": ("Checkpoint", "load"),
     "curve": ("Curve", "fit_curve"),
-    "deltas": ("Noise", "Split", "noise_level", "optimal_shrinkage", "split_deltas"),
-    "inspection": ("inspect",),
-    "merging": ("load", "merge"),
-    "output": ("Outcome",),
+    "delta": ("Split", "split_deltas"),
+    "evaluations": ("read_evaluations",),
+    "inspection": ("Inspection", "delta_singular_values", "inspect"),
+    "language": ("write_losses",),
+    "merging": ("merge", "read_layer_taus"),
+    "output": ("Written",),
     "perturbation": ("perturb",),
+    "records": ("choose_targets", "judge_named", "read_records", "weigh", "write_records"),
+    "signal": ("Noise", "noise_level", "optimal_shrinkage"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -40,8 +42,7 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
-        value = getattr(import_module(f"linfit.bridge.{_MODULE_OF[name]}"), name)
-        globals()[name] = value  # also where a module of the same name would shadow it
+        value = globals()[name] = getattr(import_module(f"linfit.bridge.{_MODULE_OF[name]}"), name)
         return value
     raise AttributeError(f"module 'linfit.bridge' has no attribute {name!r}")
 

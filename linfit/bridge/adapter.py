@@ -5,14 +5,13 @@ Averaging A's and B's of two adapters is not averaging their deltas: (A₁+A₂)
 
 import json
 import re
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from linfit.bridge.checkpoint import Checkpoint, Tensor, open_files, some
-from linfit.bridge.numbers import FLOATS, decode
+from linfit.bridge.checkpoint import Checkpoint, Files, Tensor, some
+from linfit.bridge.numbers import FLOATS
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.[^.]+)*?(\.weight)?$")
@@ -37,12 +36,14 @@ class LowRank(NamedTuple):
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """(left, right) in float32 with ΔW = left · right, the scaling in one of them."""
-        a, b = _load(self.a), np.float32(self.scaling) * _load(self.b)
+        with Files([self.a, self.b]) as files:
+            a, b = (files.values(each).astype(np.float32, copy=False).reshape(each.shape) for each in (self.a, self.b))
+        b = np.float32(self.scaling) * b
         return (a.T, b.T) if self.transposed else (b, a)
 
 
 class Adapter:
-    """A LoRA adapter folder; `deltas` by the name of the base tensor, `replaced` for modules saved whole.
+    """A LoRA adapter folder; `changes` by the name of the base tensor: B A, or a whole tensor for modules saved whole.
 
     Raises ValueError for DoRA and other adapters whose delta is not B A, for unpaired factors, and for pickles.
     """
@@ -58,11 +59,11 @@ class Adapter:
                 f"{self.folder}: no adapter_model.safetensors; a pickled adapter_model.bin is never opened here; save "
                 "the adapter again with save_pretrained(…, safe_serialization=True)"
             )
-        self.checkpoint = Checkpoint(file)
-        self.shards, self.index, self.config = self.checkpoint.shards, None, base.config
+        stored = Checkpoint(file)
+        self.shards, self._base = stored.shards, base
         factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
-        self.replaced: dict[str, Tensor] = {}
-        for name, tensor in self.checkpoint.tensors.items():
+        self.changes: dict[str, Tensor | LowRank] = {}
+        for name, tensor in stored.tensors.items():
             if "lora_magnitude_vector" in name:
                 raise ValueError(f"{path}: {_DORA}")
             match = _FACTOR.match(name)
@@ -70,25 +71,20 @@ class Adapter:
                 key = (match["module"].removeprefix(_PREFIX), bool(match["embedding"]))
                 factors.setdefault(key, {})[match["side"]] = tensor
             else:
-                self.replaced[_replaced_name(name, settings)] = tensor
-        self.deltas = {
-            f"{module}.weight": _low_rank(module, pair, embedding, settings)
-            for (module, embedding), pair in factors.items()
-        }
-        unknown = sorted((self.deltas.keys() | self.replaced.keys()) - base.tensors.keys())
+                self.changes[_replaced_name(name, settings)] = tensor
+        for (module, embedding), pair in factors.items():
+            self.changes[f"{module}.weight"] = _low_rank(module, pair, embedding, settings)
+        unknown = sorted(self.changes.keys() - base.tensors.keys())
         if unknown:
             raise ValueError(f"{self.folder}: the base {base.folder} lacks {some(unknown, 'adapted tensor')}")
-        for name, delta in self.deltas.items():
+        for name, change in self.changes.items():
             shape = base.tensors[name].shape
-            if shape != delta.shape:
-                raise ValueError(
-                    f"{self.folder}: the delta of {name} is {list(delta.shape)}, the base is {list(shape)}"
-                )
-        for name, tensor in self.replaced.items():
-            if tensor.shape != base.tensors[name].shape:
-                raise ValueError(
-                    f"{self.folder}: {name} is {tensor.describe()}, the base {base.tensors[name].describe()}"
-                )
+            if change.shape != shape:
+                raise ValueError(f"{self.folder}: {name} is {list(change.shape)}, in the base {list(shape)}")
+
+    def version(self, name: str) -> Tensor | LowRank | None:
+        """What the adapted model has of a tensor: a delta, a tensor of its own, or else the base's."""
+        return self.changes.get(name) or self._base.tensors.get(name)
 
 
 _DORA = (
@@ -150,13 +146,6 @@ def scaling(settings: dict[str, Any], module: str, rank: int) -> float:
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def _load(tensor: Tensor) -> np.ndarray:
-    raw = np.empty(tensor.stop - tensor.start, np.uint8)
-    with open_files([tensor]) as files:
-        files.read_into(tensor.path, tensor.start, raw)
-    return decode(raw, tensor.dtype).astype(np.float32, copy=False).reshape(tensor.shape)
-
-
 def _low_rank(module: str, pair: dict[str, Tensor], embedding: bool, settings: dict[str, Any]) -> LowRank:
     if set(pair) != {"A", "B"}:
         raise ValueError(f"adapter of {module} has only factor {next(iter(pair))}")
@@ -173,12 +162,3 @@ def _low_rank(module: str, pair: dict[str, Tensor], embedding: bool, settings: d
         raise ValueError(f"adapter of {module}: factors have rank {rank}, the configuration says {declared}")
     transposed = embedding or bool(settings.get("fan_in_fan_out"))
     return LowRank(a, b, scaling(settings, module, rank), transposed)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a tensor name fits a shell pattern, wholly or up to `.weight`/`.bias`.
-
-    >>> matches("model.layers.0.*", "model.layers.0.mlp.up_proj.weight")
-    True
-    """
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[0], pattern)

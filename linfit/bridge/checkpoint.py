@@ -8,19 +8,18 @@ folder. Whatever does not hold is a `ValueError` that names the file, before a s
 import json
 import os
 import struct
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from linfit.bridge.numbers import ITEM_SIZE
+from linfit.bridge.numbers import FLOATS, ITEM_SIZE, decode
 
 INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MAX_HEADER_BYTES = 100_000_000
 
 
 class Tensor(NamedTuple):
@@ -38,6 +37,11 @@ class Tensor(NamedTuple):
     def size(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def item(self) -> int:
+        """Bytes of one element."""
+        return ITEM_SIZE[self.dtype]
 
     @property
     def rows(self) -> int:
@@ -65,17 +69,15 @@ class Shard(NamedTuple):
     """In the order of their bytes."""
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"name {next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return result
-
-
 def _parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            raise ValueError(f"name {next(n for n in names if names.count(n) > 1)!r} appears twice")
+        return dict(pairs)
+
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {what} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -116,7 +118,7 @@ def read_shard(path: Path) -> Shard:
         if len(prefix) < 8:
             raise ValueError(f"{path}: truncated, {file_size} bytes are too few for a safetensors header")
         (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_BYTES or 8 + length > file_size:
+        if length > _MAX_HEADER_BYTES or 8 + length > file_size:
             raise ValueError(
                 f"{path}: the header claims {length} bytes, the file has {file_size}: truncated or foreign"
             )
@@ -128,10 +130,8 @@ def read_shard(path: Path) -> Shard:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{path}: __metadata__ must map strings to strings")
     data_start = 8 + length
-    tensors = sorted(
-        (_tensor(name, entry, path, data_start) for name, entry in header.items()),
-        key=lambda tensor: (tensor.start, tensor.stop),
-    )
+    tensors = [_tensor(name, entry, path, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     position = data_start
     for tensor in tensors:
         if tensor.start != position:
@@ -159,65 +159,50 @@ class Checkpoint:
             self.folder = self.folder.parent
         elif not self.folder.is_dir():
             raise ValueError(f"no such checkpoint folder: {folder}")
-        elif (self.folder / INDEX_NAME).exists():
-            paths = self._indexed_paths()
-        elif (self.folder / SINGLE_NAME).exists():
-            paths = [self.folder / SINGLE_NAME]
+        elif (path := self.folder / INDEX_NAME).exists():
+            self.index = _parse_json(path.read_bytes(), path, "the index")
+            paths = _indexed_paths(self.index.get("weight_map"), path)
+        elif (path := self.folder / "model.safetensors").exists():
+            paths = [path]
         else:
             paths = [_only_safetensors(self.folder)]
         self.shards = [read_shard(path) for path in paths]
         self.tensors: dict[str, Tensor] = {}
-        for shard in self.shards:
-            for tensor in shard.tensors:
-                if tensor.name in self.tensors:
-                    other = self.tensors[tensor.name].path.name
-                    raise ValueError(f"{self.folder}: tensor {tensor.name!r} is in {other} and in {shard.path.name}")
-                self.tensors[tensor.name] = tensor
+        for tensor in (tensor for shard in self.shards for tensor in shard.tensors):
+            if tensor.name in self.tensors:
+                other = self.tensors[tensor.name].path.name
+                raise ValueError(f"{self.folder}: tensor {tensor.name!r} is in {other} and in {tensor.path.name}")
+            self.tensors[tensor.name] = tensor
         if self.index is not None:
-            self._check_index()
-        self.config = self._read_config()
-
-    def _indexed_paths(self) -> list[Path]:
-        path = self.folder / INDEX_NAME
-        self.index = _parse_json(path.read_bytes(), path, "the index")
-        weight_map = self.index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{path}: weight_map must be an object of tensor name → file name")
-        for file_name in weight_map.values():
-            if not isinstance(file_name, str) or not _is_plain_name(file_name):
+            listed, held = self.index["weight_map"], {name: each.path.name for name, each in self.tensors.items()}
+            wrong = sorted(name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name))
+            if wrong:
                 raise ValueError(
-                    f"{path}: points outside its folder: {file_name!r:.80}; a shard needs a plain *.safetensors name"
+                    f"{self.folder / INDEX_NAME}: disagrees with its shards about {some(wrong, 'tensor')}; "
+                    f"{wrong[0]!r} is listed in {listed.get(wrong[0])} and found in {held.get(wrong[0])}"
                 )
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{path}: missing {_some(missing, 'shard')}")
-        return [self.folder / name for name in names]
+        config = self.folder / "config.json"
+        self.config = _parse_json(config.read_bytes(), config, "the config") if config.is_file() else {}
 
-    def _check_index(self) -> None:
-        assert self.index is not None
-        listed = self.index["weight_map"]
-        held = {name: tensor.path.name for name, tensor in self.tensors.items()}
-        wrong = sorted(name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name))
-        if wrong:
-            name = wrong[0]
+    def version(self, name: str) -> Tensor | None:
+        """What this model has of a tensor, if anything."""
+        return self.tensors.get(name)
+
+
+def _indexed_paths(weight_map: object, index: Path) -> list[Path]:
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map must be an object of tensor name → file name")
+    for name in weight_map.values():
+        plain = isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+        if not plain or "\\" in name or "\0" in name:
             raise ValueError(
-                f"{self.folder / INDEX_NAME}: disagrees with its shards about {_some(wrong, 'tensor')}; {name!r} "
-                f"is listed in {listed.get(name)} and found in {held.get(name)}"
+                f"{index}: points outside its folder: {name!r:.80}; a shard needs a plain *.safetensors name"
             )
-
-    def _read_config(self) -> dict[str, Any]:
-        path = self.folder / "config.json"
-        return _parse_json(path.read_bytes(), path, "the config") if path.is_file() else {}
-
-    def text_config(self, key: str) -> Any:
-        """A config value, looked up at the top and in `text_config`."""
-        nested = self.config.get("text_config")
-        return self.config.get(key, nested.get(key) if isinstance(nested, dict) else None)
-
-
-def _is_plain_name(name: str) -> bool:
-    return name.endswith(".safetensors") and Path(name).name == name and "\\" not in name and "\0" not in name
+    paths = [index.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"{index}: missing {some(missing, 'shard')}")
+    return paths
 
 
 def _only_safetensors(folder: Path) -> Path:
@@ -226,49 +211,59 @@ def _only_safetensors(folder: Path) -> Path:
         return found[0]
     if len(found) > 1:
         raise ValueError(f"{folder}: {len(found)} safetensors files but no {INDEX_NAME} to say which belong together")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     if pickles:
         raise ValueError(
-            f"{folder}: only pickled weights ({_some(pickles, 'file')}), which may run code when loaded and are never "
+            f"{folder}: only pickled weights ({some(pickles, 'file')}), which may run code when loaded and are never "
             "opened here; convert once, where you trust them: transformers' "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
         )
     snapshots = sorted(path.name for path in folder.glob("snapshots/*"))
     if snapshots:
-        raise ValueError(f"{folder}: a repository of the Hub cache; give one of its {_some(snapshots, 'snapshot')}")
+        raise ValueError(f"{folder}: a repository of the Hub cache; give one of its {some(snapshots, 'snapshot')}")
     raise ValueError(f"{folder}: no safetensors file")
 
 
-def _some(names: Iterable[str], noun: str, limit: int = 6) -> str:
+def some(names: Iterable[str], noun: str, limit: int = 6) -> str:
     """`3 tensors: a, b, c`, shortened."""
     listed = list(names)
     shown = ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")
     return f"{len(listed)} {noun}{'s' if len(listed) != 1 else ''}: {shown}"
 
 
-some = _some
-
-
 class Files:
-    """Open descriptors, one per path, and exact positioned reads; safe to share between threads."""
+    """Open descriptors for all files that hold some tensors, and exact positioned reads; shared between threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Iterable[Tensor]):
+        self.bytes_read = 0
+        self._count = threading.Lock()
         self._descriptors: dict[Path, int] = {}
-
-    def open(self, paths: Iterable[Path]) -> None:
-        """Open each path once. Call before sharing."""
-        for path in paths:
-            if path not in self._descriptors:
+        try:
+            for path in {tensor.path for tensor in tensors}:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
+        except OSError:
+            self.close()
+            raise
 
-    def read_into(self, path: Path, position: int, buffer: np.ndarray) -> None:
-        """Fill a contiguous uint8 buffer from `position`; ValueError if the file ends first."""
-        view, descriptor = buffer.data, self._descriptors[path]
+    def read(
+        self, tensor: Tensor, start: int = 0, stop: int | None = None, into: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Elements [start, stop) of a tensor as stored bytes (uint8), into `into` if given; ValueError if it ends."""
+        stop = tensor.size if stop is None else stop
+        buffer = np.empty((stop - start) * tensor.item, np.uint8) if into is None else into
+        view, position, descriptor = buffer.data, tensor.start + start * tensor.item, self._descriptors[tensor.path]
         while len(view):
             got = os.preadv(descriptor, [view], position)
             if got == 0:
-                raise ValueError(f"{path}: truncated while it was being read, at byte {position}")
+                raise ValueError(f"{tensor.path}: truncated while it was being read, at byte {position}")
             view, position = view[got:], position + got
+        with self._count:
+            self.bytes_read += buffer.size
+        return buffer
+
+    def values(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Elements [start, stop) of a floating tensor in float32, float64 for F64."""
+        return decode(self.read(tensor, start, stop), tensor.dtype)
 
     def close(self) -> None:
         """Close all."""
@@ -283,12 +278,14 @@ class Files:
         self.close()
 
 
-def open_files(tensors: Iterable[Tensor]) -> Files:
-    """Descriptors for all files that hold these tensors."""
-    files = Files()
-    try:
-        files.open(tensor.path for tensor in tensors)
-    except OSError:
-        files.close()
-        raise
-    return files
+def load(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Floating tensors of a checkpoint as float32 arrays (float64 for F64): a pytree, for models that fit in memory.
+
+    Args:
+        folder: as for `Checkpoint`.
+        names: tensors to load; all by default. Integer and boolean ones are left out.
+    """
+    tensors = Checkpoint(folder).tensors
+    chosen = [tensors[name] for name in (tensors if names is None else names)]
+    with Files(chosen) as files:
+        return {each.name: files.values(each).reshape(each.shape) for each in chosen if each.dtype in FLOATS}

@@ -1,17 +1,18 @@
 """How far a fine-tuned model moved, and how much of the movement is signal (docs, B2, B3)."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from linfit.bridge.adapter import matches
-from linfit.bridge.checkpoint import Files, open_files
-from linfit.bridge.deltas import noise_level, optimal_shrinkage, split_of
-from linfit.bridge.merging import Delta, Family, _run_tensor, inner_products, open_family
+from linfit.bridge.checkpoint import Files
+from linfit.bridge.delta import Delta, inner_products, split_of
+from linfit.bridge.family import Family, matches, open_family
 from linfit.bridge.numbers import FLOATS
+from linfit.bridge.output import Progress
+from linfit.bridge.signal import noise_level, optimal_shrinkage
 from linfit.bridge.spectrum import spectrum_of, top_directions
 
 
@@ -81,7 +82,7 @@ class Inspection(NamedTuple):
         }
 
 
-AVERAGED = (
+_AVERAGED = (
     "effective_rank", "signal_share", "overlap", "overlap_by_chance",
     "signal_to_noise", "suggested_tau", "suggested_tau_of_average",
 )  # fmt: skip
@@ -91,7 +92,7 @@ def _pooled(group: Sequence[TensorReport]) -> dict[str, float | None]:
     base = sum(report.base_norm**2 for report in group)
     delta = sum(report.delta_norm**2 for report in group)
     result: dict[str, float | None] = {"relative_norm": (delta / base) ** 0.5 if base > 0 else None}
-    for field in AVERAGED:
+    for field in _AVERAGED:
         known = [(getattr(report, field), report.delta_norm**2) for report in group]
         pairs = [(value, weight) for value, weight in known if value is not None and np.isfinite(value)]
         total = sum(weight for _, weight in pairs)
@@ -106,28 +107,35 @@ def inspect(
     subspace: int = 8,
     only: str | None = None,
     shared: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
-    """Norms, spectra, noise edges and, for K ≥ 2 runs, the mean/variance split of every floating tensor.
+    """Norms, spectra, noise edges and, for K ≥ 2 runs, their mean and variance, of every floating tensor.
 
-    `subspace` k directions are compared with the base's. Spectra are exact up to a shorter side of 4096; beyond, the
-    largest singular values are still those of the matrix, and averages over the others agree to about 1%. `only` is a
-    shell pattern of tensor names. The noise edge assumes independent entries of one variance; K runs show their own
-    variance only, in the Euclidean metric. Raises ValueError as `linfit.bridge.merge`. Docs, B2 and B3.
+    Spectra are exact up to a shorter side of 4096; beyond, the largest singular values are still those of the matrix,
+    and averages over the others agree to about 1%. The noise edge assumes independent entries of one variance; K runs
+    show their own variance only, in the Euclidean metric. Docs, B2 and B3.
+
+    Args:
+        base, tuned: as for `merge`.
+        subspace: number k of top singular directions that are compared with the base's.
+        only: shell pattern of tensor names.
+        shared: leave out the tensors that not all have in the same shape.
+        progress: told how many tensors are done, and of how many.
+
+    Raises ValueError as `merge`, and for a pattern that fits nothing.
     """
     if subspace < 1:
         raise ValueError(f"subspace must be at least 1, got {subspace}")
-    paths = [tuned] if isinstance(tuned, str | Path) else list(tuned)
-    family = open_family(base, paths, shared=shared, mixed_dtypes=True)
+    family = open_family(base, tuned, shared=shared, mixed_dtypes=True)
     names = [name for name in family.names if _comparable(family, name) and (only is None or matches(only, name))]
     if not names:
         raise ValueError(f"only={only!r} fits no floating tensor that base and tuned share")
-    notes = list(family.notes)
     reports = []
-    for done, name in enumerate(names):
+    for done, name in enumerate(names, start=1):
         reports.append(_report(family, name, subspace))
         if progress is not None:
-            progress(done + 1, len(names))
+            progress(done, len(names))
+    notes = list(family.notes)
     estimated = sum(report.resolved is not None for report in reports)
     if estimated:
         notes.append(f"{estimated} large spectra: top values one by one, the others' distribution to about 1%")
@@ -136,63 +144,51 @@ def inspect(
         notes.append(f"{low_rank} deltas of low rank show no noise level: their signal share of 1 says nothing")
     if not any(report.delta_norm for report in reports):
         notes.append("base and tuned are identical")
+    paths = [tuned] if isinstance(tuned, str | Path) else tuned
     return Inspection(str(base), [str(path) for path in paths], reports, notes)
 
 
 def _comparable(family: Family, name: str) -> bool:
     tensor = family.template.tensors[name]
-    everywhere = name in family.base.tensors and all(
-        _run_tensor(member, family.base, name) is not None for member in family.tuned
-    )
+    everywhere = None not in (family.base.version(name), *family.versions(name))
     return everywhere and tensor.dtype in FLOATS and tensor.size > 0 and name not in family.shared_rows
 
 
 def _report(family: Family, name: str, subspace: int) -> TensorReport:
-    base = family.base.tensors[name]
-    runs = [_run_tensor(member, family.base, name) for member in family.tuned]
-    mean = Delta(base, runs, [1 / len(runs)] * len(runs))
-    single = [Delta(base, [run], [1.0]) for run in runs]
-    with open_files({source for delta in single for source in delta.sources}) as files:
-        sums = _accumulate(mean, single if len(runs) > 1 else [], files)
-        spectral = len(base.shape) >= 2 and min(base.matrix_shape) > 1 and sums.delta_square > 0
-        fields = _spectrum(mean, files, subspace) if spectral else {}
-    delta_norm, base_norm = sums.delta_square**0.5, sums.base_square**0.5
-    relative = delta_norm / base_norm if base_norm > 0 else float("inf") if delta_norm else 0.0
-    kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-    changed = sums.changed / base.size
-    report = TensorReport(name, kind, base.shape, base_norm, delta_norm, relative, changed, **fields)
-    if len(runs) > 1:
-        split = split_of(sums.products)
-        report = report._replace(
-            variance=split.variance,
-            signal_to_noise=split.signal_to_noise,
-            suggested_tau=split.tau(),
-            suggested_tau_of_average=split.tau(averaged=len(runs)),
-        )
-    return report
-
-
-class _Sums(NamedTuple):
-    base_square: float
-    delta_square: float
-    changed: int
-    products: np.ndarray
-    """⟨δ_j, δ_k⟩ (K, K)."""
-
-
-def _accumulate(mean: Delta, single: Sequence[Delta], files: Files) -> _Sums:
-    """Everything that is a sum over entries, in one pass."""
+    base, runs = family.base.tensors[name], family.versions(name)
+    mean, single = Delta(base, runs), [Delta(base, [run]) for run in runs]
     base_square = delta_square = 0.0
-    changed = 0
-    products = np.zeros((len(single), len(single)))
-    for start, stop in mean.spans(share=1 + 2 * len(single)):
-        base, delta = mean.base_block(files, start, stop), mean.block(files, start, stop)
-        changed += int(np.count_nonzero(delta))
-        base_square += float(np.sum(np.square(base, dtype=np.float64)))
-        delta_square += float(np.sum(np.square(delta, dtype=np.float64)))
-        if single:
-            products += inner_products(one.block(files, start, stop) for one in single)
-    return _Sums(base_square, delta_square, changed, products)
+    changed, products = 0, np.zeros((len(runs), len(runs)))
+    fields: dict[str, Any] = {}
+    with Files(source for delta in single for source in delta.sources) as files:
+        for span in mean.spans(share=1 + 2 * len(runs) if len(runs) > 1 else 1):
+            weights, delta = mean.base_block(files, *span), mean.block(files, *span)
+            changed += int(np.count_nonzero(delta))
+            base_square += float(np.sum(np.square(weights, dtype=np.float64)))
+            delta_square += float(np.sum(np.square(delta, dtype=np.float64)))
+            if len(runs) > 1:
+                products += inner_products(each.block(files, *span) for each in single)
+        if len(base.shape) >= 2 and min(base.matrix_shape) > 1 and delta_square > 0:
+            fields |= _spectrum(mean, files, subspace)
+    if len(runs) > 1:
+        split = split_of(products)
+        fields |= {
+            "variance": split.variance,
+            "signal_to_noise": split.signal_to_noise,
+            "suggested_tau": split.tau(),
+            "suggested_tau_of_average": split.tau(averaged=len(runs)),
+        }
+    base_norm, delta_norm = base_square**0.5, delta_square**0.5
+    return TensorReport(
+        name=name,
+        kind=re.sub(r"(?<=\.)\d+(?=\.)", "*", name),
+        shape=base.shape,
+        base_norm=base_norm,
+        delta_norm=delta_norm,
+        relative_norm=delta_norm / base_norm if base_norm > 0 else float("inf") if delta_norm else 0.0,
+        changed=changed / base.size,
+        **fields,
+    )
 
 
 def _spectrum(delta: Delta, files: Files, subspace: int) -> dict[str, Any]:
@@ -217,11 +213,9 @@ def _spectrum(delta: Delta, files: Files, subspace: int) -> dict[str, Any]:
 
 def delta_singular_values(base: str | Path, tuned: str | Path | Sequence[str | Path], name: str) -> np.ndarray:
     """All singular values, descending, of the (mean) delta of one matrix, as exact as in `inspect`."""
-    paths = [tuned] if isinstance(tuned, str | Path) else list(tuned)
-    family = open_family(base, paths, mixed_dtypes=True)
+    family = open_family(base, tuned, mixed_dtypes=True)
     if name not in family.names or len(family.base.tensors[name].shape) < 2:
         raise ValueError(f"name must be a matrix that base and tuned share, got {name!r}")
-    runs = [_run_tensor(member, family.base, name) for member in family.tuned]
-    delta = Delta(family.base.tensors[name], runs, [1 / len(runs)] * len(runs))
-    with open_files(delta.sources) as files:
+    delta = Delta(family.base.tensors[name], family.versions(name))
+    with Files(delta.sources) as files:
         return spectrum_of(lambda: delta.blocks(files), min(delta.shape), lambda values: 0).singular_values

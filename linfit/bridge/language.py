@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from linfit.bridge.records import Record, read_records
+from linfit.internal.files import whole_file
 
-IGNORED = -100
+_IGNORED = -100
 """Label of a token that is no target."""
 
 
@@ -26,39 +27,49 @@ def write_losses(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Mean loss per target token of every record of `data`, in nats, written to `out`; returns the number resumed.
+    """Mean loss per target token of every record of `data`, in nats; returns how many a run before this one had done.
 
-    A record has `text`; or `prompt` and `completion` (the targets); or `messages` (the last one is the target); or
-    `input_ids` and optionally `labels`, as a Trainer would see them. Output: the record's `index`, `loss`, number of
-    target `tokens`, and with `tokens=True` the list `token_losses`, null where a token is no target. A record without
-    target gets a null loss. Finished batches survive an interruption. Raises ValueError for records of another form.
+    Args:
+        model: folder or Hub name.
+        data: JSON lines with `text`; or `prompt` and `completion` (the targets); or `messages` (the last one is the
+            target); or `input_ids` and optionally `labels`, as a Trainer would see them.
+        out: JSON lines with the record's `index`, `loss` (null without a target) and number of target `tokens`.
+        batch_size: records at once; what is finished survives an interruption.
+        max_length: tokens kept of each record.
+        tokens: also write the list `token_losses`, null where a token is no target.
+        device, dtype: of torch; the stored dtype by default.
+        trust_remote_code: run custom code that comes with the model.
+        progress: told how many records are done, and of how many.
+
+    Raises ValueError for records of another form.
     """
     if batch_size < 1 or max_length < 2:
         raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}")
-    records = read_records(data)
-    identity = _identity(model, data, max_length, tokens, dtype)
-    out = Path(out)
+    records, out = read_records(data), Path(out)
     partial = out.with_name(f".{out.name}.partial")
-    done = _finished_lines(partial, identity)
+    done = _finished_lines(partial, _identity(model, data, max_length, tokens, dtype))
     if done < len(records):
         import torch
         import transformers
 
         options = {"trust_remote_code": trust_remote_code}
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True, **options)
-        loaded = loaded.to(device).eval()
-        tokenizer = _tokenizer(model, records, options)
+        loaded, tokenizer = loaded.to(device).eval(), None
+        if not all("input_ids" in record for record in records):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model, **options)
         with open(partial, "a", encoding="utf-8") as file, torch.inference_mode():
             for start in range(done, len(records), batch_size):
-                batch = records[start : start + batch_size]
-                encoded = [encode_record(record, tokenizer, max_length, start + i) for i, record in enumerate(batch)]
-                for offset, values in enumerate(_token_losses(loaded, encoded, device)):
-                    file.write(json.dumps(_line(start + offset, values, tokens)) + "\n")
+                batch = enumerate(records[start : start + batch_size], start)
+                encoded = [encode_record(record, tokenizer, max_length, index) for index, record in batch]
+                for index, values in enumerate(_token_losses(loaded, encoded, device), start):
+                    file.write(json.dumps(_line(index, values, tokens)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
                 if progress is not None:
-                    progress(start + len(batch), len(records))
-    _finish(partial, out)
+                    progress(start + len(encoded), len(records))
+    with whole_file(out) as whole:
+        whole.write_bytes(partial.read_bytes().partition(b"\n")[2])
+    partial.unlink()
     return done
 
 
@@ -80,22 +91,6 @@ def _finished_lines(partial: Path, identity: str) -> int:
     return 0
 
 
-def _finish(partial: Path, out: Path) -> None:
-    _, _, rest = partial.read_bytes().partition(b"\n")
-    whole = partial.with_name(partial.name + ".whole")
-    whole.write_bytes(rest)
-    whole.replace(out)
-    partial.unlink()
-
-
-def _tokenizer(model: str | Path, records: Sequence[Record], options: dict[str, Any]) -> Any:
-    if all("input_ids" in record for record in records):
-        return None
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(model, **options)
-
-
 def encode_record(record: Record, tokenizer: Any, max_length: int, index: int) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of one record, cut to `max_length`; ValueError if it has none of the known forms."""
     if "input_ids" in record:
@@ -106,7 +101,7 @@ def encode_record(record: Record, tokenizer: Any, max_length: int, index: int) -
     elif isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
         start = tokenizer(record["prompt"]).input_ids
         end = tokenizer(record["completion"], add_special_tokens=False).input_ids
-        ids, labels = start + end, [IGNORED] * len(start) + end
+        ids, labels = start + end, [_IGNORED] * len(start) + end
     elif isinstance(record.get("text"), str):
         ids = tokenizer(record["text"]).input_ids
         labels = ids
@@ -128,7 +123,7 @@ def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[li
     shared = 0
     while shared < min(len(start), len(ids)) and start[shared] == ids[shared]:
         shared += 1
-    return ids, [IGNORED] * shared + ids[shared:]
+    return ids, [_IGNORED] * shared + ids[shared:]
 
 
 def _token_losses(model: Any, encoded: Sequence[tuple[list[int], list[int]]], device: str) -> list[list[float | None]]:
@@ -137,7 +132,7 @@ def _token_losses(model: Any, encoded: Sequence[tuple[list[int], list[int]]], de
 
     longest = max(max(len(ids) for ids, _ in encoded), 1)
     inputs = torch.zeros(len(encoded), longest, dtype=torch.long)
-    attention = torch.zeros(len(encoded), longest, dtype=torch.long)
+    attention = torch.zeros_like(inputs)
     for row, (ids, _) in enumerate(encoded):
         inputs[row, : len(ids)] = torch.tensor(ids)
         attention[row, : len(ids)] = 1
@@ -145,19 +140,15 @@ def _token_losses(model: Any, encoded: Sequence[tuple[list[int], list[int]]], de
     results = []
     for row, (ids, labels) in enumerate(encoded):
         target = torch.tensor(labels[1:], device=device, dtype=torch.long)
-        values = torch.nn.functional.cross_entropy(
-            logits[row, : max(len(ids) - 1, 0)].float(), target, reduction="none", ignore_index=IGNORED
-        ).tolist()
-        counted = [None, *(None if label == IGNORED else value for value, label in zip(values, labels[1:]))]
+        predicted = logits[row, : max(len(ids) - 1, 0)].float()
+        values = torch.nn.functional.cross_entropy(predicted, target, reduction="none", ignore_index=_IGNORED).tolist()
+        counted = [None, *(None if label == _IGNORED else value for value, label in zip(values, labels[1:]))]
         results.append(counted[: len(ids)])
     return results
 
 
 def _line(index: int, values: Sequence[float | None], tokens: bool) -> Record:
     counted = [value for value in values if value is not None]
-    line: Record = {
-        "index": index,
-        "loss": sum(counted) / len(counted) if counted else None,
-        "tokens": len(counted),
-    }
+    loss = sum(counted) / len(counted) if counted else None
+    line: Record = {"index": index, "loss": loss, "tokens": len(counted)}
     return {**line, "token_losses": list(values)} if tokens else line

@@ -8,8 +8,8 @@ checkpoints are made of, compiled where the extra `fast` is installed; it gives 
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 ITEM_SIZE = {
@@ -24,22 +24,15 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_
 """Formats that can be averaged; anything else is only ever copied."""
 
 _NATIVE = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
-_ML_DTYPES = {
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+_NARROW = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }
 _NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "fp32": "F32",
-    "fp16": "F16",
-    "bf16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16"},
+    **{"bf16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
 }
 CHUNK_BYTES = 1 << 20
 """Bytes of the largest operand handled at once, so that a chunk and its temporaries stay in cache."""
@@ -57,12 +50,6 @@ def stored_dtype(name: str) -> str:
     return found
 
 
-def _ml_dtype(dtype: str) -> Any:
-    import ml_dtypes
-
-    return getattr(ml_dtypes, _ML_DTYPES[dtype])
-
-
 def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Stored bytes (uint8, contiguous) as float32, exactly; float64 for F64.
 
@@ -73,7 +60,7 @@ def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
         wide = raw.view(np.uint16).astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32)
-    values = raw.view(_NATIVE[dtype]) if dtype in _NATIVE else raw.view(_ml_dtype(dtype))
+    values = raw.view(_NATIVE.get(dtype) or _NARROW[dtype])
     return values if dtype in ("F32", "F64") else values.astype(np.float32)
 
 
@@ -91,7 +78,7 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
             stored = values.astype(_NATIVE[dtype], copy=False)
         else:
             single = _round_to_odd(values) if values.dtype == np.float64 else values
-            stored = _encode_bfloat16(single) if dtype == "BF16" else single.astype(_ml_dtype(dtype))
+            stored = _encode_bfloat16(single) if dtype == "BF16" else single.astype(_NARROW[dtype])
         if dtype != "F64" and not (dtype == "F32" and values.dtype == np.float32):
             back = decode(stored.view(np.uint8), dtype)
             lost = np.isfinite(values) & ~np.isfinite(back)

@@ -3,10 +3,10 @@
     W ↦ W + γ · scale · Z,   Z standard normal entries,   scale = ‖W‖_F/√size   or the std at initialisation.
 
 So γ is the size of the noise relative to the weights, per tensor; paper 2503.19206 takes the second, the covariance
-of the initialisation. The same seed gives the same Z for every γ, whatever the number of workers.
+of the initialisation. Numbers do not depend on the number of workers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from math import isfinite
@@ -14,23 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from linfit.bridge.adapter import matches
-from linfit.bridge.checkpoint import Checkpoint, Files, Tensor, open_files
-from linfit.bridge.merging import PIECE_BYTES, _copied, _refuse_inside, _spans
-from linfit.bridge.numbers import FLOATS, ITEM_SIZE, decode, encode
-from linfit.bridge.output import (
-    Outcome,
-    Piece,
-    Planned,
-    Write,
-    copy_side_files,
-    fingerprint,
-    plan_shard,
-    write_card,
-    write_checkpoints,
-)
+from linfit.bridge.checkpoint import Checkpoint, Files, Tensor
+from linfit.bridge.family import matches, refuse_quantised
+from linfit.bridge.numbers import FLOATS, decode, encode
+from linfit.bridge.output import Piece, Planned, Progress, Write, Written, write_checkpoints
+from linfit.bridge.pieces import PIECE_BYTES, copied, spans
 
-NOISE_BLOCK = 1 << 18
+_NOISE_BLOCK = 1 << 18
 """Elements per random stream."""
 
 
@@ -43,88 +33,97 @@ def perturb(
     init_scale: float | None = None,
     only: str | None = None,
     workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
-) -> Outcome:
-    """Write the model with Gaussian noise of relative size γ added (docs, B4; N2).
+    progress: Progress | None = None,
+) -> Written:
+    """Write the model with Gaussian noise of relative size γ added, ‖γ·scale·Z‖ ≈ γ‖W‖ for each floating tensor.
 
-    Several γ or seeds are written to `out/gamma_0.01_seed_0`, … in one pass. By default noise has ‖γ·scale·Z‖ ≈ γ‖W‖
-    for each floating tensor; with `init_scale` s its entries have standard deviation γ·s, in matrices only, since
-    vectors (norms, biases) are not drawn at random. `only` is a shell pattern of tensor names. Raises ValueError for a
-    negative or infinite γ, a negative seed, a pattern that fits nothing, or as `merge`.
+    Args:
+        model: folder in Hugging Face layout, or a file.
+        out: folder to create; with several γ or seeds `out/gamma_0.01_seed_0`, … are written in one pass.
+        gamma: relative sizes, non-negative.
+        seed: of the noise; the same one gives the same Z for every γ.
+        init_scale: standard deviation that γ = 1 stands for, in matrices only, since vectors (norms, biases) are not
+            random at initialisation; by default that of each tensor's own entries.
+        only: shell pattern of tensor names.
+        workers, progress: as for `merge`.
+
+    Raises ValueError for a negative or infinite γ, a negative seed, a pattern that fits nothing, or as `merge`. Docs,
+    B4; paper 2503.19206.
     """
-    gammas = [float(value) for value in ([gamma] if isinstance(gamma, int | float) else gamma)]
-    seeds = [int(value) for value in ([seed] if isinstance(seed, int) else seed)]
-    for value in gammas:
-        if not isfinite(value) or value < 0:
-            raise ValueError(f"gamma must be finite and non-negative, got {value}")
-    if not gammas or not seeds or min(seeds) < 0:
-        raise ValueError(f"give at least one gamma and one seed, seeds non-negative; got {gammas} and {seeds}")
     if init_scale is not None and not (isfinite(init_scale) and init_scale > 0):
         raise ValueError(f"init_scale must be finite and positive, got {init_scale}")
     checkpoint = Checkpoint(model)
-    _refuse_inside(Path(out), [checkpoint.folder])
-    if checkpoint.config.get("quantization_config"):
-        raise ValueError(f"{checkpoint.folder}: quantised weights cannot be perturbed; dequantise first")
-    pairs = [(value, number) for value in gammas for number in seeds]
-    labels = [f"gamma_{value:g}_seed_{number}" for value, number in pairs]
-    if len(set(labels)) != len(labels):
-        raise ValueError(f"gamma and seed must not repeat values, got {gammas} and {seeds}")
+    refuse_quantised(checkpoint, "perturbed")
+    noise = _noises(gamma, seed)
+    size = "relative to each tensor" if init_scale is None else f"times the initial scale {init_scale:g}"
+    name = f"`{checkpoint.folder.resolve().name}`"
+    noisy = _chosen(checkpoint, only, matrices=init_scale is not None)
 
-    chosen = [
-        tensor
+    def plan(tensor: Tensor) -> Planned:
+        if tensor.name not in noisy:
+            return copied(tensor, tensor.dtype, len(noise))
+        scale = init_scale if init_scale is not None else _root_mean_square(tensor)
+        return _noisy(tensor, [(value * scale, number) for value, number in noise.values()])
+
+    return write_checkpoints(
+        out,
+        {label: {"model": name, "γ": f"{g:g}, {size}", "seed": str(number)} for label, (g, number) in noise.items()},
+        checkpoint,
+        plan,
+        title="Gaussian noise added with linfit",
+        inputs=[checkpoint],
+        arguments={"perturb": [noise, init_scale, only]},
+        side_folders=[checkpoint.folder],
+        notes=[f"noise in {len(noisy)} of {len(checkpoint.tensors)} tensors"],
+        workers=workers,
+        progress=progress,
+    )
+
+
+def _noises(gamma: float | Sequence[float], seed: int | Sequence[int]) -> dict[str, tuple[float, int]]:
+    """(γ, seed) by the name of their output folder."""
+    gammas = [float(value) for value in ([gamma] if isinstance(gamma, int | float) else gamma)]
+    seeds = [int(value) for value in ([seed] if isinstance(seed, int) else seed)]
+    if not all(isfinite(value) and value >= 0 for value in gammas):
+        raise ValueError(f"gamma must be finite and non-negative, got {gammas}")
+    if not gammas or not seeds or min(seeds) < 0:
+        raise ValueError(f"give at least one gamma and one seed, seeds non-negative; got {gammas} and {seeds}")
+    noises = {f"gamma_{value:g}_seed_{number}": (value, number) for value in gammas for number in seeds}
+    if len(noises) != len(gammas) * len(seeds):
+        raise ValueError(f"gamma and seed must not repeat values, got {gammas} and {seeds}")
+    return noises
+
+
+def _chosen(checkpoint: Checkpoint, only: str | None, *, matrices: bool) -> set[str]:
+    """Names of the tensors that noise is added to."""
+    names = {
+        tensor.name
         for tensor in checkpoint.tensors.values()
         if tensor.dtype in FLOATS
         and tensor.size
         and (only is None or matches(only, tensor.name))
-        and (init_scale is None or len(tensor.shape) >= 2)
-    ]
-    if not chosen:
+        and (len(tensor.shape) >= 2 or not matrices)
+    }
+    if not names:
         raise ValueError(f"only={only!r} fits no floating tensor of {checkpoint.folder}")
-    noisy = {tensor.name for tensor in chosen}
-
-    def plan(tensor: Tensor) -> Planned:
-        if tensor.name not in noisy:
-            return _copied(tensor, tensor.dtype, len(pairs))
-        scale = init_scale if init_scale is not None else root_mean_square(tensor)
-        return _noisy(tensor, [(value * scale, number) for value, number in pairs])
-
-    shards = [plan_shard(shard, [plan(tensor) for tensor in shard.tensors]) for shard in checkpoint.shards]
-
-    def side_files(folder: Path, label: str) -> None:
-        copy_side_files(checkpoint.folder, folder)
-        value, number = pairs[labels.index(label)]
-        size = "relative to each tensor" if init_scale is None else f"times the initial scale {init_scale:g}"
-        facts = {"model": f"`{checkpoint.folder.resolve().name}`", "γ": f"{value:g}, {size}", "seed": str(number)}
-        write_card(checkpoint.folder, folder, "Gaussian noise added with linfit", facts)
-
-    return write_checkpoints(
-        Path(out),
-        labels,
-        shards,
-        identity=fingerprint({"perturb": [gammas, seeds, init_scale, only]}, [checkpoint]),
-        side_files=side_files,
-        index_metadata=None if checkpoint.index is None else checkpoint.index.get("metadata") or {},
-        workers=workers,
-        progress=progress,
-        notes=[f"noise in {len(noisy)} of {len(checkpoint.tensors)} tensors"],
-    )
+    return names
 
 
-def root_mean_square(tensor: Tensor) -> float:
+def _root_mean_square(tensor: Tensor) -> float:
     """‖W‖_F/√size, streamed."""
-    total, item = 0.0, ITEM_SIZE[tensor.dtype]
-    with open_files([tensor]) as files:
-        for start, stop in _spans(tensor.size, PIECE_BYTES // item):
-            raw = np.empty((stop - start) * item, np.uint8)
-            files.read_into(tensor.path, tensor.start + start * item, raw)
-            values = decode(raw, tensor.dtype).astype(np.float64)
+    total = 0.0
+    with Files([tensor]) as files:
+        for span in spans(tensor.size, PIECE_BYTES // tensor.item):
+            values = files.values(tensor, *span).astype(np.float64)
             total += float(values @ values)
     return (total / tensor.size) ** 0.5
 
 
 def _noisy(tensor: Tensor, scales: Sequence[tuple[float, int]]) -> Planned:
+    """The tensor plus scale · Z(seed) for each (scale, seed)."""
+
     def pieces() -> Iterator[Piece]:
-        for start, stop in _spans(tensor.size, NOISE_BLOCK):
+        for start, stop in spans(tensor.size, _NOISE_BLOCK):
             yield partial(_add_noise, tensor, scales, start, stop)
 
     return Planned(tensor.name, tensor.dtype, tensor.shape, (tensor,), pieces)
@@ -132,22 +131,14 @@ def _noisy(tensor: Tensor, scales: Sequence[tuple[float, int]]) -> Planned:
 
 def _add_noise(
     tensor: Tensor, scales: Sequence[tuple[float, int]], start: int, stop: int, files: Files, write: Write
-) -> int:
-    item = ITEM_SIZE[tensor.dtype]
-    raw = np.empty((stop - start) * item, np.uint8)
-    files.read_into(tensor.path, tensor.start + start * item, raw)
+) -> None:
+    raw = files.read(tensor, start, stop)
     values = decode(raw, tensor.dtype)
-    name = list(sha256(tensor.name.encode()).digest()[:16])
-    drawn: dict[int, np.ndarray] = {}
+    stream = [start // _NOISE_BLOCK, *sha256(tensor.name.encode()).digest()[:16]]
+    noise: dict[int, np.ndarray] = {}
     for output, (scale, seed) in enumerate(scales):
-        if scale == 0:
-            write(output, start * item, raw)
-            continue
-        if seed not in drawn:
-            generator = np.random.Generator(np.random.SFC64([seed, start // NOISE_BLOCK, *name]))
-            drawn[seed] = generator.standard_normal(stop - start, dtype=np.float32)
-        try:
-            write(output, start * item, encode(values + values.dtype.type(scale) * drawn[seed], tensor.dtype))
-        except ValueError as error:
-            raise ValueError(f"{tensor.name}: {error}") from None
-    return raw.size
+        if scale and seed not in noise:
+            generator = np.random.Generator(np.random.SFC64([seed, *stream]))
+            noise[seed] = generator.standard_normal(stop - start, dtype=np.float32)
+        stored = encode(values + values.dtype.type(scale) * noise[seed], tensor.dtype) if scale else raw
+        write(output, start * tensor.item, stored)

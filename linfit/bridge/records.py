@@ -40,9 +40,6 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-# Weights ------------------------------------------------------------------------------------------------------------
-
-
 def losses_of(records: Sequence[Record], path: str | Path = "records", field: str = "loss") -> np.ndarray:
     """The field `loss` (or another one) of every record (n,); null is NaN."""
     losses = []
@@ -54,78 +51,77 @@ def losses_of(records: Sequence[Record], path: str | Path = "records", field: st
     return np.array(losses, float)
 
 
-def token_losses_of(records: Sequence[Record], path: str | Path = "records") -> tuple[np.ndarray, np.ndarray]:
+def _token_losses_of(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     """The field `token_losses` of every record, padded (n, t), and the mask of target tokens; null is not a target."""
-    lists = [record.get("token_losses") for record in records]
-    for number, values in enumerate(lists, start=1):
-        if not isinstance(values, list):
-            raise ValueError(
-                f"{path}, record {number}: needs a list `token_losses` (`linfit losses --tokens` writes it)"
-            )
-    longest = max(map(len, lists))  # type: ignore[arg-type]
-    losses, mask = np.zeros((len(lists), longest)), np.zeros((len(lists), longest), bool)
+    lists: list[list[float | None]] = []
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record.get("token_losses"), list):
+            raise ValueError(f"record {number}: needs a list `token_losses` (`linfit losses --tokens` writes it)")
+        lists.append(record["token_losses"])
+    shape = len(lists), max(map(len, lists))
+    losses, mask = np.zeros(shape), np.zeros(shape, bool)
     for row, values in enumerate(lists):
-        for column, value in enumerate(values):  # type: ignore[arg-type]
-            if value is not None:
-                losses[row, column], mask[row, column] = value, True
+        mask[row, : len(values)] = [value is not None for value in values]
+        losses[row, mask[row]] = [value for value in values if value is not None]
     return losses, mask
 
 
 def weigh(
     records: Sequence[Record], temperature: float | None = None, *, tokens: bool = False
 ) -> tuple[list[Record], float]:
-    """Every record with its FLOW `weight` (or `token_weights`, 0 where a token is no target), and the temperature."""
+    """Every record with its FLOW `weight` exp(−loss/T), and T (paper 2502.02797).
+
+    Args:
+        records: with a number `loss` each, or lists `token_losses`, null where a token is no target.
+        temperature: T; the median loss by default.
+        tokens: weights per token, `token_weights`, 0 where a token is no target.
+
+    >>> from linfit.bridge import weigh
+    >>> weigh([{"loss": 0.0}, {"loss": 2.0}], temperature=1e9)[0][0]
+    {'loss': 0.0, 'weight': 1.0}
+    """
     from linfit.weighting import flow_weights, median_temperature
 
+    losses, mask = _token_losses_of(records) if tokens else (losses_of(records), None)
+    used = float(median_temperature(losses, mask)) if temperature is None else temperature
+    weights = np.asarray(flow_weights(losses, used, mask))
     if tokens:
-        losses, mask = token_losses_of(records)
-        used = float(median_temperature(losses, mask)) if temperature is None else temperature
-        weights = np.asarray(flow_weights(losses, used, mask))
         lengths = [len(record["token_losses"]) for record in records]
-        weighed = [{**r, "token_weights": w[:t].tolist()} for r, w, t in zip(records, weights, lengths)]
-        return weighed, used
-    losses = losses_of(records)
-    used = float(median_temperature(losses)) if temperature is None else temperature
-    weights = np.asarray(flow_weights(losses, used))
+        return [{**r, "token_weights": w[:t].tolist()} for r, w, t in zip(records, weights, lengths)], used
     return [{**record, "weight": float(weight)} for record, weight in zip(records, weights)], used
 
 
-# Judges: (answer, gold) → bool --------------------------------------------------------------------------------------
+Judge = Callable[[str, str], bool]
+"""(answer, gold) → whether the answer is right."""
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
-def normalise(text: str) -> str:
+def _normalise(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces.
 
-    >>> normalise("The answer:  Forty-two!")
+    >>> _normalise("The answer:  Forty-two!")
     'answer forty two'
     """
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def last_number(text: str) -> float | None:
+def _last_number(text: str) -> float | None:
     """The last number in a text, as answers to GSM8K are compared.
 
-    >>> last_number("so it costs $1,234.50 in all.")
+    >>> _last_number("so it costs $1,234.50 in all.")
     1234.5
     """
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
-def same_number(answer: str, gold: str) -> bool:
-    """Whether both end in the same number."""
-    number = last_number(answer)
-    return number is not None and number == last_number(gold)
+def _last_match(pattern: str) -> Callable[[str], str | None]:
+    """What a pattern captures (its first group, or all of it) at its last match in a text.
 
-
-def regex_judge(pattern: str) -> Callable[[str, str], bool]:
-    """Compares what the pattern captures (its first group, or all of it) at its last match in each text.
-
-    >>> regex_judge(r"Answer: (\\w+)")("Answer: B", "I think so. Answer: B")
-    True
+    >>> _last_match(r"Answer: (\\w+)")("Answer: A? No. Answer: B")
+    'B'
     """
     try:
         compiled = re.compile(pattern)
@@ -133,15 +129,13 @@ def regex_judge(pattern: str) -> Callable[[str, str], bool]:
         raise ValueError(f"regex is not valid: {pattern!r}: {error}") from None
 
     def captured(text: str) -> str | None:
-        last = None
-        for match in compiled.finditer(text):
-            last = match
-        return None if last is None else last[1 if compiled.groups else 0]
+        found = list(compiled.finditer(text))
+        return found[-1][1 if compiled.groups else 0] if found else None
 
-    return lambda answer, gold: captured(answer) is not None and captured(answer) == captured(gold)
+    return captured
 
 
-def command_judge(command: str) -> Callable[[str, str], bool]:
+def _command_judge(command: str) -> Judge:
     """Runs a shell command with {"answer", "gold"} as JSON on its standard input; exit 0 accepts, 1 rejects."""
 
     def judge(answer: str, gold: str) -> bool:
@@ -154,29 +148,35 @@ def command_judge(command: str) -> Callable[[str, str], bool]:
     return judge
 
 
-JUDGES: dict[str, Callable[[str, str], bool]] = {
-    "exact": lambda answer, gold: answer.strip() == gold.strip(),
-    "normalised": lambda answer, gold: normalise(answer) == normalise(gold),
-    "last-number": same_number,
+_READINGS: dict[str, Callable[[str], object]] = {
+    "exact": str.strip,
+    "normalised": _normalise,
+    "last-number": _last_number,
 }
+"""What a judge compares of two texts."""
 
 
-def judge_named(name: str) -> Callable[[str, str], bool]:
-    """A judge of `JUDGES`, `regex:PATTERN` or `command:COMMAND`; ValueError for anything else."""
+def judge_named(name: str) -> Judge:
+    """A judge: `exact`, `normalised`, `last-number`, `regex:PATTERN` or `command:COMMAND`; ValueError for others.
+
+    >>> from linfit.bridge import judge_named
+    >>> judge_named("last-number")("3 + 4 = 7", "7")
+    True
+    """
     kind, _, argument = name.partition(":")
-    if kind == "regex" and argument:
-        return regex_judge(argument)
     if kind == "command" and argument:
-        return command_judge(argument)
-    if name not in JUDGES:
-        raise ValueError(f"judge must be {', '.join(JUDGES)}, regex:PATTERN or command:COMMAND, got {name!r}")
-    return JUDGES[name]
+        return _command_judge(argument)
+    if not (kind == "regex" and argument) and name not in _READINGS:
+        raise ValueError(f"judge must be {', '.join(_READINGS)}, regex:PATTERN or command:COMMAND, got {name!r}")
+    seen = _READINGS[name] if name in _READINGS else _last_match(argument)
+    return lambda answer, gold: seen(answer) is not None and seen(answer) == seen(gold)
 
 
-def choose_targets(
-    records: Sequence[Record], judge: Callable[[str, str], bool]
-) -> tuple[list[Record], dict[str, float]]:
-    """S3FT targets from the fields own, gold and (optional) paraphrase: records with `completion` and `source`."""
+def choose_targets(records: Sequence[Record], judge: Judge) -> tuple[list[Record], dict[str, float]]:
+    """S3FT targets (paper 2502.08130): records with `completion` and `source`, and the share of each source.
+
+    Each record has texts `own` and `gold`, and perhaps a `paraphrase`; other fields are kept. ValueError otherwise.
+    """
     from linfit.targets import Source, s3ft_targets
 
     for number, record in enumerate(records, start=1):

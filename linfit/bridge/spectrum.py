@@ -25,15 +25,15 @@ Blocks = Callable[[], Iterator[np.ndarray]]
 
 EXACT_SIDE = 4096
 """Shorter sides up to this one are decomposed through their Gram matrix, 64 MB in float32."""
-DOUBLE_SIDE = 2048
+_DOUBLE_SIDE = 2048
 """Gram matrices up to this size are kept in float64, larger ones in float32."""
 BASIS_BYTES = 1 << 26
 """Memory of a Krylov basis: 2048 directions of 8192 entries."""
-PROBES = 32
-"""Columns of Ω: the standard error of a count is √(2·p(1−p)·n/PROBES)."""
-LEAST_STEPS = 16
+_PROBES = 32
+"""Columns of Ω: the standard error of a count is √(2·p(1−p)·n/_PROBES)."""
+_LEAST_STEPS = 16
 """Powers of A below which the quadrature is not trusted."""
-TOLERANCE = 1e-2
+_TOLERANCE = 1e-2
 """‖A v − θ v‖/θ of a converged direction. The error of θ is quadratic in it where θ stands apart."""
 
 
@@ -56,13 +56,13 @@ def most_directions(side: int) -> int:
 
 
 def _room(side: int) -> int:
-    return min(side, max(BASIS_BYTES // (4 * side), 2 * PROBES))
+    return min(side, max(BASIS_BYTES // (4 * side), 2 * _PROBES))
 
 
 def spectrum_of(blocks: Blocks, side: int, wanted: Callable[[np.ndarray], int]) -> Spectrum:
     """Singular values, and the directions of the `wanted(singular_values)` largest, from blocks (b, n = side).
 
-    Up to `EXACT_SIDE` exact, in float64 up to `DOUBLE_SIDE` and in float32 beyond. Larger sides: values above the bulk
+    Up to `EXACT_SIDE` exact, in float64 up to `_DOUBLE_SIDE` and in float32 beyond. Larger sides: values above the bulk
     agree with a full decomposition to about 1e-4, the median and other averages to about 1% (see the module).
 
     >>> matrix = np.diag([3.0, 2.0, 1.0])
@@ -70,8 +70,8 @@ def spectrum_of(blocks: Blocks, side: int, wanted: Callable[[np.ndarray], int]) 
     (3, 2)
     """
     if side > EXACT_SIDE:
-        return _krylov(blocks, side, wanted, LEAST_STEPS)
-    gram = gram_of(blocks, side)
+        return _krylov(blocks, side, wanted, _LEAST_STEPS)
+    gram = _gram_of(blocks, side)
     values = _roots(scipy.linalg.eigh(gram.copy(order="F"), eigvals_only=True, overwrite_a=True, check_finite=False))
     count = min(wanted(values), side)
     return Spectrum(values, _top_eigenvectors(gram, count), side, count)
@@ -79,17 +79,14 @@ def spectrum_of(blocks: Blocks, side: int, wanted: Callable[[np.ndarray], int]) 
 
 def top_directions(blocks: Blocks, side: int, count: int) -> np.ndarray:
     """The right singular vectors (n, k) of the k largest singular values alone."""
-    if side <= 16 * PROBES:
-        return _top_eigenvectors(gram_of(blocks, side), count)
+    if side <= 16 * _PROBES:
+        return _top_eigenvectors(_gram_of(blocks, side), count)
     return _krylov(blocks, side, lambda values: count, 1).directions
 
 
-# Exact --------------------------------------------------------------------------------------------------------------
-
-
-def gram_of(blocks: Blocks, side: int) -> np.ndarray:
-    """ΔᵀΔ (n, n) summed over the blocks, its lower triangle only; float64 up to `DOUBLE_SIDE`, float32 beyond."""
-    dtype, add = (np.float64, blas.dsyrk) if side <= DOUBLE_SIDE else (np.float32, blas.ssyrk)
+def _gram_of(blocks: Blocks, side: int) -> np.ndarray:
+    """ΔᵀΔ (n, n) summed over the blocks, its lower triangle only; float64 up to `_DOUBLE_SIDE`, float32 beyond."""
+    dtype, add = (np.float64, blas.dsyrk) if side <= _DOUBLE_SIDE else (np.float32, blas.ssyrk)
     total = np.zeros((side, side), dtype, order="F")
     for block in blocks():
         total = add(1.0, block.astype(dtype, copy=False).T, beta=1.0, c=total, lower=1, overwrite_c=1)
@@ -112,13 +109,10 @@ def _roots(ascending: np.ndarray) -> np.ndarray:
     return np.sqrt(np.where(theta > 8 * np.finfo(theta.dtype).eps * theta[0], theta, 0)).astype(float)
 
 
-# Krylov -------------------------------------------------------------------------------------------------------------
-
-
 def _krylov(blocks: Blocks, side: int, wanted: Callable[[np.ndarray], int], least_steps: int) -> Spectrum:
     room, generator = _room(side), np.random.default_rng(0)
     basis, projected = np.empty((room, side), np.float32), np.zeros((room, room))
-    probes = min(PROBES, side)
+    probes = min(_PROBES, side)
     start, size, check = 0, 0, least_steps * probes
     fresh = scipy.linalg.qr(generator.standard_normal((side, probes), np.float32), mode="economic")[0]
     while True:
@@ -135,7 +129,7 @@ def _krylov(blocks: Blocks, side: int, wanted: Callable[[np.ndarray], int], leas
         theta, ritz = scipy.linalg.eigh(projected[:size, :size], driver="evr", check_finite=False)
         theta, ritz = np.maximum(theta[::-1], 0), ritz[:, ::-1]
         residual = np.linalg.norm(coupling @ ritz[start:size], axis=0) if size < side else np.zeros(size)
-        open_ones = np.flatnonzero(residual > TOLERANCE * theta)
+        open_ones = np.flatnonzero(residual > _TOLERANCE * theta)
         converged = int(open_ones[0]) if open_ones.size else size
         weights = np.sum(ritz[:probes] ** 2, axis=0) * (side / probes)
         resolved = side if size == side else min(converged, _single(weights))
@@ -148,7 +142,7 @@ def _krylov(blocks: Blocks, side: int, wanted: Callable[[np.ndarray], int], leas
 
 
 def _single(weights: np.ndarray) -> int:
-    """How many of the largest θ stand for one singular value each: a simple one weighs 1 ± √(2/PROBES).
+    """How many of the largest θ stand for one singular value each: a simple one weighs 1 ± √(2/_PROBES).
 
     Only an eigenvalue of higher multiplicity than there are probes is found less often than it occurs, and weighs more.
     """

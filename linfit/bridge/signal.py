@@ -9,7 +9,6 @@ Truncation and shrinkage keep only the k largest: with their right singular vect
 so ΔW itself is read in blocks and never held.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -130,64 +129,3 @@ def shrinkage(blocks: Blocks, shape: tuple[int, int]) -> Filter | None:
     return Filter(
         spectrum.directions, optimal_shrinkage(kept, shape, noise.entry_std) / kept, spectrum.wanted - kept.size
     )
-
-
-class Split(NamedTuple):
-    """K deltas of one tensor, split into what they share and how they differ (docs, B2; ours).
-
-    Euclidean metric, and the variance of the runs at hand (seeds, data splits) only.
-    """
-
-    mean_square: float
-    """‖δ̄‖², δ̄ the mean of the K deltas."""
-    variance: float
-    """V̂ = Σ_k ‖δ_k − δ̄‖² / (K−1), the variance of one run, summed over entries."""
-    runs: int
-
-    @property
-    def signal(self) -> float:
-        """max(‖δ̄‖² − V̂/K, 0)."""
-        return max(self.mean_square - self.variance / self.runs, 0.0)
-
-    @property
-    def signal_to_noise(self) -> float:
-        """signal / V̂ of one run; inf without variance."""
-        return self.signal / self.variance if self.variance > 0 else float("inf")
-
-    def tau(self, averaged: int = 1) -> float:
-        """τ* = signal / (signal + V̂/averaged): 1 for one run, K for the average of all; 1 if nothing moved.
-
-        >>> Split(mean_square=3.0, variance=4.0, runs=4).tau(), Split(3.0, 4.0, 4).tau(averaged=4)
-        (0.3333333333333333, 0.6666666666666666)
-        """
-        total = self.signal + self.variance / averaged
-        return self.signal / total if total > 0 else 1.0
-
-
-def split_of(gram: np.ndarray) -> Split:
-    """The split from the inner products ⟨δ_j, δ_k⟩ (K, K); ValueError for K < 2.
-
-    >>> split_of(np.array([[2.0, 1.0], [1.0, 2.0]]))
-    Split(mean_square=1.5, variance=1.0, runs=2)
-    """
-    runs = len(gram)
-    if runs < 2:
-        raise ValueError(f"a mean/variance split needs at least 2 fine-tuned runs, got {runs}")
-    mean_square = float(gram.sum()) / runs**2
-    variance = max(float(np.trace(gram)) - runs * mean_square, 0.0) / (runs - 1)
-    return Split(mean_square, variance, runs)
-
-
-def split_deltas(deltas: Sequence[object]) -> object:
-    """`Split` for every leaf of K pytrees of deltas with one structure.
-
-    >>> split_deltas([{"w": np.array([1.0, 0.0])}, {"w": np.array([1.0, 2.0])}])["w"].signal
-    1.0
-    """
-    import jax
-
-    def leaf(*arrays: object) -> Split:
-        rows = np.stack([np.asarray(array, np.float64).ravel() for array in arrays])
-        return split_of(rows @ rows.T)
-
-    return jax.tree.map(leaf, *deltas)

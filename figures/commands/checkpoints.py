@@ -1,0 +1,310 @@
+"""Subcommands for checkpoints of language models. Nothing heavy is imported until one of them runs."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from figures.commands.language import Numbers, Out, local_folder, note, numbers, print_json, progress
+
+if TYPE_CHECKING:
+    from linfit.bridge import Curve, Inspection, Written
+
+
+def merge(
+    base: Annotated[str, tyro.conf.Positional],
+    tuned: Annotated[tuple[str, ...], tyro.conf.Positional],
+    /,
+    out: Out,
+    tau: Numbers = (),
+    method: Literal["linear", "shrink", "singular", "rank"] = "linear",
+    rank: int | None = None,
+    layer_tau: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    layer_tau_file: Path | None = None,
+    run_weights: str | None = None,
+    dtype: str | None = None,
+    shared: bool = False,
+    workers: int = 2,
+    json: bool = False,
+) -> None:
+    """Write θ_τ = (1−τ)·base + τ·tuned as a checkpoint, in float32, rounded once.
+
+    Args:
+        base: folder (or Hub name) of the base model.
+        tuned: fine-tuned models or LoRA adapters; of several, the average is taken.
+        out: folder to create; with several τ, one folder tau_… in it for each.
+        tau: ensemble coefficients, 0 = base, 1 = tuned; commas or repetition for several. Default 1.
+        method: filter on the delta. linear: g = τ; shrink: τ per tensor from how K ≥ 2 runs differ; singular: optimal
+            shrinkage of singular values; rank: keep the first --rank singular values.
+        rank: singular values kept by method rank.
+        layer_tau: PATTERN=τ for tensors whose name fits the shell pattern; the first that fits wins.
+        layer_tau_file: a JSON object of pattern → τ, or the output of `linfit inspect --json` of several runs.
+        run_weights: comma-separated weights of the tuned models, equal if not given.
+        dtype: stored format, such as bfloat16; that of the tuned model if not given.
+        shared: average the tensors and rows that all have, and take the rest from the tuned model.
+        workers: threads that read, compute and write.
+        json: print the outcome as JSON.
+    """
+    from linfit import bridge
+
+    patterns = dict(_assignment(text) for text in layer_tau)
+    if layer_tau_file is not None:
+        patterns |= {
+            name: value for name, value in bridge.read_layer_taus(layer_tau_file).items() if name not in patterns
+        }
+    _write(
+        bridge.merge,
+        local_folder(base),
+        [local_folder(path) for path in tuned],
+        out,
+        tau=numbers("tau", tau) or [1.0],
+        method=method,
+        rank=rank,
+        layer_tau=patterns,
+        run_weights=numbers("run_weights", (run_weights,)) if run_weights is not None else None,
+        dtype=dtype,
+        shared=shared,
+        workers=workers,
+        json=json,
+    )
+
+
+def perturb(
+    model: Annotated[str, tyro.conf.Positional],
+    /,
+    out: Out,
+    gamma: Numbers,
+    seed: Numbers = (),
+    init_scale: float | None = None,
+    only: str | None = None,
+    workers: int = 2,
+    json: bool = False,
+) -> None:
+    """Add Gaussian noise of relative size γ to the weights, for sensitivity curves.
+
+    Args:
+        model: folder (or Hub name) of the model.
+        out: folder to create; with several γ or seeds, one folder gamma_…_seed_… in it for each.
+        gamma: relative sizes; commas or repetition for several.
+        seed: seeds of the noise, 0 if not given; the same seed draws the same noise for every γ.
+        init_scale: measure γ in this standard deviation (of the initialisation), in matrices only, instead of relative
+            to each tensor.
+        only: shell pattern of tensor names.
+        workers: threads that read, compute and write.
+        json: print the outcome as JSON.
+    """
+    from linfit import bridge
+
+    seeds = numbers("seed", seed) or [0.0]
+    if any(value % 1 for value in seeds):
+        raise ValueError(f"--seed must be whole numbers, got {', '.join(seed)}")
+    _write(
+        bridge.perturb,
+        local_folder(model),
+        out,
+        gamma=numbers("gamma", gamma),
+        seed=[int(value) for value in seeds],
+        init_scale=init_scale,
+        only=only,
+        workers=workers,
+        json=json,
+    )
+
+
+def _write(write: "Callable[..., Written]", *arguments: object, json: bool, **options: object) -> None:
+    """Run `merge` or `perturb` with a progress bar, and say what was written."""
+    with progress("writing", of_bytes=True) as bar:
+        written = write(*arguments, progress=bar, **options)
+    speed = written.bytes_written / max(written.seconds, 1e-9)
+    if json:
+        folders = [str(folder) for folder in written.folders]
+        print_json({**written._asdict(), "folders": folders, "bytes_per_second": speed})
+        return
+    for text in written.notes:
+        note(text)
+    if written.resumed_shards:
+        note(f"{written.resumed_shards} shards were finished before")
+    print(f"{written.bytes_written / 1e9:.3g} GB in {written.seconds:.2f} s ({speed / 1e9:.2f} GB/s written)")
+    for folder in written.folders:
+        print(folder)
+
+
+def inspect(
+    base: Annotated[str, tyro.conf.Positional],
+    tuned: Annotated[tuple[str, ...], tyro.conf.Positional],
+    /,
+    json: bool = False,
+    plot: Path | None = None,
+    by_tensor: bool = False,
+    only: str | None = None,
+    subspace: int = 8,
+    shared: bool = False,
+) -> None:
+    """How far did fine-tuning move the weights, and is the movement signal or noise?
+
+    Args:
+        base: folder (or Hub name) of the base model.
+        tuned: fine-tuned models or LoRA adapters; several runs show how they differ and suggest a τ.
+        json: print every quantity of every tensor as JSON.
+        plot: write a picture, layers × quantity (.png, .pdf or .svg).
+        by_tensor: one table row per tensor instead of one per layer type.
+        only: shell pattern of tensor names.
+        subspace: number of top singular directions compared with those of the base.
+        shared: compare only the tensors that all have with equal shapes.
+    """
+    from linfit import bridge
+
+    if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot must end in .png, .pdf or .svg, got {plot}")
+    with progress("inspecting") as bar:
+        inspection = bridge.inspect(
+            local_folder(base),
+            [local_folder(path) for path in tuned],
+            subspace=subspace,
+            only=only,
+            shared=shared,
+            progress=bar,
+        )
+    if json:
+        print_json(inspection.as_dict())
+    else:
+        _print_inspection(inspection, by_tensor)
+    if plot is not None:
+        from figures.bridge import draw_inspection
+
+        draw_inspection(inspection, plot)
+
+
+_HEADINGS = {
+    "relative_norm": "‖Δ‖/‖W‖",
+    "effective_rank": "effective rank",
+    "signal_share": "signal share",
+    "overlap": "overlap",
+    "overlap_by_chance": "by chance",
+    "signal_to_noise": "signal/noise",
+    "suggested_tau": "τ of one run",
+    "suggested_tau_of_average": "τ of average",
+}
+
+
+def _print_inspection(inspection: "Inspection", by_tensor: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [r._asdict() | {"kind": r.name} for r in inspection.tensors] if by_tensor else inspection.by_kind()
+    shown = [name for name in _HEADINGS if any(row[name] is not None for row in rows)]
+    table = Table("tensor" if by_tensor else "layer type", title=f"{inspection.base} → {', '.join(inspection.tuned)}")
+    for name in shown:
+        table.add_column(_HEADINGS[name], justify="right")
+    for row in rows:
+        table.add_row(str(row["kind"]), *("–" if row[name] is None else f"{row[name]:.3g}" for name in shown))
+    Console(width=None if Console().is_terminal else 160).print(table)
+    for text in inspection.notes:
+        note(text)
+
+
+def curve(
+    evaluations: Annotated[tuple[str, ...], tyro.conf.Positional],
+    /,
+    metric: str = "loss",
+    maximize: bool = False,
+    second: str | None = None,
+    second_maximize: bool = False,
+    json: bool = False,
+    plot: Path | None = None,
+) -> None:
+    """Fit a quadratic to a metric along τ: the best τ with its error, whether to trust it, and the next τ to try.
+
+    Args:
+        evaluations: one table (.csv, .json, .jsonl) with columns tau and METRIC, and perhaps METRIC_standard_error; or
+            TAU=FILE for each τ, FILE a result of lm-evaluation-harness (or the folder it wrote, or its logged samples)
+            or the output of `linfit losses`.
+        metric: column, or TASK/NAME of a harness result such as arc_easy/acc or gsm8k/exact_match,strict-match.
+        maximize: the metric is better when larger; harness results say so themselves.
+        second: another metric, for the trade-off between the two.
+        second_maximize: the second metric is better when larger.
+        json: print the result as JSON.
+        plot: write a picture of the fit (.png, .pdf or .svg).
+    """
+    from linfit import bridge
+
+    fits = {}
+    for name, larger in [(metric, maximize)] + ([(second, second_maximize)] if second else []):
+        found = bridge.read_evaluations(evaluations, name)
+        larger = _direction(name, larger, found.larger_is_better)
+        fits[name] = bridge.fit_curve(found.taus, found.values, found.standard_errors, maximize=larger)
+    if json:
+        print_json(_summary(fits))
+    else:
+        _print_curves(fits)
+    if plot is not None:
+        from figures.bridge import draw_curves
+
+        draw_curves(fits, plot)
+
+
+def _assignment(text: str) -> tuple[str, float]:
+    pattern, separator, value = text.rpartition("=")
+    try:
+        return pattern, float(value if separator else "")
+    except ValueError:
+        raise ValueError(f"--layer-tau must be PATTERN=NUMBER, got {text!r}") from None
+
+
+def _direction(metric: str, asked: bool, stated: bool | None) -> bool:
+    """Whether to maximise: what the result files state, which an option must not contradict."""
+    if asked and stated is False:
+        raise ValueError(f"--maximize: {metric} is better when smaller, the result files say")
+    if stated and not asked:
+        note(f"{metric} is better when larger, the result files say")
+    return asked if stated is None else stated
+
+
+def _trade_off(fits: "Mapping[str, Curve]") -> list[float] | None:
+    """Between the best τ of two metrics, each improves only at the other's cost."""
+    best = sorted(fit.best_tau for fit in fits.values() if fit.convex)
+    return best if len(best) == 2 else None
+
+
+def _summary(fits: "Mapping[str, Curve]") -> dict[str, object]:
+    first = next(iter(fits.values()))
+    metrics = []
+    for name, fit in fits.items():
+        sign = -1 if fit.maximize else 1
+        gain, gain_error = fit.gain_over_full
+        derived = {
+            "metric": name,
+            "values": sign * fit.values,
+            "coefficients": sign * fit.coefficients,
+            "residuals": sign * fit.residuals,
+            "best_tau": fit.best_tau,
+            "best_tau_error": fit.best_tau_error,
+            "gain_over_full": gain,
+            "gain_over_full_error": gain_error,
+            "value_at_first_best_tau": sign * fit(first.best_tau),
+            "verdict": fit.verdict,
+            "next_tau": fit.next_tau(),
+        }
+        metrics.append(fit._asdict() | derived)
+    return {"metrics": metrics, "trade_off": _trade_off(fits)}
+
+
+def _print_curves(fits: "Mapping[str, Curve]") -> None:
+    for name, fit in fits.items():
+        if fit.convex:
+            gain, error = fit.gain_over_full
+            print(f"{name}: best τ = {fit.best_tau:.3f} ± {fit.best_tau_error:.2g}")
+            print(f"  gain over τ = 1: {gain:.4g} ± {error:.2g}")
+        else:
+            print(f"{name}: no best τ between the ends")
+        print(f"  fit: {fit.verdict}")
+        print(f"  next τ worth evaluating: {fit.next_tau():.3g}")
+    first, *others = fits.values()
+    for name, other in zip(list(fits)[1:], others):
+        if first.convex:
+            value = float(other(first.best_tau)) * (-1 if other.maximize else 1)
+            print(f"{name} at the first metric's best τ: {value:.4g}")
+    if between := _trade_off(fits):
+        low, high = between
+        print(f"trade-off: between τ = {low:.3f} and {high:.3f} each metric improves only at the other's cost")

@@ -1,0 +1,159 @@
+"""Which checkpoints belong together: common names, shapes and dtypes of a base and what was fine-tuned from it."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from linfit.bridge.adapter import Adapter, LowRank, is_adapter
+from linfit.bridge.checkpoint import Checkpoint, Files, Tensor, some
+from linfit.bridge.numbers import FLOATS
+from linfit.bridge.pieces import PIECE_BYTES, spans
+
+_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
+
+
+class Family(NamedTuple):
+    """A base and what was fine-tuned from it, checked to fit together."""
+
+    base: Checkpoint
+    tuned: tuple[Checkpoint | Adapter, ...]
+    template: Checkpoint
+    """Whose files the output copies: the first tuned folder, or the base of an adapter."""
+    names: tuple[str, ...]
+    """Tensors of the output."""
+    shared_rows: dict[str, int]
+    """Rows that all have, for tensors whose first axis differs."""
+    notes: tuple[str, ...]
+
+    def versions(self, name: str) -> list[Tensor | LowRank | None]:
+        """What each fine-tuned model says about a tensor; an adapter that leaves it alone says the base."""
+        return [member.version(name) for member in self.tuned]
+
+
+def open_family(
+    base: str | Path, tuned: str | Path | Sequence[str | Path], *, shared: bool = False, mixed_dtypes: bool = False
+) -> Family:
+    """Open a base and its fine-tuned versions and check that they fit together.
+
+    Args:
+        base: a folder or file, as for `Checkpoint`.
+        tuned: one or several of them, or folders of LoRA adapters.
+        shared: let tensor names and first axes (vocabularies) differ.
+        mixed_dtypes: let floating dtypes differ.
+
+    Raises ValueError listing both sides where names, shapes, dtypes or architectures differ.
+    """
+    paths = [tuned] if isinstance(tuned, str | Path) else list(tuned)
+    if not paths:
+        raise ValueError("tuned must name at least one fine-tuned checkpoint")
+    start = Checkpoint(base)
+    members = tuple(Adapter(path, start) if is_adapter(path) else Checkpoint(path) for path in paths)
+    full = [start, *(member for member in members if isinstance(member, Checkpoint))]
+    for checkpoint in full:
+        refuse_quantised(checkpoint, "averaged")
+        kinds = start.config.get("model_type"), checkpoint.config.get("model_type")
+        if None not in kinds and kinds[0] != kinds[1]:
+            raise ValueError(f"different models: {base} is {kinds[0]!r}, {checkpoint.folder} is {kinds[1]!r}")
+    template = members[0] if isinstance(members[0], Checkpoint) else start
+    notes: list[str] = []
+    dropped = _tied_duplicates(full)
+    names = _common_names(full, template, dropped, shared, notes)
+    if dropped & template.tensors.keys():
+        notes.append(f"tied to the input embedding and written once: {', '.join(sorted(dropped))}")
+    shared_rows = _check_shapes(full, names, shared, mixed_dtypes, notes)
+    return Family(start, members, template, tuple(names), shared_rows, tuple(notes))
+
+
+def refuse_quantised(checkpoint: Checkpoint, action: str) -> None:
+    """ValueError for stored values that mean nothing by themselves."""
+    if checkpoint.config.get("quantization_config"):
+        raise ValueError(
+            f"{checkpoint.folder}: quantised weights mean something only together with their scales and cannot be "
+            f"{action}; dequantise first"
+        )
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a tensor name fits a shell pattern, wholly or up to `.weight`/`.bias`.
+
+    >>> matches("model.layers.0.*", "model.layers.0.mlp.up_proj.weight")
+    True
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[0], pattern)
+
+
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Whether two stored tensors have the same bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with Files([first, second]) as files:
+        return all(
+            np.array_equal(files.read(first, *span), files.read(second, *span))
+            for span in spans(first.size, PIECE_BYTES // first.item)
+        )
+
+
+def _tied_duplicates(full: Sequence[Checkpoint]) -> set[str]:
+    """Output embeddings that the configuration ties to the input embedding and that repeat its bytes everywhere."""
+
+    def tied(config: dict) -> bool:
+        nested = config.get("text_config")
+        return bool(config.get("tie_word_embeddings", isinstance(nested, dict) and nested.get("tie_word_embeddings")))
+
+    def repeated(head: str, tensors: dict[str, Tensor]) -> bool:
+        return head not in tensors or any(
+            name.endswith(_INPUT_EMBEDDINGS) and same_bytes(tensor, tensors[head]) for name, tensor in tensors.items()
+        )
+
+    if not all(tied(each.config) for each in full):
+        return set()
+    heads = {name for each in full for name in each.tensors if name.endswith(_OUTPUT_EMBEDDINGS)}
+    return {head for head in heads if all(repeated(head, each.tensors) for each in full)}
+
+
+def _common_names(
+    full: Sequence[Checkpoint], template: Checkpoint, dropped: set[str], shared: bool, notes: list[str]
+) -> list[str]:
+    base = full[0]
+    wanted = base.tensors.keys() - dropped
+    for checkpoint in full[1:]:
+        found = checkpoint.tensors.keys() - dropped
+        sides = [(base, sorted(wanted - found)), (checkpoint, sorted(found - wanted))]
+        listed = "; ".join(f"only in {side.folder}: {some(names, 'tensor')}" for side, names in sides if names)
+        if listed and not shared:
+            raise ValueError(f"tensor names differ: {listed}; --shared averages the shared ones only")
+        if listed:
+            notes.append(f"tensor names differ: {listed}")
+    names = [tensor.name for shard in template.shards for tensor in shard.tensors if tensor.name not in dropped]
+    if shared and not any(name in base.tensors for name in names):
+        raise ValueError(f"{base.folder} and {template.folder} share no tensor")
+    return names
+
+
+def _check_shapes(
+    full: Sequence[Checkpoint], names: list[str], shared: bool, mixed_dtypes: bool, notes: list[str]
+) -> dict[str, int]:
+    shared_rows: dict[str, int] = {}
+    complaints = []
+    for name in names:
+        first, *others = [each.tensors[name] for each in full if name in each.tensors]
+        for other in others:
+            longer = first.shape != other.shape
+            if longer and shared and first.shape and other.shape and other.shape[1:] == first.shape[1:]:
+                shared_rows[name] = min(side.rows for side in (first, *others))
+            elif longer or not (
+                other.dtype == first.dtype or (mixed_dtypes and {other.dtype, first.dtype} <= set(FLOATS))
+            ):
+                complaints.append(f"{name} {first.describe()} in the base, {other.describe()} in {other.path.parent}")
+    if complaints:
+        raise ValueError(
+            f"shapes or dtypes differ: {some(complaints, 'tensor', 4)}; --shared averages the rows that all share, "
+            "--dtype allows and ends a mixture of dtypes"
+        )
+    for name, rows in shared_rows.items():
+        notes.append(f"{name}: the first {rows} rows are averaged, any further ones are the tuned model's")
+    return shared_rows

@@ -1,0 +1,1 @@
+"""Real networks, small enough to be trained here, beside the linear theory."""
