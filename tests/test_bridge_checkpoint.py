@@ -165,7 +165,7 @@ def check_file(folder, content: bytes) -> bool:
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, database=None)
+@settings(max_examples=4500, deadline=None, database=None)
 @given(files())
 def test_fuzzed_files_are_refused_or_read_right(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
@@ -192,7 +192,7 @@ NAMES = st.sampled_from(
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=1000, deadline=None, database=None)
 @given(
     weight_map=st.one_of(st.dictionaries(st.sampled_from("abcd"), NAMES, max_size=4), VALUES),
     extra=st.dictionaries(st.sampled_from(["metadata", "more"]), VALUES, max_size=2),
@@ -219,7 +219,7 @@ def test_fuzzed_indexes_are_refused_or_read_right(tmp_path_factory, weight_map, 
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4),
     kind=st.sampled_from([np.float32, np.float16, np.float64, np.int32]),
