@@ -271,7 +271,7 @@ def measure_flow(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Arra
 
     from linfit import GradientFlow
 
-    problem = _problem(parameters, noise_variance=parameters["noise"] ** 2)
+    problem = _problem(parameters, noise_std=parameters["noise"])
     run = _weighted(tuple(map(float, parameters["tilt"])), parameters["n"], parameters["law"], parameters["deviation"])
     found = run(key, problem, GradientFlow(parameters["time"]))
     constant, slope, curvature = (found[name][0, ..., None] for name in ("constant", "slope", "curvature"))
@@ -335,7 +335,7 @@ def measure_s3ft(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Arra
         parameters["p"],
         parameters["content_rank"],
         parameters["style_dimension"],
-        noise_variance=parameters["noise"] ** 2,
+        noise_std=parameters["noise"],
         **{name: parameters[name] for name in names},
     )
     axes = [parameters[name] for name in _PROCEDURE]
