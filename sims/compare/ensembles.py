@@ -173,12 +173,11 @@ def population_paths(p: int, times: np.ndarray) -> xr.Dataset:
     for name, spectrum in (("diag(1/j)", spectra.power_law(p)), ("flat", spectra.isotropic(p))):
         delta = jnp.full(p, spectrum.sum() ** -0.5)
         problem = TwoTaskProblem(spectrum, spectrum, FixedShift(delta), 0.5**0.5)
-        covariance = problem.finetune_covariance
         unweighted = -jnp.expm1(-times[:, None] * spectrum) * delta
         flow = trajectory(problem, GradientFlow(times)).moved
         for method, moved in (("unweighted, Huber", unweighted), ("FLOW", flow)):
-            tau = covariance.dot(moved, delta)
-            cosine = jnp.clip(tau / jnp.sqrt(covariance.squared_norm(moved)), -1, 1)
+            tau = (moved * spectrum) @ delta
+            cosine = jnp.clip(tau / jnp.sqrt(jnp.sum(moved**2 * spectrum, axis=-1)), -1, 1)
             lines[f"{method}, Σ {name}"] = np.stack([tau, jnp.degrees(jnp.arccos(cosine))])
     path = (("line", "coordinate", "time"), np.stack(list(lines.values())))
     return xr.Dataset({"path": path}, {"line": list(lines), "coordinate": ["tau", "angle"], "time": times})
