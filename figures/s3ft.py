@@ -287,14 +287,15 @@ def _against_supervised(
 
 def _draw_against(data: xr.Dataset) -> Figure:
     figure, axes = canvas(4, 2, height=2.1, sharex="col", sharey="row")
-    panels = itertools.product(_ROWS, _LABELS)
-    for axis, (quantity, name) in zip(axes, panels, strict=True):
-        axis.axhline(1, color=_LINES["SFT"], linewidth=1.2, label="SFT")
+    panels = list(zip(axes, itertools.product(_ROWS, _LABELS), strict=True))
+    for axis, (quantity, name) in panels:
         for method in _SHOWN_METHODS:
             parts = (data[f"{quantity}_over_{name}{suffix}"] for suffix in ("", "_simulated", "_simulated_error"))
             line, points, error = (part.sel(procedure=method) for part in parts)
             axis.plot(line[line.dims[0]], line, color=_LINES[method])
             _points(axis, points, error, method)
+    for axis, (quantity, name) in panels:
+        axis.axhline(1, color=_LINES["SFT"], linewidth=1.2, label="SFT")
         if name != "style_dimension":
             unmoved = data.attrs[f"unmoved_{quantity}"]
             axis.axhline(unmoved, color=_LINES["pretrained"], linewidth=1, linestyle=":")

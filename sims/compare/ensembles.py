@@ -175,7 +175,7 @@ def population_paths(p: int, times: np.ndarray) -> xr.Dataset:
         problem = TwoTaskProblem(spectrum, spectrum, FixedShift(delta), 0.5**0.5)
         unweighted = -jnp.expm1(-times[:, None] * spectrum) * delta
         flow = trajectory(problem, GradientFlow(times)).moved
-        for method, moved in (("unweighted, Huber", unweighted), ("FLOW", flow)):
+        for method, moved in (("unweighted", unweighted), ("FLOW", flow)):
             tau = (moved * spectrum) @ delta
             cosine = jnp.clip(tau / jnp.sqrt(jnp.sum(moved**2 * spectrum, axis=-1)), -1, 1)
             lines[f"{method}, Σ {name}"] = np.stack([tau, jnp.degrees(jnp.arccos(cosine))])
