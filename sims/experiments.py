@@ -326,7 +326,8 @@ def measure_s3ft(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Arra
     import jax
     import jax.numpy as jnp
 
-    from sims.s3ft import Procedure, content_and_style_problem
+    from sims.s3ft import content_and_style_problem
+    from theory.s3ft import Procedure
 
     problem_key, design_key, draw_key = jax.random.split(key, 3)
     names = ("decay", "alignment", "content_signal", "style_signal")

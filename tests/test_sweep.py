@@ -384,8 +384,7 @@ def test_flow_is_weighted_fine_tuning_of_the_draw():
 
 @pytest.mark.slow
 def test_s3ft_has_the_shares_of_theory_and_ends_at_supervised_fine_tuning():
-    from sims.s3ft import Procedure
-    from theory.s3ft import shares
+    from theory.s3ft import Procedure, shares
 
     given = {"n": 20, "p": 60, "penalty": [0.01, 0.1], "tolerance": [0.0, 1.0, 100.0], "paraphrase_success": [0.0, 0.5]}
     samples = measure(sweep_over(S3FT, given, seeds=60), Task((), 0, 60)).samples
