@@ -14,36 +14,25 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from figures.style import PAGE, Picture, canvas, panel_letters, readable_ticks
-from sims.compare import (
-    ENSEMBLES,
-    METHODS,
-    Samples,
-    compared_problems,
-    equivalent_coefficients,
-    frontier,
-    knob_at,
-    measure,
-    population_paths,
-    rank,
-    spread_problem,
-)
+from sims import compare as sims
+from sims.compare import ENSEMBLES, METHODS, Samples
 from theory.frontier import smoothing_coefficient
 
 __all__ = ["pictures"]
 
 
 class _Setting(NamedTuple):
-    """Sizes of a run; the quick one is for CI and first looks."""
+    """Sizes of a run."""
 
-    n: int
-    p: int
-    tasks: int
-    validation: int
-    features: int
+    n: int = 100
+    p: int = 300
+    tasks: int = 64
+    validation: int = 32
+    features: int = 20
     """Of the least-squares fits."""
-    ratios: tuple[int, ...]
+    ratios: tuple[int, ...] = (3, 4, 6, 10, 20, 50)
     """Their samples per feature."""
-    replicates: int
+    replicates: int = 128
 
     @property
     def rows(self) -> int:
@@ -51,8 +40,9 @@ class _Setting(NamedTuple):
         return self.ratios[-1] * self.features
 
 
-_FULL = _Setting(n=100, p=300, tasks=64, validation=32, features=20, ratios=(3, 4, 6, 10, 20, 50), replicates=128)
+_FULL = _Setting()
 _QUICK = _Setting(n=30, p=90, tasks=8, validation=8, features=10, ratios=(4, 10, 50), replicates=24)
+"""For CI and first looks."""
 
 _MORE_DATA = "something left of pretraining"
 _GROUPS = {
@@ -85,8 +75,8 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     data = _equivalents(keys[0], setting).assign_attrs(seed=seed)
     yield Picture("equivalent_coefficients", title, data, _draw_equivalents, _caption_equivalents)
     samples = {
-        name: measure(keys[1], problem, setting.n, setting.validation + setting.tasks)
-        for name, problem in compared_problems(setting.p).items()
+        name: sims.measure(keys[1], problem, setting.n, setting.validation + setting.tasks)
+        for name, problem in sims.compared_problems(setting.p).items()
     }
     sizes = {"n": setting.n, "p": setting.p, "tasks": setting.tasks, "validation": setting.validation, "seed": seed}
     data = _planes(samples, setting.validation).assign_attrs(sizes)
@@ -100,7 +90,7 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
 
 def _equivalents(key: Array, setting: _Setting) -> xr.Dataset:
     """Equivalent τ of each method: against its own knob, with fewer samples, under other laws, stopped early."""
-    problem = spread_problem(setting.features)
+    problem = sims.spread_problem(setting.features)
     sizes: dict[str, Any] = {"replicates": setting.replicates, "rows": setting.rows}
     standardised, v, shown = np.logspace(-1.5, 1.5, 91), 1 + _NOISE_STD**2, np.array([0.2, 0.6, 1.2, 2.0])
     unit = {name: v if name == "FLOW" else v**0.5 for name in _KNOBS}
@@ -109,7 +99,7 @@ def _equivalents(key: Array, setting: _Setting) -> xr.Dataset:
         rows = [ENSEMBLES[name].tau(at * unit[name], 1.0, _NOISE_STD) for name in _KNOBS]
         return np.stack([np.broadcast_to(row, at.shape) for row in rows])
 
-    fitted = equivalent_coefficients(key, problem, setting.rows, {k: shown * unit[k] for k in _KNOBS}, **sizes)
+    fitted = sims.equivalent_coefficients(key, problem, setting.rows, {k: shown * unit[k] for k in _KNOBS}, **sizes)
     tau, error = fitted.tau.values, fitted.tau_error.values
     along_knobs = xr.Dataset(
         {
@@ -120,16 +110,16 @@ def _equivalents(key: Array, setting: _Setting) -> xr.Dataset:
         },
         {"disguise": list(_KNOBS), "knob": standardised, "shown": shown},
     )
-    knobs = {name: knob_at(name, _TAU, 1.0, _NOISE_STD) for name in ENSEMBLES}
-    runs = [equivalent_coefficients(key, problem, r * setting.features, knobs, **sizes) for r in setting.ratios]
+    knobs = {name: sims.knob_at(name, _TAU, 1.0, _NOISE_STD) for name in ENSEMBLES}
+    runs = [sims.equivalent_coefficients(key, problem, r * setting.features, knobs, **sizes) for r in setting.ratios]
     ratios = xr.Variable("ratio", list(setting.ratios))
     along_size = xr.concat(runs, ratios, combine_attrs="override").isel(setting=0)
     cases = [(law, concentrated) for concentrated in (True, False) for law in ("rademacher", "student")]
     cases.append(("gaussian", False))
     labels = [f"{law.title()}, {'one coordinate' if concentrated else 'all alike'}" for law, concentrated in cases]
     runs = [
-        equivalent_coefficients(
-            key, spread_problem(setting.features, concentrated), setting.rows // 2, knobs, law=law, **sizes
+        sims.equivalent_coefficients(
+            key, sims.spread_problem(setting.features, concentrated), setting.rows // 2, knobs, law=law, **sizes
         ).isel(setting=0)
         for law, concentrated in cases
     ]
@@ -138,7 +128,7 @@ def _equivalents(key: Array, setting: _Setting) -> xr.Dataset:
         data.rename({name: f"{name}_{ending}" for name in data})
         for data, ending in ((along_size, "along_size"), (along_law, "along_law"))
     ]
-    paths = population_paths(setting.features, np.logspace(-2, 5, 141))
+    paths = sims.population_paths(setting.features, np.logspace(-2, 5, 141))
     worst = float(abs((tau - predicted(shown)) / error).max())
     data = xr.merge([along_knobs, *parts, paths], combine_attrs="drop", compat="no_conflicts")
     return data.assign_attrs(sizes, features=setting.features, n_along_law=setting.rows // 2, largest_gap=worst)
@@ -234,9 +224,9 @@ def _planes(samples: dict[str, Samples], validation: int) -> xr.Dataset:
     """Both risks of every method on two problems, and the frontier."""
     runs = []
     for problem in _PLANES:
-        edge = frontier(samples[problem], np.logspace(-3, 3, 121), validation)
+        edge = sims.frontier(samples[problem], np.logspace(-3, 3, 121), validation)
         edge = edge.rename(finetune="frontier_finetune", pretrain="frontier_pretrain")
-        runs.append(rank(samples[problem], validation=validation).merge(edge))
+        runs.append(sims.rank(samples[problem], validation=validation).merge(edge))
     return xr.concat(runs, xr.Variable("problem", list(_PLANES)), combine_attrs="drop", join="outer")
 
 
@@ -248,18 +238,9 @@ def _draw_planes(data: xr.Dataset) -> Figure:
         axis.plot(*edge, color="#555555", linewidth=1.2)
         axis.fill_between(*edge, 1e-6, color="#555555", alpha=0.12, linewidth=0)
         for name in data.estimator.values:
-            colour, marker = _STYLE[name]
-            point = chosen.sel(estimator=name)
-            axis.errorbar(
-                point.pretrain,
-                point.finetune,
-                point.finetune_error,
-                point.pretrain_error,
-                fmt=marker,
-                color=colour,
-                markersize=5,
-                linewidth=0.8,
-            )
+            point, (colour, marker) = chosen.sel(estimator=name), _STYLE[name]
+            at, errors = (point.pretrain, point.finetune), (point.finetune_error, point.pretrain_error)
+            axis.errorbar(*at, *errors, fmt=marker, color=colour, markersize=5, linewidth=0.8)
         axis.set(xscale="log", yscale="log", title=problem)
         axis.set_xlim(0.5 * float(chosen.pretrain.min()), 1.5 * float(chosen.pretrain.max()))
         axis.set_ylim(0.7 * float(chosen.finetune.min()), 1.2 * float(chosen.finetune.max()))
@@ -295,26 +276,13 @@ def _name_points(axis: Axes, data: xr.Dataset) -> None:
     gaps = 0.048 * np.arange(len(order))  # the nearest heights that leave room for every name
     places = np.clip(scipy.optimize.isotonic_regression(heights - gaps).x, 0.01, 0.99 - gaps[-1]) + gaps
     for place, name in zip(places, order, strict=True):
-        point = data.sel(estimator=name)
+        point, colour = data.sel(estimator=name), _STYLE[name][0]
+        arrow: dict[str, Any] = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7, "relpos": (0, 0.5)}
+        looks: dict[str, Any] = {"va": "center", "fontsize": 6.5, "color": colour, "annotation_clip": False}
         axis.annotate(
-            name,
-            (float(point.pretrain), float(point.finetune)),
-            (1.03, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=6.5,
-            color=_STYLE[name][0],
-            arrowprops={
-                "arrowstyle": "-",
-                "color": _STYLE[name][0],
-                "linewidth": 0.5,
-                "alpha": 0.7,
-                "relpos": (0, 0.5),
-                "shrinkA": 0,
-                "shrinkB": 2,
-            },
-            annotation_clip=False,
-        )
+            name, (float(point.pretrain), float(point.finetune)), (1.03, place), textcoords="axes fraction",
+            arrowprops=arrow | {"shrinkA": 0, "shrinkB": 2}, **looks,
+        )  # fmt: skip
 
 
 # Ranked tables -------------------------------------------------------------------------------------------------------
@@ -324,7 +292,7 @@ def _tables(samples: dict[str, Samples], validation: int) -> xr.Dataset:
     """Every method on every problem, tuned for both risks and for the new task alone."""
     goals = []
     for weight in (1.0, 0.0):
-        ranked = [rank(one, weight, validation).reindex(estimator=list(METHODS)) for one in samples.values()]
+        ranked = [sims.rank(one, weight, validation).reindex(estimator=list(METHODS)) for one in samples.values()]
         goals.append(xr.concat(ranked, xr.Variable("problem", list(samples)), combine_attrs="drop"))
     return xr.concat(goals, xr.Variable("goal", list(_GOALS)), combine_attrs="drop")
 
@@ -360,17 +328,11 @@ def _heat_map(axis: Axes, data: xr.Dataset) -> None:
     for row in range(ratio.shape[0]):
         for column in range(ratio.shape[1]):
             cell = shown.isel(estimator=row, problem=column)
-            axis.text(
-                column,
-                row,
-                f"{_digits(float(cell.criterion))}\n±{float(cell.criterion_error):.1g}",
-                ha="center",
-                va="center",
-                fontsize=5,
-                linespacing=0.95,
-                color="white" if ratio[row, column] < 1.9 else "black",
-                fontweight="bold" if ratio[row, column] == 1 else "normal",
-            )
+            text = f"{_digits(float(cell.criterion))}\n±{float(cell.criterion_error):.1g}"
+            colour = "white" if ratio[row, column] < 1.9 else "black"
+            weight = "bold" if ratio[row, column] == 1 else "normal"
+            looks: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 5, "linespacing": 0.95}
+            axis.text(column, row, text, color=colour, fontweight=weight, **looks)
     extra = _GROUPS[_MORE_DATA][2]
     labels = [f"{name} †" if name in extra else str(name) for name in shown.estimator.values]
     axis.set_yticks(range(len(labels)), labels=labels, fontsize=6.5)

@@ -23,53 +23,32 @@ __all__ = ["pictures"]
 
 
 class _Setting(NamedTuple):
-    """Sizes of a run; the quick one is for CI and first looks."""
+    """Sizes of a run."""
 
-    n: int
-    p: int
-    designs: int
-    replicates: int
-    points: int
+    n: int = 80
+    p: int = 320
+    designs: int = 4
+    replicates: int = 64
+    points: int = 61
     """Along each line."""
-    population: int
+    population: int = 2000
     """Samples that stand for unlimited data."""
-    population_replicates: int
-    splits: int
-    digits: dict[str, int]
-    styles: tuple[int, ...]
-    sizes: int
-    simulated_sizes: slice
+    population_replicates: int = 64
+    styles: tuple[int, ...] = (0, 2, 4, 8, 16)
+    sizes: int = 11
+    simulated_sizes: slice = slice(None, None, 4)
     """Which sizes are simulated: every size is compiled for."""
+    splits: int = 8
+    digits_p: int = 2048
+    digits_pretrain: int = 700
 
 
-_FULL = _Setting(
-    n=80,
-    p=320,
-    designs=4,
-    replicates=64,
-    points=61,
-    population=2000,
-    population_replicates=64,
-    splits=8,
-    digits={"p": 2048, "n_pretrain": 700},
-    styles=(0, 2, 4, 8, 16),
-    sizes=11,
-    simulated_sizes=slice(None, None, 4),
-)
+_FULL = _Setting()
 _QUICK = _Setting(
-    n=30,
-    p=120,
-    designs=2,
-    replicates=16,
-    points=21,
-    population=500,
-    population_replicates=8,
-    splits=2,
-    digits={"p": 1024, "n_pretrain": 400},
-    styles=(0, 8),
-    sizes=4,
-    simulated_sizes=slice(1),
-)
+    n=30, p=120, designs=2, replicates=16, points=21, population=500, population_replicates=8, styles=(0, 8),
+    sizes=4, simulated_sizes=slice(1), splits=2, digits_p=1024, digits_pretrain=400,
+)  # fmt: skip
+"""For CI and first looks."""
 
 _CONTENT_RANK, _STYLE_DIMENSION, _NOISE_STD = 2, 4, 0.5**0.5
 _RESIDUAL_STD = (1 + _NOISE_STD**2) ** 0.5
@@ -136,9 +115,8 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     yield picture("s3ft_sample_size", "S3FT over the number of samples", data, _draw_sample_size, _caption_sample_size)
     data = _coefficients(keys[3], setting)
     yield picture("s3ft_coefficients", "S3FT: where training ends", data, _draw_coefficients, _caption_coefficients)
-    data = sims.digits(
-        keys[4], 0.1, (0, 10, 40), setting.splits, false_accept=_ERROR, false_reject=_ERROR, **setting.digits
-    )
+    sizes = {"p": setting.digits_p, "n_pretrain": setting.digits_pretrain}
+    data = sims.digits(keys[4], 0.1, (0, 10, 40), setting.splits, false_accept=_ERROR, false_reject=_ERROR, **sizes)
     yield picture("s3ft_digits", "S3FT on the digits", data, _draw_digits, _caption_digits)
 
 

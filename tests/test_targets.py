@@ -28,17 +28,6 @@ def test_arrays_by_the_rule_written_out(generator):
     assert abs(sum(targets.shares().values()) - 1) < 1e-12
 
 
-def test_share_of_own_answers_is_the_gaussian_probability(seed):
-    from scipy.stats import norm
-
-    generator = np.random.default_rng(seed)
-    gold = generator.standard_normal(100_000)
-    own = gold + 0.8 * generator.standard_normal(100_000)
-    share = s3ft_targets(own, gold, close).shares()["own"]
-    expected = 2 * norm.cdf(0.5 / 0.8) - 1
-    assert abs(share - expected) < 5 * (expected * (1 - expected) / 100_000) ** 0.5
-
-
 def test_vector_answers_and_a_paraphrase_function_under_jit(generator):
     """Content in the first coordinate, style in the second: gold content in own style (docs, T2)."""
     own, gold = generator.standard_normal((2, 50, 2))

@@ -6,9 +6,8 @@ A response y ∈ R^m has a content Py, P an orthogonal projector of rank k, and 
 xᵀθ₁ (+ sampling noise); the judge accepts an answer whose content is within a tolerance of gold. The paraphrase of a
 gold answer has its content and the model's own style.
 
->>> import jax.numpy as jnp
 >>> from theory import s3ft
->>> procedure = s3ft.Procedure(tolerance=1.0, paraphrase_success=jnp.array([0.0, 0.5, 1.0]))
+>>> procedure = s3ft.Procedure(tolerance=1.0, paraphrase_success=[0.0, 0.5, 1.0])
 >>> s3ft.coefficients(procedure, content_rank=2, residual_std=1.0).style.round(3)
 Array([0.607, 0.303, 0.   ], dtype=float64)
 """
@@ -69,9 +68,8 @@ def fixed_point_coefficient(threshold: ArrayLike, residual_std: ArrayLike) -> Ar
 
     For Gaussian x and ε. Raises ValueError for NaN or negative values, or an infinite residual_std.
 
-    >>> import jax.numpy as jnp
     >>> from theory.s3ft import fixed_point_coefficient
-    >>> fixed_point_coefficient(jnp.array([0.0, 1.0, 3.0, jnp.inf]), residual_std=1.0).round(4)
+    >>> fixed_point_coefficient([0.0, 1.0, 3.0, float("inf")], residual_std=1.0).round(4)
     Array([1.    , 0.8013, 0.0293, 0.    ], dtype=float64)
     """
     threshold = non_negative("threshold", threshold, finite=False)
@@ -152,10 +150,9 @@ def shares(procedure: Procedure, content_rank: int, residual_std: ArrayLike) -> 
         residual_std: √v ≥ 0, of the pretrained residual y − xᵀθ₁ in each of the k content coordinates, Gaussian and
             independent.
 
-    >>> import jax.numpy as jnp
     >>> from theory.s3ft import Procedure, shares
-    >>> jnp.stack(shares(Procedure(1.0, paraphrase_success=0.5), 1, residual_std=1.0)).round(4)
-    Array([0.6827, 0.1587, 0.1587], dtype=float64)
+    >>> [round(float(share), 4) for share in shares(Procedure(1.0, paraphrase_success=0.5), 1, residual_std=1.0)]
+    [0.6827, 0.1587, 0.1587]
     """
     checked = _check(procedure)
     return _shares(checked, _tail(count("content_rank", content_rank), _judged(checked, residual_std)))
@@ -170,10 +167,9 @@ def coefficients(procedure: Procedure, content_rank: int, residual_std: ArrayLik
     variance v = (ΔᵀΣΔ)_jj + σ² and uncorrelated with each other and with the style residuals. With k = 1, a perfect
     judge and no style, ρ_content is T1. (1, 1) is supervised fine-tuning.
 
-    >>> import jax.numpy as jnp
     >>> from theory.s3ft import Procedure, coefficients
-    >>> jnp.stack(coefficients(Procedure(1.0, paraphrase_success=0.5), 1, residual_std=1.0)).round(4)
-    Array([0.8013, 0.1587], dtype=float64)
+    >>> [round(float(tau), 4) for tau in coefficients(Procedure(1.0, paraphrase_success=0.5), 1, residual_std=1.0)]
+    [0.8013, 0.1587]
     """
     checked, k = _check(procedure), count("content_rank", content_rank)
     squared = _judged(checked, residual_std)
@@ -198,9 +194,8 @@ def rejection_coefficient(procedure: Procedure, content_rank: int, signal: Array
     Without sampling (s = 0) an accepted answer is what the model says anyway: ρ = 0, nothing is learned. With it the
     accepted answers lean towards gold: ρ → s²/(s²+σ²) as the judge becomes strict.
 
-    >>> import jax.numpy as jnp
     >>> from theory.s3ft import Procedure, rejection_coefficient
-    >>> rejection_coefficient(Procedure(0.1, sampling_std=jnp.array([0.0, 0.5, 2.0])), 1, 1.0, 0.5).round(3)
+    >>> rejection_coefficient(Procedure(0.1, sampling_std=[0.0, 0.5, 2.0]), 1, 1.0, 0.5).round(3)
     Array([0.   , 0.497, 0.94 ], dtype=float64)
     """
     checked, k = _check(procedure), count("content_rank", content_rank)
@@ -374,10 +369,9 @@ def population(problem: VectorProblem, procedure: Procedure) -> Expectation:
     Exact for Gaussian x if PΔᵀΣ₂ΔP = qP and PΔᵀΣ₂Δ(I−P) = 0; otherwise with the mean q over the content
     coordinates, an approximation. Fields of the procedure broadcast to the shape of the result.
 
-    >>> import jax.numpy as jnp
     >>> from theory.s3ft import Procedure, VectorProblem, population
     >>> problem = VectorProblem([1.0, 1.0], [1.0, 1.0], [[1.0, 0.0], [0.0, 2.0]], [1, 0], noise_std=0.0)
-    >>> limit = population(problem, Procedure(tolerance=jnp.array([0.0, 1.0]), paraphrase_success=0.0))
+    >>> limit = population(problem, Procedure(tolerance=[0.0, 1.0], paraphrase_success=0.0))
     >>> limit.content_risk.round(3), limit.style_drift.round(3), limit.forgetting.round(3)
     (Array([0.  , 0.04], dtype=float64), Array([4.   , 0.403], dtype=float64), Array([5.   , 1.045], dtype=float64))
     """
@@ -430,11 +424,10 @@ def conditional(X: ArrayLike, problem: VectorProblem, procedure: Procedure, filt
 
     Raises ValueError for shapes that do not fit.
 
-    >>> import jax.numpy as jnp
     >>> from linfit import MinNorm
     >>> from theory.s3ft import Procedure, VectorProblem, conditional
     >>> problem = VectorProblem([1.0, 1.0], [1.0, 1.0], [[1.0, 0.0], [0.0, 2.0]], [1, 0], noise_std=0.1)
-    >>> expected = conditional([[1.0, 1.0]], problem, Procedure(jnp.array([0.0, 0.9, jnp.inf])), MinNorm())
+    >>> expected = conditional([[1.0, 1.0]], problem, Procedure([0.0, 0.9, float("inf")]), MinNorm())
     >>> expected.content_risk.round(3), expected.own.round(3)
     (Array([0.505, 0.582, 1.   ], dtype=float64), Array([0.   , 0.159, 1.   ], dtype=float64))
     """

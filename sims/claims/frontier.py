@@ -8,17 +8,7 @@ from linfit import FixedShift, RandomShift, TwoTaskProblem, fine_tune, flow_weig
 from sims.claims import Normal, claim
 from sims.claims.problems import EXACT_PARAMETERS, exact_instance, matrix_of, moments, totals
 from sims.parameters import DECAY, NOISE_STD, TAU, Parameter
-from theory.flow import fixed_point_coefficient as flow_coefficient
-from theory.frontier import (
-    clipping_coefficient,
-    distance,
-    pareto,
-    population_risks,
-    smoothing_coefficient,
-    trimming_ratio,
-    weighting_coefficient,
-)
-from theory.s3ft import fixed_point_coefficient as s3ft_coefficient
+from theory import flow, frontier, s3ft
 
 REPLICATES = 1 << 15
 RATIOS = np.array([0.1, 1.0, 10.0])
@@ -63,7 +53,7 @@ def e1_targets(normal: Normal, knob: float, **values: float) -> tuple[Any, Any]:
     """E x·target is τ along Δ and 0 across, for S3FT and clipped targets at the threshold c = knob·√v."""
     x, r, std = _population(normal, **values)
     c = knob * std
-    tau = [float(rule(c, std)) for rule in (s3ft_coefficient, clipping_coefficient)]
+    tau = [float(rule(c, std)) for rule in (s3ft.fixed_point_coefficient, frontier.clipping_coefficient)]
     targets = np.stack([np.where(abs(r) <= c, 0, r), np.clip(r, -c, c)], axis=1)
     return np.stack([tau, np.zeros(2)], axis=-1), targets[..., None] * x[:, None]
 
@@ -76,8 +66,8 @@ def _misfit(normal: Normal, knob: float, noise_std: float, **values: float) -> n
     x, r, std = _population(normal, noise_std, **values)
     temperature, c = knob * std**2, knob * std
     weights = np.stack([np.asarray(flow_weights(r**2, temperature)), abs(r) <= c], axis=1)
-    trimming = weighting_coefficient(trimming_ratio(c, std), 1.0, noise_std)
-    tau = np.array([float(flow_coefficient(noise_std, temperature)), float(trimming)])
+    trimming = frontier.weighting_coefficient(frontier.trimming_ratio(c, std), 1.0, noise_std)
+    tau = np.array([float(flow.fixed_point_coefficient(noise_std, temperature)), float(trimming)])
     return (weights * (r[:, None] - tau * x[:, :1]))[..., None] * x[:, None]
 
 
@@ -123,7 +113,7 @@ def e1_smoothing(normal: Normal, smoothing: float, foreign: float, **values: Any
     exact = exact_instance(normal, **values, tau=1.0)
     X, theta_1 = exact.X, np.asarray(exact.problem.pretrain_error)
     y, teacher = normal(len(X)), theta_1 + foreign * normal(theta_1.size)
-    tau = float(smoothing_coefficient(smoothing))
+    tau = float(frontier.smoothing_coefficient(smoothing))
     averages = np.stack([theta_1 + tau * R @ (y - X @ theta_1) for R in exact.maps])
     softened = (1 - smoothing) * y + smoothing * X @ teacher
     return averages, np.stack([np.asarray(fine_tune(X, softened, theta_1, filter)) for filter in exact.filters])
@@ -149,7 +139,7 @@ def e2(normal: Normal, weight: float, trust: float, **values: Any) -> tuple[Any,
         missed = learned - np.eye(problem.p)
         parts = (m.finetune, missed), (m.pretrain, learned)
         risks.append([np.trace(part.T @ covariance @ part @ second) for covariance, part in parts])
-    return np.stack(pareto(problem, weight * RATIOS), axis=-1), np.array(risks)
+    return np.stack(frontier.pareto(problem, weight * RATIOS), axis=-1), np.array(risks)
 
 
 @claim(
@@ -166,7 +156,7 @@ def e2_floor(normal: Normal, weight: float, average: float, **values: Any) -> tu
     """R_ft + κR_pre of four fine-tuners and of their averages, relative to the frontier's, minus 1: (8, κ)."""
     exact = exact_instance(normal, **values, tau=1.0)
     kappa = weight * RATIOS
-    finetune, pretrain = pareto(exact.problem, kappa)
+    finetune, pretrain = frontier.pareto(exact.problem, kappa)
     points = np.array([totals(exact.problem, exact.X, tau * R) for tau in (1.0, average) for R in exact.maps])
     return 0.0, (points[:, :1] + kappa * points[:, 1:]) / np.asarray(finetune + kappa * pretrain) - 1
 
@@ -193,5 +183,5 @@ def e2_ensemble(normal: Normal, decay: float, tau: float, mismatch: float, pretr
     spectrum = (1.0 + np.arange(12)) ** -decay
     pretrain, shift = 2 * spectrum * np.exp(mismatch * normal(12)), RandomShift(np.exp(normal(12)))
     problem = TwoTaskProblem(pretrain, spectrum, shift, 0.5, pretrain_size * normal(12))
-    point = population_risks(problem, tau)
-    return 1.0, 1 + float(distance(problem, point.finetune, point.pretrain) / point.pretrain)
+    point = frontier.population_risks(problem, tau)
+    return 1.0, 1 + float(frontier.distance(problem, point.finetune, point.pretrain) / point.pretrain)

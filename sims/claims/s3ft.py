@@ -10,18 +10,8 @@ from linfit import FixedShift, MinNorm, Pair, Ridge, RiskForm, TwoTaskProblem, r
 from linfit.targets import Source
 from sims.claims import Normal, claim
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, Parameter
-from theory.s3ft import (
-    SUPERVISED,
-    Expectation,
-    Procedure,
-    VectorProblem,
-    coefficients,
-    conditional,
-    fixed_point_coefficient,
-    population,
-    rejection_coefficient,
-    shares,
-)
+from theory import s3ft
+from theory.s3ft import Expectation, Procedure, VectorProblem
 
 REPLICATES, SCALAR_REPLICATES = 1 << 12, 1 << 15
 OUTPUTS, FEATURES = 5, 6
@@ -65,7 +55,7 @@ def t1(normal: Normal, threshold: float, residual_std: float) -> tuple[Any, Any]
     """`threshold` in units of √v."""
     c, density = threshold * residual_std, scipy.stats.norm(scale=residual_std).pdf
     inside, _ = scipy.integrate.quad(lambda r: r**2 * density(r), 0, c, epsabs=1e-14, epsrel=1e-13)
-    return float(fixed_point_coefficient(c, residual_std)), 1 - 2 * inside / residual_std**2
+    return float(s3ft.fixed_point_coefficient(c, residual_std)), 1 - 2 * inside / residual_std**2
 
 
 @claim(
@@ -99,7 +89,7 @@ def t1_sampled(
     y = x @ delta + noise_std * noise / np.sqrt((1 - skewness) ** 2 + 2 * skewness**2)
     std = (1 + noise_std**2) ** 0.5
     targets = np.asarray(s3ft_targets(np.zeros_like(y), y, np.abs(y) <= threshold * std).values)
-    return float(fixed_point_coefficient(threshold * std, std)) * delta, x / spectrum * targets[:, None]
+    return float(s3ft.fixed_point_coefficient(threshold * std, std)) * delta, x / spectrum * targets[:, None]
 
 
 def _judged(
@@ -172,7 +162,7 @@ def _residual_std(problem: VectorProblem) -> float:
 )
 def t2_shares(normal: Normal, **values: Any) -> tuple[Any, Any]:
     problem, procedure, _, _, source = _sampled(normal, **values)
-    expected = shares(procedure, problem.content_rank, _residual_std(problem))
+    expected = s3ft.shares(procedure, problem.content_rank, _residual_std(problem))
     return np.array(expected), source[:, None] == np.array(list(Source))
 
 
@@ -187,7 +177,7 @@ def t2_shares(normal: Normal, **values: Any) -> tuple[Any, Any]:
 def t2_drift(normal: Normal, **values: Any) -> tuple[Any, Any]:
     """Least squares ends at the mean of Σ⁻¹x·targetᵀ."""
     problem, procedure, x, targets, _ = _sampled(normal, **values)
-    learned = coefficients(procedure, problem.content_rank, _residual_std(problem))
+    learned = s3ft.coefficients(procedure, problem.content_rank, _residual_std(problem))
     content, style = problem.gaps
     solved = x / np.asarray(problem.finetune_covariance.diagonal())
     return np.asarray(learned.content * content + learned.style * style), solved[:, :, None] * targets[:, None, :]
@@ -201,7 +191,7 @@ def _relative(quantity: str, normal: Normal, pretrain_size: float = 0.0, **value
     error = error - error @ np.asarray(limit.content)  # what is known of content stays; own style is off
     covariances = pretrain @ pretrain.T, limit.finetune_covariance
     problem = VectorProblem(*covariances, limit.shift, limit.content, limit.noise_std, pretrain_error=error)
-    ours, supervised = (getattr(population(problem, one), quantity) for one in (procedure, SUPERVISED))
+    ours, supervised = (getattr(s3ft.population(problem, one), quantity) for one in (procedure, s3ft.SUPERVISED))
     return float(ours / supervised)
 
 
@@ -251,7 +241,7 @@ def t2_less(normal: Normal, **values: Any) -> tuple[Any, Any]:
 def t2_rejection(normal: Normal, **values: Any) -> tuple[Any, Any]:
     """The normal equations at the predicted weights: x·(own − xᵀθ)ᵀ over the accepted own answers has mean 0."""
     problem, procedure, x, targets, source = _sampled(normal, **values)
-    rho = rejection_coefficient(procedure, problem.content_rank, 1.0, float(problem.noise_std))
+    rho = s3ft.rejection_coefficient(procedure, problem.content_rank, 1.0, float(problem.noise_std))
     residual = targets - x @ np.asarray(rho * problem.gaps[0])
     own = (source == Source.OWN).astype(float)
     return np.zeros(problem.shift.shape), own[:, None, None] * x[:, :, None] * residual[:, None, :]
@@ -292,7 +282,7 @@ def t2_design(
     pretrain, style_std = turn * spectrum @ turn.T, 0.7 * noise_std
     problem = VectorProblem(pretrain, np.diag(spectrum), goal, P, noise_std, style_std, start)
     procedure = _procedure(noise_std=noise_std, **judged)
-    expected = conditional(X, problem, procedure, Ridge(penalty))
+    expected = s3ft.conditional(X, problem, procedure, Ridge(penalty))
 
     common, fresh = normal(count, 1, OUTPUTS), normal(count, n, OUTPUTS)
     noise = noise_correlation**0.5 * common + (1 - noise_correlation) ** 0.5 * fresh
@@ -324,7 +314,7 @@ def _one_output(normal: Normal, decay: float, alignment: float, noise_std: float
     problem = VectorProblem(spectrum, spectrum, delta[:, None], [1.0], noise_std)
     procedure = Procedure(TOLERANCES * (1 + noise_std**2) ** 0.5, paraphrase_success=0.0)
     supervised = risk_forms(X, TwoTaskProblem(spectrum, spectrum, FixedShift(delta), noise_std))
-    return conditional(X, problem, procedure, MinNorm()), supervised
+    return s3ft.conditional(X, problem, procedure, MinNorm()), supervised
 
 
 @claim(

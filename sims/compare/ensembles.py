@@ -26,10 +26,8 @@ from linfit import (
 from linfit.design import Task
 from linfit.internal.checks import ArrayLike, count
 from sims.estimate import means_and_errors
-from theory.flow import fixed_point_coefficient as flow_coefficient
-from theory.flow import trajectory
+from theory import flow, s3ft
 from theory.frontier import clipping_coefficient, trimming_ratio, weighting_coefficient
-from theory.s3ft import fixed_point_coefficient as s3ft_coefficient
 
 __all__ = ["ENSEMBLES", "equivalent_coefficients", "knob_at", "population_paths", "spread_problem"]
 
@@ -52,7 +50,7 @@ def _std(signal: float, noise_std: float) -> float:
 ENSEMBLES: dict[str, _Ensemble] = {
     "ensemble": _Ensemble(lambda tau, q, noise_std: jnp.asarray(tau), targets=lambda r, tau: tau * r),
     "S3FT": _Ensemble(
-        lambda c, q, noise_std: s3ft_coefficient(c, _std(q, noise_std)),
+        lambda c, q, noise_std: s3ft.fixed_point_coefficient(c, _std(q, noise_std)),
         targets=lambda r, c: s3ft_targets(jnp.zeros_like(r), r, abs(r) <= c).values,
     ),
     "clipped targets": _Ensemble(
@@ -60,7 +58,7 @@ ENSEMBLES: dict[str, _Ensemble] = {
         targets=lambda r, c: jnp.clip(r, -c, c),
     ),
     "FLOW": _Ensemble(
-        lambda temperature, q, noise_std: flow_coefficient(noise_std, temperature),
+        lambda temperature, q, noise_std: flow.fixed_point_coefficient(noise_std, temperature),
         weights=lambda r, temperature: flow_weights(r**2, temperature),
     ),
     "trimming": _Ensemble(
@@ -174,8 +172,8 @@ def population_paths(p: int, times: np.ndarray) -> xr.Dataset:
         delta = jnp.full(p, spectrum.sum() ** -0.5)
         problem = TwoTaskProblem(spectrum, spectrum, FixedShift(delta), 0.5**0.5)
         unweighted = -jnp.expm1(-times[:, None] * spectrum) * delta
-        flow = trajectory(problem, GradientFlow(times)).moved
-        for method, moved in (("unweighted", unweighted), ("FLOW", flow)):
+        weighted = flow.trajectory(problem, GradientFlow(times)).moved
+        for method, moved in (("unweighted", unweighted), ("FLOW", weighted)):
             tau = (moved * spectrum) @ delta
             cosine = jnp.clip(tau / jnp.sqrt(jnp.sum(moved**2 * spectrum, axis=-1)), -1, 1)
             lines[f"{method}, Σ {name}"] = np.stack([tau, jnp.degrees(jnp.arccos(cosine))])
