@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jax import Array
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from figures.style import COLOURS, COLUMN, Picture, canvas, panel_letters, readable_ticks
 from linfit import Filter, MinNorm, Ridge, sample_designs
@@ -17,61 +19,51 @@ from theory import s3ft as theory
 from theory.overadaptation import bayes_penalty
 from theory.s3ft import Procedure, VectorProblem
 
-
-class Setting(NamedTuple):
-    """Sizes of a run; the quick one is for CI and first looks."""
-
-    n: int
-    p: int
-    designs: int
-    replicates: int
-    points: int
-    population: int
-    population_replicates: int
-    splits: int
-    digits: dict[str, int]
-
-    def __str__(self) -> str:
-        return f"n = {self.n}, p = {self.p}"
+__all__ = ["pictures"]
 
 
-FULL = Setting(
-    n=80,
-    p=320,
-    designs=4,
-    replicates=64,
-    points=61,
-    population=2000,
-    population_replicates=64,
-    splits=8,
-    digits={"p": 2048, "n_pretrain": 700},
-)
-QUICK = Setting(
-    n=30,
-    p=120,
-    designs=2,
-    replicates=16,
-    points=21,
-    population=500,
-    population_replicates=8,
-    splits=2,
-    digits={"p": 1024, "n_pretrain": 400},
-)
+class _Setting(NamedTuple):
+    """Sizes of a run."""
 
-CONTENT_RANK, STYLE_DIMENSION, NOISE_VARIANCE = 2, 4, 0.5
-RESIDUAL_STD = (1 + NOISE_VARIANCE) ** 0.5
-TOLERANCE, SUCCESS, ERROR = 1.5, 0.8, 0.05
-BASE = Procedure(TOLERANCE * RESIDUAL_STD, SUCCESS, ERROR, ERROR)
-PROBLEM_TEXT = (
-    f"k = {CONTENT_RANK} content and {STYLE_DIMENSION} style outputs, each with signal variance 1, content noise σ² = {NOISE_VARIANCE}, "
+    n: int = 80
+    p: int = 320
+    designs: int = 4
+    replicates: int = 64
+    points: int = 61
+    """Along each line."""
+    population: int = 2000
+    """Samples that stand for unlimited data."""
+    population_replicates: int = 64
+    styles: tuple[int, ...] = (0, 2, 4, 8, 16)
+    sizes: int = 11
+    simulated_sizes: slice = slice(None, None, 4)
+    """Which sizes are simulated: every size is compiled for."""
+    splits: int = 8
+    digits_p: int = 2048
+    digits_pretrain: int = 700
+
+
+_FULL = _Setting()
+_QUICK = _Setting(
+    n=30, p=120, designs=2, replicates=16, points=21, population=500, population_replicates=8, styles=(0, 8),
+    sizes=4, simulated_sizes=slice(1), splits=2, digits_p=1024, digits_pretrain=400,
+)  # fmt: skip
+"""For CI and first looks."""
+
+_CONTENT_RANK, _STYLE_DIMENSION, _NOISE_STD = 2, 4, 0.5**0.5
+_RESIDUAL_STD = (1 + _NOISE_STD**2) ** 0.5
+_TOLERANCE, _SUCCESS, _ERROR = 1.5, 0.8, 0.05
+_BASE = Procedure(_TOLERANCE * _RESIDUAL_STD, _SUCCESS, _ERROR, _ERROR)
+_PROBLEM_TEXT = (
+    f"k = {_CONTENT_RANK} content and {_STYLE_DIMENSION} style outputs, each with signal variance 1, content noise σ² = 0.5, "
     "no style noise; Σ₁ = Σ₂ = diag(1/j), isotropic shift, θ₁ = θ₁*"
 )
-BASE_TEXT = (
-    f"Unless varied: tolerance {TOLERANCE} √v (√v the standard deviation of a content residual), paraphrases succeed with probability {SUCCESS}, "
-    f"the judge errs with probability {ERROR} either way"
+_BASE_TEXT = (
+    f"Unless varied: tolerance {_TOLERANCE} √v (√v the standard deviation of a content residual), paraphrases succeed with probability {_SUCCESS}, "
+    f"the judge errs with probability {_ERROR} either way"
 )
 
-LINES = {
+_LINES = {
     "SFT": COLOURS["fine-tuned"],
     "S3FT": COLOURS["ridge"],
     "S3FT without paraphrase": COLOURS["ridge + ensemble"],
@@ -79,309 +71,327 @@ LINES = {
     "own right answers only": COLOURS["early stopping"],
     "pretrained": COLOURS["pretrained"],
 }
-MARKS = {"SFT": "o", "S3FT": "s", "S3FT without paraphrase": "^", "SFT + ensemble": "D", "pretrained": "x"}
-SOURCES = {"own": COLOURS["ridge"], "paraphrase": COLOURS["ridge + ensemble"], "gold": COLOURS["variance"]}
+_MARKS = {"SFT": "o", "S3FT": "s", "S3FT without paraphrase": "^", "SFT + ensemble": "D", "pretrained": "x"}
+_SOURCES = {"own": COLOURS["ridge"], "paraphrase": COLOURS["ridge + ensemble"], "gold": COLOURS["variance"]}
+_LABELS = {
+    "strictness": R"tolerance of the judge $/\sqrt{v}$",
+    "error": "error rate of the judge",
+    "success": "success of paraphrases",
+    "style_dimension": "style outputs",
+}
+_ROWS = {"content_risk": R"task: content risk $/$ SFT", "forgetting": R"forgetting $R_\mathrm{pre}$ $/$ SFT"}
+_SHOWN = 6
+"""Simulated points along each property of the procedure."""
+_SHOWN_METHODS = ("S3FT", "S3FT without paraphrase")
 
 
 def pictures(key: Array, quick: bool) -> Iterator[Picture]:
-    """All figures of the room, one after the other."""
-    setting = QUICK if quick else FULL
-    seed = int(jax.random.key_data(key).ravel()[-1])
+    """All figures of S3FT, one after the other."""
+    setting = _QUICK if quick else _FULL
     keys = jax.random.split(key, 5)
-    problem = vector_problem(keys[0], setting)
+    problem = _vector_problem(keys[0], setting)
     stack = sample_designs(keys[1], problem.finetune_covariance, setting.n, setting.designs)
-    context = f"{PROBLEM_TEXT}; {setting}; seed {seed}."
-    filter = bayes_ridge(problem, setting.n)
-    simulated = measure(keys[2], stack, problem, filter, setting)
+    filter = _bayes_ridge(problem, setting.n)
+    procedures = [procedure for _, procedure in _sweeps(_SHOWN).values()]
+    simulated = sims.monte_carlo(
+        keys[2], stack, problem, sims.settings_of(*procedures), filter, replicates=setting.replicates
+    )
     expected = {
-        name: sims.expected_on(stack, problem, sweep.procedure, filter)
-        for name, sweep in sweeps(setting.points).items()
+        name: sims.expected_on(stack, problem, procedure, filter)
+        for name, (_, procedure) in _sweeps(setting.points).items()
     }
-    yield shares(simulated, expected, setting, context)
-    yield against_supervised(keys[0], simulated, expected, stack, filter, setting, context)
-    yield trade_off(stack, problem, filter, setting, context)
-    yield sample_size(jax.random.split(keys[1]), problem, setting, f"{PROBLEM_TEXT}; p = {setting.p}; seed {seed}.")
-    yield coefficients(keys[3], setting, seed)
-    yield digits(keys[4], setting, seed)
+    attributes = dict(simulated.attrs) | {"seed": int(jax.random.key_data(key).ravel()[-1])}
+
+    def picture(name: str, title: str, data: xr.Dataset, draw: Any, caption: Any) -> Picture:
+        return Picture(name, title, data.assign_attrs(attributes | data.attrs), draw, caption)
+
+    data = _shares(simulated, expected, setting)
+    yield picture("s3ft_shares", "S3FT: where targets come from", data, _draw_shares, _caption_shares)
+    data = _against_supervised(keys[0], simulated, expected, stack, filter, setting)
+    yield picture("s3ft_against_sft", "S3FT against supervised fine-tuning", data, _draw_against, _caption_against)
+    data = _trade_off(stack, problem, filter, setting)
+    yield picture("s3ft_trade_off", "S3FT: the trade-off plane", data, _draw_trade_off, _caption_trade_off)
+    data = _sample_size(jax.random.split(keys[1]), problem, setting)
+    yield picture("s3ft_sample_size", "S3FT over the number of samples", data, _draw_sample_size, _caption_sample_size)
+    data = _coefficients(keys[3], setting)
+    yield picture("s3ft_coefficients", "S3FT: where training ends", data, _draw_coefficients, _caption_coefficients)
+    sizes = {"p": setting.digits_p, "n_pretrain": setting.digits_pretrain}
+    data = sims.digits(keys[4], 0.1, (0, 10, 40), setting.splits, false_accept=_ERROR, false_reject=_ERROR, **sizes)
+    yield picture("s3ft_digits", "S3FT on the digits", data, _draw_digits, _caption_digits)
 
 
-def vector_problem(key: Array, setting: Setting, style_dimension: int = STYLE_DIMENSION) -> VectorProblem:
-    return sims.content_and_style_problem(key, setting.p, CONTENT_RANK, style_dimension, noise_variance=NOISE_VARIANCE)
+def _vector_problem(key: Array, setting: _Setting, style_dimension: int = _STYLE_DIMENSION) -> VectorProblem:
+    return sims.content_and_style_problem(key, setting.p, _CONTENT_RANK, style_dimension, noise_std=_NOISE_STD)
 
 
-def bayes_ridge(problem: VectorProblem, n: int) -> Ridge:
+def _bayes_ridge(problem: VectorProblem, n: int) -> Ridge:
     """Ridge with the Bayes penalty of the content outputs under supervised fine-tuning."""
-    spread = float(jnp.mean(problem.shift[:, :CONTENT_RANK] ** 2))
-    return Ridge(bayes_penalty(NOISE_VARIANCE**0.5, spread, n))
+    return Ridge(bayes_penalty(_NOISE_STD, float(jnp.mean(problem.shift[:, :_CONTENT_RANK] ** 2)), n))
 
 
-# ------------------------------------------------------------------------------------------------- sweeps
-
-
-class Sweep(NamedTuple):
-    """One property of the procedure along its axis."""
-
-    label: str
-    values: np.ndarray
-    procedure: Procedure
-
-
-def sweeps(points: int) -> dict[str, Sweep]:
-    """Strictness of the judge, its error, success of paraphrases; all else as in `BASE`."""
-    strictness, rates = np.linspace(0, 4, points), np.linspace(0, 0.5, points)
-    success = np.linspace(0, 1, points)
+def _sweeps(points: int) -> dict[str, tuple[np.ndarray, Procedure]]:
+    """Strictness of the judge, its error, success of paraphrases; all else as in `_BASE`."""
+    strictness, rates, success = (np.linspace(0, end, points) for end in (4, 0.5, 1))
     return {
-        "strictness": Sweep(
-            R"tolerance of the judge $/\sqrt{v}$",
-            strictness,
-            BASE._replace(tolerance=jnp.asarray(strictness * RESIDUAL_STD)),
-        ),
-        "error": Sweep(
-            "error rate of the judge",
-            rates,
-            BASE._replace(false_accept=jnp.asarray(rates), false_reject=jnp.asarray(rates)),
-        ),
-        "success": Sweep("success of paraphrases", success, BASE._replace(paraphrase_success=jnp.asarray(success))),
+        "strictness": (strictness, _BASE._replace(tolerance=strictness * _RESIDUAL_STD)),
+        "error": (rates, _BASE._replace(false_accept=rates, false_reject=rates)),
+        "success": (success, _BASE._replace(paraphrase_success=success)),
     }
 
 
-SHOWN = 6
-"""Simulated points along each sweep."""
+def _points_of(simulated: xr.Dataset, name: str) -> xr.Dataset:
+    start = _SHOWN * list(_sweeps(_SHOWN)).index(name)
+    return simulated.isel(setting=slice(start, start + _SHOWN))
 
 
-def measure(key: Array, stack: Array, problem: VectorProblem, filter: Filter, setting: Setting) -> xr.Dataset:
-    """All points of all sweeps in one Monte Carlo."""
-    parts = [sims.broadcast(sweep.procedure) for sweep in sweeps(SHOWN).values()]
-    procedure = jax.tree.map(lambda *fields: jnp.concatenate(fields), *parts)
-    return sims.monte_carlo(key, stack, problem, procedure, filter, replicates=setting.replicates)
-
-
-def points_of(simulated: xr.Dataset, name: str) -> xr.Dataset:
-    start = SHOWN * list(sweeps(SHOWN)).index(name)
-    return simulated.isel(setting=slice(start, start + SHOWN))
-
-
-def agreement(simulated: xr.Dataset, quantities: tuple[str, ...]) -> str:
-    """The largest gap between simulated and expected values on the same designs, as a sentence."""
+def _largest_gap(simulated: xr.Dataset, quantities: tuple[str, ...]) -> dict[str, Any]:
+    """Between simulated and expected values on the same designs, in standard errors, as attributes."""
     z = np.concatenate([np.ravel(simulated[f"{name}_z"]) for name in quantities])
+    return {"largest_gap": float(np.abs(z).max()), "gaps": z.size}
+
+
+def _agreement(data: xr.Dataset) -> str:
     return (
-        f"Points: mean of {simulated.replicates} simulated draws on each of {simulated.designs} designs, bars ± one standard error given the "
-        f"designs, mostly smaller than the marker; the largest gap to the exact expectation {np.abs(z).max():.1f} standard errors over {z.size} (correlated) values."
+        f"Points: mean of {data.replicates} simulated draws on each of {data.designs} designs, bars ± one standard error given the "
+        f"designs, mostly smaller than the marker; the largest gap to the exact expectation {data.largest_gap:.1f} standard errors over {data.gaps} (correlated) values."
     )
 
 
-def shares(simulated: xr.Dataset, expected: dict[str, xr.Dataset], setting: Setting, context: str) -> Picture:
-    """Where targets come from, over strictness, judge error and paraphrase success."""
-    figure, axes = canvas(3, height=2.5, sharey=True)
+def _context(data: xr.Dataset) -> str:
+    return f"{_PROBLEM_TEXT}; n = {data.n}, p = {data.p}; seed {data.seed}."
+
+
+def _points(axis: Axes, points: xr.DataArray, error: xr.DataArray, method: str, **options: Any) -> None:
+    """Measured values along their only dimension, with bars of one standard error."""
+    at = points[points.dims[0]]
+    looks: dict[str, Any] = {"color": _LINES[method], "fmt": _MARKS.get(method, ""), "capsize": 1.5}
+    axis.errorbar(at, points, error, **looks | options)
+
+
+def _legend_above(figure: Figure, axis: Axes, columns: int) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=columns)
+
+
+# Where targets come from ---------------------------------------------------------------------------------------------
+
+
+def _shares(simulated: xr.Dataset, expected: dict[str, xr.Dataset], setting: _Setting) -> xr.Dataset:
+    """Shares over three properties of the procedure, and the same summed up to two edges, expected and simulated."""
     variables: dict[str, Any] = {}
-    for axis, (name, sweep) in zip(axes, sweeps(setting.points).items(), strict=True):
-        population = theory.shares(sweep.procedure, CONTENT_RANK, RESIDUAL_STD)
-        edges = np.concatenate([[np.zeros(len(sweep.values))], np.cumsum(population, axis=0)])
-        for source, lower, upper in zip(SOURCES, edges[:-1], edges[1:], strict=True):
-            axis.fill_between(sweep.values, lower, upper, color=SOURCES[source], linewidth=0, label=source)
-        points, lines = (data.sel(procedure="S3FT") for data in (points_of(simulated, name), expected[name]))
-        at = sweeps(SHOWN)[name].values
-        for reached, line, error in (
-            (points.own, lines.own, points.own_error),
-            (1 - points.gold, 1 - lines.gold, points.gold_error),
-        ):
-            axis.plot(sweep.values, line, color="black", linewidth=0.8, linestyle="--")
-            axis.errorbar(
-                at, reached, error, color="black", fmt="o", markersize=3, capsize=1.5, markerfacecolor="white",
-                clip_on=False,
-            )  # fmt: skip
-        axis.set(xlabel=sweep.label, xlim=(sweep.values[0], sweep.values[-1]), ylim=(0, 1))
-        variables[name] = (("source", f"{name}_value"), np.stack(population))
-        variables[f"{name}_value"] = sweep.values
+    for name, (values, procedure) in _sweeps(setting.points).items():
+        points, lines = (data.sel(procedure="S3FT") for data in (_points_of(simulated, name), expected[name]))
+        shown = ("edge", f"{name}_shown")
+        population = theory.shares(procedure, _CONTENT_RANK, _RESIDUAL_STD)
+        variables |= {
+            name: (("source", f"{name}_value"), np.stack(population)),
+            f"{name}_value": values,
+            f"{name}_expected": (("edge", f"{name}_value"), np.stack([lines.own, 1 - lines.gold])),
+            f"{name}_shown": _sweeps(_SHOWN)[name][0],
+            f"{name}_simulated": (shown, np.stack([points.own, 1 - points.gold])),
+            f"{name}_simulated_error": (shown, np.stack([points.own_error, points.gold_error])),
+        }
+    return xr.Dataset(variables, {"source": list(_SOURCES)}, _largest_gap(simulated, ("own", "gold")))
+
+
+def _draw_shares(data: xr.Dataset) -> Figure:
+    figure, axes = canvas(3, height=2.5, sharey=True)
+    for axis, name in zip(axes, _LABELS, strict=False):
+        values = data[f"{name}_value"].values
+        edges = np.concatenate([[np.zeros(len(values))], np.cumsum(data[name], axis=0)])
+        for source, lower, upper in zip(_SOURCES, edges[:-1], edges[1:], strict=True):
+            axis.fill_between(values, lower, upper, color=_SOURCES[source], linewidth=0, label=source)
+        axis.plot(values, data[f"{name}_expected"].T, color="black", linewidth=0.8, linestyle="--")
+        looks = {"color": "black", "fmt": "o", "markersize": 3, "markerfacecolor": "white", "clip_on": False}
+        for edge in (0, 1):
+            points, error = (data[f"{name}_simulated{which}"].isel(edge=edge) for which in ("", "_error"))
+            _points(axis, points, error, "S3FT", **looks)
+        axis.set(xlabel=_LABELS[name], xlim=(values[0], values[-1]), ylim=(0, 1))
     axes[0].set_ylabel("share of targets")
-    handles, labels = axes[0].get_legend_handles_labels()
-    wanted = [labels.index(source) for source in SOURCES]
-    figure.legend([handles[i] for i in wanted], list(SOURCES), loc="outside upper center", ncols=3)
+    _legend_above(figure, axes[0], 3)
     panel_letters(axes)
-    caption = (
+    return figure
+
+
+def _caption_shares(data: xr.Dataset) -> str:
+    return (
         "Where the targets of S3FT come from. Areas: the population formula (T2, ours). Dashed: the exact expectation on the designs drawn, which differs from "
-        f"it by the chance of the design. {agreement(simulated, ('own', 'gold'))} {BASE_TEXT}. {context}"
+        f"it by the chance of the design. {_agreement(data)} {_BASE_TEXT}. {_context(data)}"
     )
-    data = xr.Dataset(variables, {"source": list(SOURCES)})
-    return Picture("s3ft_shares", "S3FT: where targets come from", caption, figure, data)
 
 
-ROWS = {"content_risk": R"task: content risk $/$ SFT", "forgetting": R"forgetting $R_\mathrm{pre}$ $/$ SFT"}
-SHOWN_METHODS = ("S3FT", "S3FT without paraphrase")
+# Against supervised fine-tuning --------------------------------------------------------------------------------------
 
 
-def against_supervised(
+def _against_supervised(
     key: Array,
     simulated: xr.Dataset,
     expected: dict[str, xr.Dataset],
     stack: Array,
     filter: Filter,
-    setting: Setting,
-    context: str,
-) -> Picture:
+    setting: _Setting,
+) -> xr.Dataset:
     """Task risk and forgetting relative to supervised fine-tuning, over four properties."""
-    figure, axes = canvas(4, 2, height=2.1, sharex="col", sharey="row")
     variables: dict[str, Any] = {}
     supervised = expected["strictness"].sel(procedure="SFT").isel(setting=0)
-    unmoved = {"content_risk": CONTENT_RANK / float(supervised.content_risk), "forgetting": 0.0}
-    for column, (name, sweep) in enumerate(sweeps(setting.points).items()):
-        lines = expected[name]
-        points, at = points_of(simulated, name), sweeps(SHOWN)[name].values
-        for row, quantity in enumerate(ROWS):
-            axis, unit = axes[4 * row + column], float(supervised[quantity])
-            for method in SHOWN_METHODS:
-                values = lines[quantity].sel(procedure=method) / unit
-                axis.plot(sweep.values, values, color=LINES[method])
-                axis.errorbar(
-                    at,
-                    points[quantity].sel(procedure=method) / unit,
-                    points[f"{quantity}_error"].sel(procedure=method) / unit,
-                    color=LINES[method],
-                    fmt=MARKS[method],
-                    capsize=1.5,
-                )
-            variables[f"{quantity}_over_{name}"] = (("procedure", f"{name}_value"), lines[quantity].values / unit)
-        variables[f"{name}_value"] = sweep.values
-        axes[4 + column].set_xlabel(sweep.label)
-    styles = np.array([0, 2, 4, 8, 16] if setting.points > 30 else [0, 8])
-    over_styles = _over_style_dimension(key, stack, styles, filter, setting)
-    for row, quantity in enumerate(ROWS):
-        axis, own_unit = axes[4 * row + 3], over_styles[f"{quantity}_exact"].sel(procedure="SFT", drop=True)
-        for method in SHOWN_METHODS:
-            points = over_styles.sel(procedure=method)
-            axis.plot(styles, points[f"{quantity}_exact"] / own_unit, color=LINES[method])
-            axis.errorbar(
-                styles, points[quantity] / own_unit, points[f"{quantity}_error"] / own_unit,
-                color=LINES[method], fmt=MARKS[method], capsize=1.5,
-            )  # fmt: skip
-        relative = over_styles[f"{quantity}_exact"] / own_unit
-        variables[f"{quantity}_over_style_dimension"] = relative.transpose("procedure", "style_dimension")
-    axes[7].set_xlabel("style outputs")
-    for index, axis in enumerate(axes):
-        quantity = list(ROWS)[index // 4]
-        axis.axhline(1, color=LINES["SFT"], linewidth=1.2, label="SFT")
-        if index % 4 < 3:
-            axis.axhline(unmoved[quantity], color=LINES["pretrained"], linewidth=1, linestyle=":")
+    for name, (values, _) in _sweeps(setting.points).items():
+        points = _points_of(simulated, name)
+        variables |= {f"{name}_value": values, f"{name}_shown": _sweeps(_SHOWN)[name][0]}
+        for quantity in _ROWS:
+            unit, over = float(supervised[quantity]), f"{quantity}_over_{name}"
+            shown = ("procedure", f"{name}_shown")
+            variables |= {
+                over: (("procedure", f"{name}_value"), expected[name][quantity].values / unit),
+                f"{over}_simulated": (shown, points[quantity].values / unit),
+                f"{over}_simulated_error": (shown, points[f"{quantity}_error"].values / unit),
+            }
+    draw_key, replicates = jax.random.fold_in(key, 1), max(setting.replicates // 4, 2)
+    runs = [
+        sims.monte_carlo(
+            draw_key, stack, _vector_problem(key, setting, number), _BASE, filter, replicates=replicates
+        ).isel(setting=0)
+        for number in setting.styles
+    ]
+    along = xr.concat(runs, xr.Variable("style_dimension", list(setting.styles)), combine_attrs="override")
+    for quantity in _ROWS:
+        own_unit, over = along[f"{quantity}_exact"].sel(procedure="SFT", drop=True), f"{quantity}_over_style_dimension"
+        for suffix, ending in (("", "_exact"), ("_simulated", ""), ("_simulated_error", "_error")):
+            variables[over + suffix] = (along[f"{quantity}{ending}"] / own_unit).transpose("procedure", ...)
+    unmoved = {"unmoved_content_risk": _CONTENT_RANK / float(supervised.content_risk), "unmoved_forgetting": 0.0}
+    attributes = unmoved | _largest_gap(simulated, tuple(_ROWS)) | {"replicates_over_styles": replicates}
+    return xr.Dataset(variables, {"procedure": list(sims.VARIANTS)}, attributes)
+
+
+def _draw_against(data: xr.Dataset) -> Figure:
+    figure, axes = canvas(4, 2, height=2.1, sharex="col", sharey="row")
+    panels = list(zip(axes, itertools.product(_ROWS, _LABELS), strict=True))
+    for axis, (quantity, name) in panels:
+        for method in _SHOWN_METHODS:
+            parts = (data[f"{quantity}_over_{name}{suffix}"] for suffix in ("", "_simulated", "_simulated_error"))
+            line, points, error = (part.sel(procedure=method) for part in parts)
+            axis.plot(line[line.dims[0]], line, color=_LINES[method])
+            _points(axis, points, error, method)
+    for axis, (quantity, name) in panels:
+        axis.axhline(1, color=_LINES["SFT"], linewidth=1.2, label="SFT")
+        if name != "style_dimension":
+            unmoved = data.attrs[f"unmoved_{quantity}"]
+            axis.axhline(unmoved, color=_LINES["pretrained"], linewidth=1, linestyle=":")
         axis.set_ylim(0, None)
-    for row, text in enumerate(ROWS.values()):
+    for axis, label in zip(axes[4:], _LABELS.values(), strict=True):
+        axis.set_xlabel(label)
+    for row, text in enumerate(_ROWS.values()):
         axes[4 * row].set_ylabel(text)
-    for method in SHOWN_METHODS:
-        axes[0].plot([], [], color=LINES[method], marker=MARKS[method], label=method)
-    axes[0].plot(
-        [], [], color=LINES["pretrained"], linewidth=1, linestyle=":", label="pretrained = own right answers only"
-    )
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    for method in _SHOWN_METHODS:
+        axes[0].plot([], [], color=_LINES[method], marker=_MARKS[method], label=method)
+    label = "pretrained = own right answers only"
+    axes[0].plot([], [], color=_LINES["pretrained"], linewidth=1, linestyle=":", label=label)
+    _legend_above(figure, axes[0], 4)
     panel_letters(axes)
-    caption = (
+    return figure
+
+
+def _caption_against(data: xr.Dataset) -> str:
+    return (
         "S3FT against supervised fine-tuning on gold (red, 1), ridge with the Bayes penalty of SFT for both. Paraphrases keep the model's own style, so S3FT "
         "forgets less, the more so the more style there is (right), and its task risk is no better, rather worse: a right answer "
         "taught back teaches nothing. Without paraphrases a judge must be lax to keep style. A judge that errs (second column) teaches wrong own "
         "answers and gold style. The task does not depend on paraphrases: in the upper row both methods coincide. Dotted: the pretrained model (below at 0), which is "
         "also where training on own right answers alone ends. Lines: exact expectation on the "
-        f"same {setting.designs} designs. {agreement(simulated, tuple(ROWS))} On the right {over_styles.replicates} draws on each. "
-        f"{BASE_TEXT}. {context}"
-    )
-    coordinates = {"procedure": list(sims.VARIANTS), "style_dimension": styles}
-    return Picture(
-        "s3ft_against_sft", "S3FT against supervised fine-tuning", caption, figure, xr.Dataset(variables, coordinates)
+        f"same {data.designs} designs. {_agreement(data)} On the right {data.replicates_over_styles} draws on each. "
+        f"{_BASE_TEXT}. {_context(data)}"
     )
 
 
-def _over_style_dimension(key: Array, stack: Array, styles: np.ndarray, filter: Filter, setting: Setting) -> xr.Dataset:
-    draw_key, replicates = jax.random.fold_in(key, 1), max(setting.replicates // 4, 2)
-    runs = [
-        sims.monte_carlo(
-            draw_key, stack, vector_problem(key, setting, int(number)), BASE, filter, replicates=replicates
-        )
-        for number in styles
-    ]
-    return xr.concat(runs, xr.Variable("style_dimension", styles), combine_attrs="override").isel(setting=0)
+# The plane of forgetting and task risk -------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------- the plane, and sample size
+def _trade_off(stack: Array, problem: VectorProblem, filter: Filter, setting: _Setting) -> xr.Dataset:
+    """S3FT over its tolerance, and ensembles of SFT and of S3FT with a strict judge over τ."""
+    tolerances, tau = np.linspace(0, 5, setting.points) * _RESIDUAL_STD, np.linspace(0, 1, 21)
+    path = sims.expected_on(stack, problem, _BASE._replace(tolerance=tolerances), filter)
+    strict = _BASE._replace(tolerance=0.5 * _RESIDUAL_STD)
+    averaged = [sims.expected_on(stack, problem, strict, float(t) * filter).isel(setting=0) for t in tau]
+    along_tau = xr.concat(averaged, xr.Variable("tau", tau))
+    variables = {
+        f"{name}_along_{along}": (("procedure", along), data[name].transpose("procedure", ...).values)
+        for along, data in (("tolerance", path), ("tau", along_tau))
+        for name in ("forgetting", "content_risk")
+    }
+    return xr.Dataset(variables, {"procedure": list(sims.VARIANTS), "tolerance": tolerances, "tau": tau})
 
 
-def trade_off(stack: Array, problem: VectorProblem, filter: Filter, setting: Setting, context: str) -> Picture:
-    """The plane forgetting × task risk: S3FT over its tolerance, and ensembles of SFT and of S3FT."""
-    tolerances = np.linspace(0, 5, setting.points) * RESIDUAL_STD
-    tau = np.linspace(0, 1, 21)
-    path = sims.expected_on(stack, problem, BASE._replace(tolerance=jnp.asarray(tolerances)), filter)
-    strict = BASE._replace(tolerance=0.5 * RESIDUAL_STD)
-    averaged = xr.concat(
-        [sims.expected_on(stack, problem, strict, float(t) * filter) for t in tau], xr.Variable("tau", tau)
-    ).isel(setting=0)
+def _draw_trade_off(data: xr.Dataset) -> Figure:
     figure, axes = canvas(1, width=COLUMN * 1.5, height=3.1)
     axis = axes[0]
-    for method in SHOWN_METHODS:
-        curve = path.sel(procedure=method)
-        axis.plot(curve.forgetting, curve.content_risk, color=LINES[method], label=f"{method}, tolerance 0 to 5√v")
-    for method, style in (("SFT", "-"), ("S3FT", "--")):
-        curve = averaged.sel(procedure=method)
-        colour = LINES["SFT + ensemble"] if method == "SFT" else LINES["S3FT"]
+    for method in _SHOWN_METHODS:
+        curve, label = data.sel(procedure=method), f"{method}, tolerance 0 to 5√v"
         axis.plot(
-            curve.forgetting,
-            curve.content_risk,
-            color=colour,
-            linestyle=style,
-            label=f"{method} + ensemble, τ from 0 to 1",
+            curve.forgetting_along_tolerance, curve.content_risk_along_tolerance, color=_LINES[method], label=label
         )
-    for name, curve in (
-        ("pretrained", averaged.isel(tau=0).sel(procedure="SFT")),
-        ("SFT", averaged.isel(tau=-1).sel(procedure="SFT")),
-    ):
-        point = float(curve.forgetting), float(curve.content_risk)
-        axis.plot(*point, "o", color=LINES[name])
+    for method, style, colour in (("SFT", "-", _LINES["SFT + ensemble"]), ("S3FT", "--", _LINES["S3FT"])):
+        curve, label = data.sel(procedure=method), f"{method} + ensemble, τ from 0 to 1"
+        axis.plot(curve.forgetting_along_tau, curve.content_risk_along_tau, color=colour, linestyle=style, label=label)
+    for name, tau in (("pretrained", 0), ("SFT", -1)):
+        end = data.sel(procedure="SFT").isel(tau=tau)
+        point = float(end.forgetting_along_tau), float(end.content_risk_along_tau)
+        axis.plot(*point, "o", color=_LINES[name])
         axis.annotate(name, point, (5, 4), textcoords="offset points", fontsize=7)
     axis.set(xlabel=R"forgetting: pretraining risk $R_\mathrm{pre}$, all outputs", ylabel="task: content risk")
     axis.legend(loc="upper right")
-    caption = (
+    return figure
+
+
+def _caption_trade_off(data: xr.Dataset) -> str:
+    return (
         "Forgetting against the task (lower left is better). Averaging SFT with the pretrained model (pink) shrinks content and style alike; S3FT "
         f"leaves style where it was. The two add up: S3FT with a strict judge (tolerance 0.5 √v), then averaged (dashed), forgets least of these at any task risk it reaches. "
-        f"Ridge with the Bayes penalty of SFT; exact expectation over {len(stack)} designs. {BASE_TEXT}. {context}"
+        f"Ridge with the Bayes penalty of SFT; exact expectation over {data.designs} designs. {_BASE_TEXT}. {_context(data)}"
     )
-    variables = {
-        f"{name}_along_{along}": (("procedure", along), data[name].transpose("procedure", ...).values)
-        for along, data in (("tolerance", path.rename(tolerance="used").rename(setting="tolerance")), ("tau", averaged))
-        for name in ("forgetting", "content_risk")
-    }
-    data = xr.Dataset(variables, {"procedure": list(sims.VARIANTS), "tolerance": tolerances, "tau": tau})
-    return Picture("s3ft_trade_off", "S3FT: the trade-off plane", caption, figure, data)
 
 
-def sample_size(keys: Array, problem: VectorProblem, setting: Setting, context: str) -> Picture:
-    """Task risk and forgetting against n, min-norm and ridge, to the population limit."""
-    sizes = np.unique(np.geomspace(setting.p / 16, 8 * setting.p, 11 if setting.points > 30 else 4).astype(int))
+# Over the number of samples ------------------------------------------------------------------------------------------
+
+
+def _sample_size(keys: Array, problem: VectorProblem, setting: _Setting) -> xr.Dataset:
+    """Everything expected over n, min-norm and ridge, simulated at some n, and the population limit."""
+    sizes = np.unique(np.geomspace(setting.p / 16, 8 * setting.p, setting.sizes).astype(int))
     sizes = sizes[abs(np.log(sizes / setting.p)) > 0.2]
-    shown = sizes[::4] if setting.points > 30 else sizes[:1]  # every size is compiled for
-    filters = {"min-norm": lambda n: MinNorm(), "ridge": lambda n: bayes_ridge(problem, n)}
+    shown, replicates = sizes[setting.simulated_sizes], max(setting.replicates // 4, 2)
+    filters = {"min-norm": lambda n: MinNorm(), "ridge": lambda n: _bayes_ridge(problem, n)}
+    stacks = {int(n): sample_designs(keys[0], problem.finetune_covariance, int(n), 2) for n in sizes}
     exact, simulated = [], []
     for filter in filters.values():
-        stacks = {int(n): sample_designs(keys[0], problem.finetune_covariance, int(n), 2) for n in sizes}
-        lines = [sims.expected_on(stack, problem, BASE, filter(n)) for n, stack in stacks.items()]
+        lines = [sims.expected_on(stack, problem, _BASE, filter(n)) for n, stack in stacks.items()]
         points = [
-            sims.monte_carlo(keys[1], stacks[n], problem, BASE, filter(n), replicates=max(setting.replicates // 4, 2))
+            sims.monte_carlo(keys[1], stacks[n], problem, _BASE, filter(n), replicates=replicates)
             for n in map(int, shown)
         ]
         exact.append(xr.concat(lines, xr.Variable("n", sizes)))
         simulated.append(xr.concat(points, xr.Variable("n", shown), combine_attrs="drop_conflicts"))
     names = xr.Variable("filter", list(filters))
     data, measured = (xr.concat(runs, names, combine_attrs="override").isel(setting=0) for runs in (exact, simulated))
-    limits = {name: theory.population(problem, sims.variant(name, BASE)) for name in sims.VARIANTS}
+    limits = [theory.population(problem, sims.variant(name, _BASE)) for name in sims.VARIANTS]
+    for quantity in _ROWS:
+        data[f"{quantity}_limit"] = ("procedure", [float(getattr(limit, quantity)) for limit in limits])
+    renamed = {"n": "n_simulated"} | {str(name): f"{name}_simulated" for name in measured}
+    both = xr.merge([data, measured.rename(renamed)], combine_attrs="drop", compat="no_conflicts", join="outer")
+    attributes = {"p": setting.p, "designs": 2, "replicates": replicates} | _largest_gap(measured, tuple(_ROWS))
+    return both.drop_vars(list(_BASE._fields)).assign_attrs(attributes)
+
+
+def _draw_sample_size(data: xr.Dataset) -> Figure:
     figure, axes = canvas(4, height=2.3)
-    for axis, (quantity, name) in zip(axes, itertools.product(ROWS, filters), strict=True):
+    over = data.assign_coords(n=data.n / data.p, n_simulated=data.n_simulated / data.p)
+    for axis, (quantity, name) in zip(axes, itertools.product(_ROWS, data.filter.values), strict=True):
         for method in sims.VARIANTS:
-            curve = data[quantity].sel(procedure=method, filter=name)
-            for side in (sizes < setting.p, sizes > setting.p):
-                axis.plot(sizes[side] / setting.p, curve[side], color=LINES[method])
-            at = measured.sel(procedure=method, filter=name)
-            axis.errorbar(
-                shown / setting.p, at[quantity], at[f"{quantity}_error"],
-                color=LINES[method], fmt=MARKS[method], markersize=3, capsize=1.5, label=method,
-            )  # fmt: skip
-            limit = float(getattr(limits[method], quantity))
-            if limit > 0:
-                axis.axhline(limit, color=LINES[method], linewidth=0.8, linestyle=":")
+            chosen, colour = over.sel(procedure=method, filter=name), _LINES[method]
+            for side in (chosen.n < 1, chosen.n > 1):
+                axis.plot(chosen.n[side], chosen[quantity][side], color=colour)
+            points, error = chosen[f"{quantity}_simulated"], chosen[f"{quantity}_error_simulated"]
+            _points(axis, points, error, method, markersize=3, label=method)
+            if (limit := float(chosen[f"{quantity}_limit"])) > 0:
+                axis.axhline(limit, color=colour, linewidth=0.8, linestyle=":")
         axis.set(xscale="log", yscale="log", xlabel="samples / features", title=name)
     for column, text in enumerate(("task: content risk", R"forgetting $R_\mathrm{pre}$")):
         pair = axes[2 * column : 2 * column + 2]
@@ -390,147 +400,143 @@ def sample_size(keys: Array, problem: VectorProblem, setting: Setting, context: 
             axis.set_ylim(low, high)
             readable_ticks(axis.yaxis)
         pair[0].set_ylabel(text)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3)
+    _legend_above(figure, axes[0], 3)
     panel_letters(axes)
-    caption = (
+    return figure
+
+
+def _caption_sample_size(data: xr.Dataset) -> str:
+    return (
         "Over the number of samples, for min-norm and for ridge with the Bayes penalty of SFT; n near p, where min-norm has its peak, is left out. "
         "At every n S3FT forgets less than SFT and does worse on the task: with more data the risk of SFT goes on falling, that of S3FT stays above a limit, since what "
         "is within the tolerance is never learned. In (a) and (b) S3FT with and without paraphrases coincide. Dotted: the population limit (0 for SFT in a and b, not drawn). "
-        f"Lines: exact expectation on the same designs. {agreement(measured, tuple(ROWS))} {BASE_TEXT}. {context}"
+        f"Lines: exact expectation on the same designs. {_agreement(data)} {_BASE_TEXT}. {_PROBLEM_TEXT}; p = {data.p}; seed {data.seed}."
     )
-    renamed = {"n": "n_simulated"} | {str(name): f"{name}_simulated" for name in measured}
-    both = xr.merge(
-        [data, measured.rename(renamed)], combine_attrs="drop", compat="no_conflicts", join="outer"
-    ).drop_vars(list(BASE._fields))
-    return Picture("s3ft_sample_size", "S3FT over the number of samples", caption, figure, both)
 
 
-# --------------------------------------------------------------------------------------- where training ends
+# Where training ends -------------------------------------------------------------------------------------------------
 
-RANKS = {1: ("-", "o"), 2: ("--", ""), 8: (":", "^")}
+_RANKS = {1: ("-", "o"), 2: ("--", ""), 8: (":", "^")}
 """Line and marker of each content rank; those with a marker are measured."""
-STRICT = {0.1: ("-", ""), 1.0: ("--", "s"), 2.0: (":", "^")}
+_STRICT = {0.1: ("-", ""), 1.0: ("--", "s"), 2.0: (":", "^")}
 """Tolerances, in units of √v, for own answers alone, likewise."""
 
 
-def coefficients(key: Array, setting: Setting, seed: int) -> Picture:
-    """The two coefficients of S3FT, and that of own answers alone, over what drives them: formulas and least squares."""
-    figure, axes = canvas(3, height=2.6, sharey=True)
+def _coefficients(key: Array, setting: _Setting) -> xr.Dataset:
+    """The two coefficients of S3FT, and that of own answers alone, over what drives them: formulas and least squares.
+
+    v = 1, one style output; all that is measured of a rank in one run.
+    """
     tolerance, sampling = np.linspace(0, 4, setting.points), np.linspace(0, 2, setting.points)
     shown, marked = np.linspace(0.5, 3.5, 7), np.array([0.4, 0.8, 1.2, 1.6, 2.0])
     variables: dict[str, Any] = {}
     gaps = []
 
-    def compare(axis: Any, at: np.ndarray, data: xr.Dataset, name: str, exact: Array, mark: str, method: str) -> None:
-        axis.errorbar(at, data[name], data[f"{name}_error"], color=LINES[method], fmt=mark, capsize=1.5)
-        gaps.append((data[name].values - exact) / data[f"{name}_error"].values)
+    def add(label: str, dim: str, data: xr.Dataset, name: str, exact: Array) -> None:
+        measured, error = data[name].values, data[f"{name}_error"].values
+        variables.update({f"{label}_measured": (dim, measured), f"{label}_measured_error": (dim, error)})
+        gaps.append((measured - exact) / error)
 
-    def measured(rank: int, *procedures: Procedure) -> xr.Dataset:
-        """All in one run, with one style output and v = 1."""
-        problem = sims.content_and_style_problem(
-            key, 12, rank, 1, content_signal=0.5, style_signal=0.5, noise_variance=0.5
-        )
-        stacked = jax.tree.map(lambda *fields: jnp.concatenate(fields), *map(sims.broadcast, procedures))
-        return sims.measured_coefficients(
-            key, problem, setting.population, stacked, replicates=setting.population_replicates
-        )
-
-    half = Procedure(jnp.asarray(shown), paraphrase_success=0.5)
-    alone = {
-        strict: Procedure(strict, sampling_std=jnp.asarray(marked)) for strict, (_, mark) in STRICT.items() if mark
-    }
-    for rank, (line, mark) in RANKS.items():
-        curves = theory.coefficients(half._replace(tolerance=jnp.asarray(tolerance)), rank, 1.0)
-        for axis, name in zip(axes, curves._fields, strict=False):
-            curve = getattr(curves, name)
-            axis.plot(tolerance, curve, color=LINES["S3FT"], linestyle=line, label=f"k = {rank}")
+    half = Procedure(shown, paraphrase_success=0.5)
+    alone = {strict: Procedure(strict, sampling_std=marked) for strict, (_, mark) in _STRICT.items() if mark}
+    for rank, (_, mark) in _RANKS.items():
+        curves = theory.coefficients(half._replace(tolerance=tolerance), rank, 1.0)
+        for name, curve in curves._asdict().items():
             variables[f"{name}_{rank}"] = ("tolerance", np.asarray(curve))
-        if not mark or (rank > 1 and setting.points < 30):  # once is enough for a first look
+        if not mark or (rank > 1 and setting is _QUICK):  # once is enough for a first look
             continue
-        data = measured(rank, half, *(alone.values() if rank == 1 else ()))
-        exact = theory.coefficients(half, rank, 1.0)
-        for axis, name in zip(axes, exact._fields, strict=False):
-            chosen = data.isel(setting=slice(len(shown)))
-            compare(axis, shown, chosen, name, getattr(exact, name), mark, "S3FT")
-        if rank == 1:
-            rejection = data.isel(setting=slice(len(shown), None))
-    for strict, (line, _) in STRICT.items():
-        curve = theory.rejection_coefficient(
-            Procedure(strict, sampling_std=jnp.asarray(sampling)), 1, 0.5, NOISE_VARIANCE**0.5
+        problem = sims.content_and_style_problem(
+            key, 12, rank, 1, content_signal=0.5, style_signal=0.5, noise_std=_NOISE_STD
         )
-        axes[2].plot(sampling, curve, color=LINES["own right answers only"], linestyle=line, label=f"{strict:g}")
+        procedures = sims.settings_of(half, *(alone.values() if rank == 1 else ()))
+        data = sims.measured_coefficients(
+            key, problem, setting.population, procedures, replicates=setting.population_replicates
+        )
+        for name, exact in theory.coefficients(half, rank, 1.0)._asdict().items():
+            add(f"{name}_{rank}", "tolerance_shown", data.isel(setting=slice(len(shown))), name, exact)
+        if rank == 1:
+            for index, (strict, procedure) in enumerate(alone.items()):
+                start = len(shown) + index * len(marked)
+                chosen = data.isel(setting=slice(start, start + len(marked)))
+                exact = theory.rejection_coefficient(procedure, 1, 0.5, _NOISE_STD)
+                add(f"rejection_{strict:g}", "sampling_std_shown", chosen, "rejection", exact)
+    for strict in _STRICT:
+        curve = theory.rejection_coefficient(Procedure(strict, sampling_std=sampling), 1, 0.5, _NOISE_STD)
         variables[f"rejection_{strict:g}"] = ("sampling_std", np.asarray(curve))
-    for index, (strict, procedure) in enumerate(alone.items()):
-        data = rejection.isel(setting=slice(index * len(marked), (index + 1) * len(marked)))
-        predicted = theory.rejection_coefficient(procedure, 1, 0.5, NOISE_VARIANCE**0.5)
-        compare(axes[2], marked, data, "rejection", predicted, STRICT[strict][1], "own right answers only")
-    axes[0].set(xlabel=R"tolerance of the judge $/\sqrt{v}$", ylabel="coefficient", title="S3FT: content")
-    axes[1].set(xlabel=R"tolerance of the judge $/\sqrt{v}$", title="S3FT: style")
+    coordinates = {"tolerance": tolerance, "sampling_std": sampling}
+    coordinates |= {"tolerance_shown": shown, "sampling_std_shown": marked}
+    z = np.abs(np.concatenate(gaps))
+    attributes = {"n": setting.population, "replicates": setting.population_replicates, "p": 12}
+    return xr.Dataset(variables, coordinates, attributes | {"largest_gap": float(z.max()), "gaps": z.size})
+
+
+def _draw_coefficients(data: xr.Dataset) -> Figure:
+    figure, axes = canvas(3, height=2.6, sharey=True)
+    panels: list[tuple[str, dict, str]] = [
+        ("content", _RANKS, "S3FT"), ("style", _RANKS, "S3FT"), ("rejection", _STRICT, "own right answers only")
+    ]  # fmt: skip
+    for axis, (name, looks, method) in zip(axes, panels, strict=True):
+        for value, (line, mark) in looks.items():
+            curve, label = data[f"{name}_{value:g}"], f"k = {value}" if looks is _RANKS else f"{value:g}"
+            axis.plot(curve[curve.dims[0]], curve, color=_LINES[method], linestyle=line, label=label)
+            if f"{name}_{value:g}_measured" in data:
+                points, error = (data[f"{name}_{value:g}_measured{which}"] for which in ("", "_error"))
+                _points(axis, points, error, method, fmt=mark)
+    axes[0].set(xlabel=_LABELS["strictness"], ylabel="coefficient", title="S3FT: content")
+    axes[1].set(xlabel=_LABELS["strictness"], title="S3FT: style")
     axes[2].set(xlabel=R"sampling noise $s/\sqrt{v}$", title="own right answers only", ylim=(-0.03, 1.08))
     for axis, title in zip(axes, ("content rank", "content rank", R"tolerance $/\sqrt{v}$"), strict=True):
         axis.legend(title=title, title_fontsize=7)
     panel_letters(axes)
-    z_scores = np.abs(np.concatenate(gaps))
-    caption = (
+    return figure
+
+
+def _caption_coefficients(data: xr.Dataset) -> str:
+    return (
         "Where training ends with unlimited data: the fraction of the way from the pretrained to the optimal weights, for content and for style (T2, ours). "
         "(a) S3FT leaves out what is within the tolerance (k = 1: T1). (b) Style is learned from gold targets only, here with paraphrases that succeed half the time: at most half the way. "
         "(c) Training on own right answers alone moves content by sampling noise only, at most to s²/(s²+σ²), with a strict judge; k = 1. "
-        f"Lines: formulas; points: least squares on {setting.population} samples of 12 features, mean of {setting.population_replicates} replicates ± one standard error, "
-        f"σ² = v/2, a judge without error; the largest gap {z_scores.max():.1f} standard errors over {z_scores.size} values (with finitely many samples there is a bias of order p/n besides). Seed {seed}."
-    )
-    coordinates = {"tolerance": tolerance, "sampling_std": sampling}
-    return Picture(
-        "s3ft_coefficients", "S3FT: where training ends", caption, figure, xr.Dataset(variables, coordinates)
+        f"Lines: formulas; points: least squares on {data.n} samples of {data.p} features, mean of {data.replicates} replicates ± one standard error, "
+        f"σ² = v/2, a judge without error; the largest gap {data.largest_gap:.1f} standard errors over {data.gaps} values (with finitely many samples there is a bias of order p/n besides). Seed {data.seed}."
     )
 
 
-# --------------------------------------------------------------------------------------------------- real data
+# The digits ----------------------------------------------------------------------------------------------------------
 
 
-def digits(key: Array, setting: Setting, seed: int) -> Picture:
-    """Digits with nuisance outputs: task, style drift and forgetting of every method."""
-    styles = (0, 10, 40)
-    data = sims.digits(key, 0.1, styles, setting.splits, false_accept=ERROR, false_reject=ERROR, **setting.digits)
+def _draw_digits(data: xr.Dataset) -> Figure:
     figure, axes = canvas(3, height=2.5)
+    styles = data.style_dimension.values
     quantities = {
         "content_risk": "task: error turned",
         "style_drift": "style drift",
         "forgetting": "forgetting: error upright",
     }
     for axis, (quantity, label) in zip(axes, quantities.items(), strict=True):
-        for index, method in enumerate(sims.DIGITS_METHODS):
-            curve = data.sel(procedure=method)
-            axis.errorbar(
-                np.arange(len(styles)) + 0.12 * (index - 2),
-                curve[quantity],
-                curve[f"{quantity}_error"],
-                color=LINES[method],
-                fmt=MARKS[method],
-                capsize=1.5,
-                label=method,
-                clip_on=False,
-            )
-        axis.set(
-            xticks=range(len(styles)),
-            xticklabels=[str(count) for count in styles],
-            xlabel="style outputs",
-            ylabel=label,
-        )
+        for index, method in enumerate(data.procedure.values):
+            places = np.arange(len(styles)) + 0.12 * (index - 2)
+            chosen = data.sel(procedure=method).assign_coords(style_dimension=places)
+            _points(axis, chosen[quantity], chosen[f"{quantity}_error"], method, label=method, clip_on=False)
+        axis.set(xticks=range(len(styles)), xticklabels=[str(count) for count in styles])
+        axis.set(xlabel="style outputs", ylabel=label)
         axis.set_ylim(0, None)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5)
+    _legend_above(figure, axes[0], 5)
     panel_letters(axes)
-    chosen, most = data.sel(procedure="S3FT", style_dimension=styles[0]), data.sel(style_dimension=styles[-1])
-    accuracy = {name: float(data.accuracy.sel(procedure=name).isel(style_dimension=0)) for name in sims.DIGITS_METHODS}
-    caption = (
-        f"Handwritten digits, random Fourier features (p = {setting.digits['p']}): pretrained on {setting.digits['n_pretrain']} upright images, fine-tuned by min-norm on 150 images turned by 45°. "
+    return figure
+
+
+def _caption_digits(data: xr.Dataset) -> str:
+    chosen, most = data.sel(procedure="S3FT").isel(style_dimension=0), data.isel(style_dimension=-1)
+    accuracy = data.accuracy.isel(style_dimension=0)
+    return (
+        f"Handwritten digits, random Fourier features (p = {data.p}): pretrained on {data.n_pretrain} upright images, fine-tuned by min-norm on 150 images turned by 45°. "
         "Content: ten class indicators, an own answer right if its class is; style: outputs that are other linear functions of the features in fine-tuning than in pretraining. "
-        f"Noise 0.1 on all gold answers; the judge errs with probability {ERROR} either way. Targets of S3FT: {float(chosen.own):.0%} own, {float(chosen.paraphrase):.0%} paraphrased, "
+        f"Noise 0.1 on all gold answers; the judge errs with probability {data.false_accept} either way. Targets of S3FT: {float(chosen.own):.0%} own, {float(chosen.paraphrase):.0%} paraphrased, "
         f"{float(chosen.gold):.0%} gold. Accuracy on turned digits: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
-        + f". Squared errors: of the indicators on turned images in (a), of all outputs on upright ones in (c); at {styles[-1]} style outputs forgetting is "
-        + ", ".join(f"{float(most.forgetting.sel(procedure=name)):.1f} for {name}" for name in sims.DIGITS_METHODS[1:])
-        + f". Mean over {data.splits} splits ± one standard error, held-out images with clean labels; SFT + ensemble at τ = ½. Outputs do not share weights here, so the task does not depend on the style. Seed {seed}."
+        + ", ".join(f"{name} {float(accuracy.sel(procedure=name)):.2f}" for name in data.procedure.values)
+        + f". Squared errors: of the indicators on turned images in (a), of all outputs on upright ones in (c); at {int(most.style_dimension)} style outputs forgetting is "
+        + ", ".join(
+            f"{float(most.forgetting.sel(procedure=name)):.1f} for {name}" for name in data.procedure.values[1:]
+        )
+        + f". Mean over {data.splits} splits ± one standard error, held-out images with clean labels; SFT + ensemble at τ = ½. Outputs do not share weights here, so the task does not depend on the style. Seed {data.seed}."
     )
-    return Picture("s3ft_digits", "S3FT on the digits", caption, figure, data)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array, same_size
+from linfit.internal.checks import ArrayLike, as_projector, non_negative, probability, same_size
+
+__all__ = ["Source", "Targets", "content_within", "noisy", "s3ft_targets", "within"]
 
 
 class Source(IntEnum):
@@ -35,7 +37,8 @@ class Targets(NamedTuple):
     def shares(self) -> dict[str, float]:
         """Share of each source; they sum to 1.
 
-        >>> Targets([1.0, 2.0], np.array([0, 2])).shares()
+        >>> from linfit import Targets
+        >>> Targets([1.0, 2.0], [0, 2]).shares()
         {'own': 0.5, 'paraphrase': 0.0, 'gold': 0.5}
         """
         source = np.asarray(self.source)
@@ -51,6 +54,8 @@ def within(tolerance: ArrayLike) -> Judge:
     `tolerance` ≥ 0, a number or one per sample (n,), ∞ allowed, in the unit of the answers. For scalar answers the
     norm is the absolute value. Raises ValueError for NaN or negative tolerances.
 
+    >>> import jax.numpy as jnp
+    >>> from linfit.targets import within
     >>> within(0.5)(jnp.array([1.2, 3.0]), jnp.array([1.0, 5.0]))
     Array([ True, False], dtype=bool)
     """
@@ -69,6 +74,8 @@ def content_within(content: ArrayLike, tolerance: ArrayLike) -> Judge:
     `content` is the orthogonal projector P (m, m) on what must be right, or the outputs it keeps as a mask (m,).
     Raises ValueError if it is not such a projector, for NaN or negative tolerances, and for answers of another size.
 
+    >>> import jax.numpy as jnp
+    >>> from linfit.targets import content_within
     >>> content_within([True, False], 0.5)(jnp.array([[1.2, 9.0], [3.0, 0.0]]), jnp.array([[1.0, 0.0], [5.0, 0.0]]))
     Array([ True, False], dtype=bool)
     """
@@ -82,29 +89,25 @@ def content_within(content: ArrayLike, tolerance: ArrayLike) -> Judge:
     return judge
 
 
-def as_projector(name: str, value: ArrayLike) -> Array:
-    """An orthogonal projector (m, m), from itself or from the mask (m,) of the coordinates it keeps."""
-    array = real_array(name, value)
-    matrix = jnp.diag(array) if array.ndim == 1 else array
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"{name} must be a mask (m,) or a projector (m, m), got shape {array.shape}")
-    if is_concrete(matrix):
-        host = np.asarray(matrix)
-        tolerance = 1e2 * float(jnp.finfo(matrix.dtype).eps)
-        if max(abs(host @ host - host).max(), abs(host - host.T).max()) > tolerance:
-            raise ValueError(f"{name} must be an orthogonal projector, P = PP = Pᵀ; got a matrix that is not")
-    return matrix
-
-
-def noisy(judge: Judge, key: Array, false_accept: ArrayLike = 0.0, false_reject: ArrayLike = 0.0) -> Judge:
+def noisy(key: Array, judge: Judge, false_accept: ArrayLike = 0.0, false_reject: ArrayLike = 0.0) -> Judge:
     """A judge for arrays that errs: accepts a wrong answer, and rejects a right one, with the given probabilities.
 
-    Right and wrong are what `judge` says. Its mistakes are a function of the key and the sample: whether it would miss
-    a right answer to sample i is one draw, whether it would fall for a wrong one another, independent of the first and
-    of other samples; asked about a second right answer to the same question it errs again. Raises ValueError for
-    probabilities outside [0, 1].
+    Its mistakes are a function of the key and the sample: whether it would miss a right answer to sample i is one draw,
+    whether it would fall for a wrong one another, independent of the first and of other samples; asked about a second
+    right answer to the same question it errs again.
 
-    >>> gullible = noisy(within(0.5), jax.random.key(0), false_accept=1.0)
+    Args:
+        key: of its mistakes.
+        judge: says what is right and what is wrong.
+        false_accept: probability that a wrong answer passes.
+        false_reject: probability that a right one does not.
+
+    Raises ValueError for probabilities outside [0, 1].
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from linfit.targets import noisy, within
+    >>> gullible = noisy(jax.random.key(0), within(0.5), false_accept=1.0)
     >>> gullible(jnp.array([1.2, 3.0]), jnp.array([1.0, 5.0]))
     Array([ True,  True], dtype=bool)
     """
@@ -120,26 +123,22 @@ def noisy(judge: Judge, key: Array, false_accept: ArrayLike = 0.0, false_reject:
     return erring
 
 
-def probability(name: str, value: ArrayLike) -> Array:
-    """`value` as a floating array with entries in [0, 1]."""
-    array = non_negative(name, value)
-    if is_concrete(array) and not (np.asarray(array) <= 1).all():
-        raise ValueError(f"{name} must be at most 1, got maximum {np.asarray(array).max()}")
-    return array
-
-
 def s3ft_targets(own: Any, gold: Any, judge: Judge | ArrayLike, paraphrase: Any = None) -> Targets:
     """Own answer if the judge accepts it, else the paraphrase if accepted, else gold (paper 2502.08130).
 
-    Arrays, own and gold (n, …): `judge(answers, gold)` sees them whole and returns (n,) booleans; usable under `jit`.
-    Other sequences (texts): it sees one pair at a time and returns a bool. `paraphrase` is like `own`, or a function
-    (own, gold) → paraphrase called in the same way, for texts only where the own answer was rejected; a paraphrase
-    of None, in arrays one with a NaN, does not exist. `judge` may also be a mask: (n,) booleans that accept own
-    answers; then every paraphrase that exists is accepted. `Targets.source` (n,) holds `linfit.targets.Source` as
-    integers.
+    Args:
+        own: the model's answers: an array (n, …), or another sequence, of texts for example.
+        gold: right answers, likewise.
+        judge: a function (answers, gold) that sees arrays whole and returns (n,) booleans, usable under `jit`; of other
+            sequences it sees one pair at a time and returns a bool. Or (n,) booleans that accept own answers: then
+            every paraphrase that exists is accepted.
+        paraphrase: gold answers in the model's words, like `own`; or a function (own, gold) → paraphrase called like
+            the judge, for texts only where the own answer was rejected. One that is None, or has a NaN, does not exist.
 
-    Raises ValueError if the lengths differ, nothing is given, or the verdict is not (n,) booleans.
+    Returns targets with their `linfit.targets.Source` as integers. Raises ValueError if the lengths differ, nothing is
+    given, or the verdict is not (n,) booleans.
 
+    >>> import numpy as np
     >>> from linfit import s3ft_targets
     >>> from linfit.targets import within
     >>> s3ft_targets(np.array([1.2, 3.0]), np.array([1.0, 5.0]), within(0.5))
@@ -189,18 +188,22 @@ def _from_sequences(own: Sequence[Any], gold: Sequence[Any], judge: Judge | Arra
     if len(gold) == 0:
         raise ValueError("gold must not be empty")
     same_size("own", len(own), "gold", len(gold))
-    if paraphrase is not None and not callable(paraphrase):
+    paraphrase = [None] * len(gold) if paraphrase is None else paraphrase
+    if not callable(paraphrase):
         same_size("paraphrase", len(paraphrase), "gold", len(gold))
-    mask = None if callable(judge) else _mask(judge, len(gold))
+    mask = None if callable(judge) else np.asarray(judge)
+    if mask is not None and (mask.shape != (len(gold),) or mask.dtype != bool):
+        raise ValueError(f"judge must be a function or {len(gold)} booleans, got {mask.dtype} {mask.shape}")
 
     def accepts(answer: Any, index: int) -> bool:
-        return _accepts(judge, answer, gold[index])  # type: ignore[arg-type]
+        verdict = judge(answer, gold[index])  # type: ignore[operator]
+        if not isinstance(verdict, bool | np.bool_):
+            raise ValueError(f"judge must return a bool for each pair, got {verdict!r:.60}")
+        return bool(verdict)
 
     def target(index: int) -> tuple[Any, Source]:
         if accepts(own[index], index) if mask is None else mask[index]:
             return own[index], Source.OWN
-        if paraphrase is None:
-            return gold[index], Source.GOLD
         reworded = paraphrase(own[index], gold[index]) if callable(paraphrase) else paraphrase[index]
         if reworded is not None and (mask is not None or accepts(reworded, index)):
             return reworded, Source.PARAPHRASE
@@ -208,17 +211,3 @@ def _from_sequences(own: Sequence[Any], gold: Sequence[Any], judge: Judge | Arra
 
     chosen = [target(index) for index in range(len(gold))]
     return Targets([value for value, _ in chosen], np.array([int(source) for _, source in chosen]))
-
-
-def _mask(mask: Any, size: int) -> np.ndarray:
-    verdict = np.asarray(mask)
-    if verdict.shape != (size,) or verdict.dtype != bool:
-        raise ValueError(f"judge must be a function or {size} booleans, got {verdict.dtype} {verdict.shape}")
-    return verdict
-
-
-def _accepts(judge: Judge, answer: Any, gold: Any) -> bool:
-    verdict = judge(answer, gold)
-    if not isinstance(verdict, bool | np.bool_):
-        raise ValueError(f"judge must return a bool for each pair, got {verdict!r:.60}")
-    return bool(verdict)

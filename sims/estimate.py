@@ -1,7 +1,7 @@
 """Monte Carlo averages, always with their standard error, and replicates that can be shown while they run."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import jax
@@ -45,3 +45,9 @@ def mean_and_error(samples: np.ndarray, dims: tuple[str, ...], name: str) -> dic
     count = len(samples)
     error = samples.std(axis=0, ddof=1) / count**0.5
     return {name: xr.Variable(dims, samples.mean(axis=0)), f"{name}_error": xr.Variable(dims, error)}
+
+
+def means_and_errors(samples: Mapping[str, np.ndarray], dims: tuple[str, ...]) -> dict[str, xr.Variable]:
+    """`mean_and_error` of every entry, all of the same dimensions."""
+    pairs = [mean_and_error(values, dims, name) for name, values in samples.items()]
+    return {name: variable for pair in pairs for name, variable in pair.items()}

@@ -1,10 +1,11 @@
-"""S3FT measured from raw data: draw answers, let a judge choose the targets, fine-tune, measure.
+"""S3FT measured from raw data: sample answers, let a judge choose the targets, fine-tune, measure.
 
 Nothing here uses the formulas of `theory.s3ft` to produce an estimate; on the same designs they are put beside it, so
 that measured and expected can be compared in standard errors. θ₁* = 0, so θ₁ = u and θ₂* = δ.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,24 @@ from linfit import Filter, MinNorm, Ridge, fine_tune, interpolate, s3ft_targets,
 from linfit.covariance import Covariance
 from linfit.internal.checks import count, non_negative
 from linfit.targets import Source, Targets, content_within, noisy
-from sims.estimate import mean_and_error, progress, replicate
+from sims.estimate import means_and_errors, progress, replicate
 from sims.overadaptation import standardised_gap
 from sims.real_data import CLASSES, Split, digits_split, leave_one_out_penalty
-from theory.s3ft import SUPERVISED, Outcome, Procedure, VectorProblem, conditional
+from theory.s3ft import SUPERVISED, Expectation, Procedure, VectorProblem, conditional
 
-# ----------------------------------------------------------------------------------------------------- the test bed
+__all__ = [
+    "VARIANTS",
+    "content_and_style_problem",
+    "digits",
+    "expected_on",
+    "measure_once",
+    "measured_coefficients",
+    "monte_carlo",
+    "rejection_only",
+    "sample_targets",
+    "settings_of",
+    "variant",
+]
 
 
 def content_and_style_problem(
@@ -34,14 +47,24 @@ def content_and_style_problem(
     alignment: float = 0.0,
     content_signal: float = 1.0,
     style_signal: float = 1.0,
-    noise_variance: float = 0.5,
-    style_noise_variance: float = 0.0,
+    noise_std: float = 0.7,
+    style_noise_std: float = 0.0,
 ) -> VectorProblem:
     """Content in the first k outputs, style in the others, Σ₁ = Σ₂ = diag(j^−decay), a random shift, u = 0.
 
-    The shift has covariance ∝ Σ^alignment, made Σ-orthogonal between outputs and scaled to the given variance of
-    δᵀx in each output, as the population limit assumes: δᵀΣδ = diag(signal). Needs p ≥ m.
+    Args:
+        key: of the shift. Its covariance is ∝ Σ^alignment, made Σ-orthogonal between outputs and scaled to the given
+            variance of δᵀx in each, as the population limit assumes: δᵀΣδ = diag(signal).
+        p: features, at least as many as outputs.
+        content_rank: k ≥ 1 outputs of content.
+        style_dimension: outputs of style.
+        decay: of the spectrum.
+        alignment: −1 puts the shift in the tail of the spectrum, 0 is isotropic, +1 puts it along the head.
+        content_signal, style_signal: variance of δᵀx in each output of a kind.
+        noise_std, style_noise_std: σ of the gold answers in each output of a kind, in units of y.
 
+    >>> import jax
+    >>> from sims.s3ft import content_and_style_problem
     >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1, style_signal=4.0)
     >>> abs(problem.shift.T @ problem.finetune_covariance.apply(problem.shift.T).T).round(6)
     Array([[1., 0., 0.],
@@ -57,47 +80,34 @@ def content_and_style_problem(
     signal = jnp.concatenate([jnp.full(k, content_signal), jnp.full(styles, style_signal)])
     shift = whitened / jnp.sqrt(spectrum)[:, None] * jnp.sqrt(signal)
     is_content = jnp.arange(k + styles) < k
-    return VectorProblem(spectrum, spectrum, shift, is_content, noise_variance**0.5, style_noise_variance**0.5)
+    return VectorProblem(spectrum, spectrum, shift, is_content, noise_std, style_noise_std)
 
 
-class Responses(NamedTuple):
-    """Answers to one design, (n, m) each."""
+def sample_targets(key: Array, X: Array, problem: VectorProblem, procedure: Procedure) -> Targets:
+    """Targets (n, m) and their sources (n,) for one draw of label noise, own answers, judge and paraphrases.
 
-    gold: Array
-    own: Array
-    paraphrase: Array
-    """NaN where it does not come about."""
+    A paraphrase has the content of gold and the style of the own answer.
 
-
-def respond(key: Array, X: Array, problem: VectorProblem, procedure: Procedure) -> Responses:
-    """Gold answers with their noise, the model's sampled answers, and its paraphrases of gold.
-
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sims.s3ft import content_and_style_problem, sample_targets
+    >>> from theory.s3ft import Procedure
     >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1)
-    >>> gold, own, paraphrase = respond(jax.random.key(1), jnp.eye(20)[:5], problem, Procedure(1.0))
-    >>> bool((paraphrase[:, :2] == gold[:, :2]).all() and (paraphrase[:, 2] == own[:, 2]).all())
-    True
+    >>> sample_targets(jax.random.key(1), jnp.eye(20)[:5], problem, Procedure(1.0)).source
+    Array([0, 1, 1, 1, 1], dtype=int32)
     """
-    noise_key, sampling_key, paraphrase_key = jax.random.split(key, 3)
+    answers_key, judge_key = jax.random.split(key)
+    noise_key, sampling_key, paraphrase_key = jax.random.split(answers_key, 3)
     shape, P = (len(X), len(problem.content)), problem.content
     noise = jax.random.normal(noise_key, shape, X.dtype)
-    scaled = problem.noise_std * noise @ P + problem.style_noise_std * (noise - noise @ P)
-    gold = X @ problem.shift + scaled
+    gold = X @ problem.shift + problem.noise_std * noise @ P + problem.style_noise_std * (noise - noise @ P)
     sampled = jnp.asarray(procedure.sampling_std) * jax.random.normal(sampling_key, shape, X.dtype)
     own = X @ problem.pretrain_error + sampled
-    reworded = gold @ P + (own - own @ P)
     succeeds = jax.random.uniform(paraphrase_key, shape[:1]) < jnp.asarray(procedure.paraphrase_success)
-    return Responses(gold, own, jnp.where(succeeds[:, None], reworded, jnp.nan))
-
-
-def choose_targets(key: Array, X: Array, problem: VectorProblem, procedure: Procedure) -> Targets:
-    """Targets (n, m) and their sources (n,) for one draw of noise, answers, judge and paraphrases."""
-    answers_key, judge_key = jax.random.split(key)
-    gold, own, paraphrase = respond(answers_key, X, problem, procedure)
+    paraphrase = jnp.where(succeeds[:, None], gold @ P + (own - own @ P), jnp.nan)
     judge = content_within(problem.content, procedure.tolerance)
-    return s3ft_targets(own, gold, noisy(judge, judge_key, procedure.false_accept, procedure.false_reject), paraphrase)
+    return s3ft_targets(own, gold, noisy(judge_key, judge, procedure.false_accept, procedure.false_reject), paraphrase)
 
-
-# -------------------------------------------------------------------------------------------------------- measuring
 
 VARIANTS = ("SFT", "S3FT", "S3FT without paraphrase")
 
@@ -105,6 +115,8 @@ VARIANTS = ("SFT", "S3FT", "S3FT without paraphrase")
 def variant(name: str, procedure: Procedure) -> Procedure:
     """The procedure itself, without paraphrases, or supervised fine-tuning on gold.
 
+    >>> from sims.s3ft import variant
+    >>> from theory.s3ft import Procedure
     >>> variant("S3FT without paraphrase", Procedure(tolerance=1.0)).paraphrase_success
     0.0
     """
@@ -115,78 +127,79 @@ def variant(name: str, procedure: Procedure) -> Procedure:
     return procedure if name == "S3FT" else procedure._replace(paraphrase_success=0.0)
 
 
-def broadcast(procedure: Procedure) -> Procedure:
-    """Every field as an array (settings,)."""
-    return Procedure(*jnp.broadcast_arrays(*(jnp.atleast_1d(jnp.asarray(field, float)) for field in procedure)))
+def settings_of(*procedures: Procedure) -> Procedure:
+    """Every field as an array (settings,), the settings of one procedure after those of the other."""
+    flat = [
+        Procedure(*jnp.broadcast_arrays(*(jnp.atleast_1d(jnp.asarray(field, float)) for field in procedure)))
+        for procedure in procedures
+    ]
+    return jax.tree.map(lambda *fields: jnp.concatenate(fields), *flat)
 
 
-def every_variant(procedure: Procedure) -> Procedure:
+def _every_variant(procedure: Procedure) -> Procedure:
     """Fields (methods, settings) for `VARIANTS`."""
-    procedures = [broadcast(variant(name, procedure)) for name in VARIANTS]
+    procedures = [settings_of(variant(name, procedure)) for name in VARIANTS]
     return jax.tree.map(lambda *fields: jnp.stack(jnp.broadcast_arrays(*fields)), *procedures)
 
 
-def risks(theta: Array, problem: VectorProblem) -> dict[str, Array]:
-    """Content risk, style risk, the two drifts and forgetting of weights (…, p, m)."""
+def _risks(theta: Array, problem: VectorProblem) -> dict[str, Array]:
+    """Content risk, style risk, the two drifts and R_pre of weights (…, p, m)."""
 
     def squared(error: Array, covariance: Covariance) -> Array:
-        rows = jnp.swapaxes(error, -1, -2)
-        return jnp.sum(rows * covariance.apply(rows), axis=(-2, -1))
+        return covariance.squared_norm(jnp.swapaxes(error, -1, -2)).sum(axis=-1)
 
-    P, start, goal = problem.content, problem.pretrain_error, problem.shift
-    missed, moved = theta - goal, theta - start
-    finetune, pretrain = problem.finetune_covariance, problem.pretrain_covariance
+    P, finetune = problem.content, problem.finetune_covariance
+    missed, moved = theta - problem.shift, theta - problem.pretrain_error
     return {
         "content_risk": squared(missed @ P, finetune),
         "style_risk": squared(missed - missed @ P, finetune),
         "content_drift": squared(moved @ P, finetune),
         "style_drift": squared(moved - moved @ P, finetune),
-        "forgetting": squared(theta, pretrain),
+        "forgetting": squared(theta, problem.pretrain_covariance),
     }
-
-
-QUANTITIES = ("own", "paraphrase", "gold", *Outcome._fields[1:])
 
 
 def measure_once(
     key: Array, X: Array, problem: VectorProblem, procedure: Procedure, filter: Filter
 ) -> dict[str, Array]:
     """One draw on a given design, for every setting of a procedure, all seeing the same draw: (settings,) each."""
-    targets = jax.vmap(lambda setting: choose_targets(key, X, problem, setting))(procedure)
+    targets = jax.vmap(lambda setting: sample_targets(key, X, problem, setting))(procedure)
     settings, n, m = targets.values.shape
     columns = jnp.moveaxis(targets.values, 0, 1).reshape(n, settings * m)
     start = jnp.tile(problem.pretrain_error, (1, settings))
     theta = fine_tune(X, columns, start, filter)
     weights = jnp.moveaxis(theta.reshape(-1, settings, m), 1, 0)
     shares = {kind.name.lower(): jnp.mean(targets.source == kind, axis=1) for kind in Source}
-    return shares | risks(weights, problem)
+    return shares | _risks(weights, problem)
 
 
 def expected_on(stack: Array, problem: VectorProblem, procedure: Procedure, filter: Filter) -> xr.Dataset:
     """The exact expectation averaged over a stack of designs (designs, n, p), dimensions (procedure, setting).
 
-    >>> from linfit import sample_designs
-
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from linfit import MinNorm, sample_designs
+    >>> from sims.s3ft import content_and_style_problem, expected_on
+    >>> from theory.s3ft import Procedure
     >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1)
     >>> stack = sample_designs(jax.random.key(1), problem.finetune_covariance, 10, 2)
     >>> data = expected_on(stack, problem, Procedure(jnp.array([1.0, jnp.inf])), MinNorm())
     >>> data.own.sel(procedure="S3FT").values.round(2)
     array([0.19, 1.  ])
     """
-    outcomes = _on_designs(stack, problem, every_variant(procedure), filter)
-    variables = {name: (("procedure", "setting"), values.mean(axis=0)) for name, values in outcomes.items()}
+    expected = _on_designs(stack, problem, _every_variant(procedure), filter)
+    variables = {name: (("procedure", "setting"), values.mean(axis=0)) for name, values in expected.items()}
     return xr.Dataset(variables, {"procedure": list(VARIANTS), **_fields(procedure)})
 
 
 def _on_designs(stack: Array, problem: VectorProblem, settings: Procedure, filter: Filter) -> dict[str, np.ndarray]:
     """Every quantity on every design, (designs, methods, settings)."""
-    outcomes = [conditional(X, problem, settings, filter) for X in stack]
-    rows = [np.stack([*outcome.shares, *outcome[1:]]) for outcome in outcomes]
-    return dict(zip(QUANTITIES, np.stack(rows, axis=1), strict=True))
+    rows = [np.stack(conditional(X, problem, settings, filter)) for X in stack]
+    return dict(zip(Expectation._fields, np.stack(rows, axis=1), strict=True))
 
 
 def _fields(procedure: Procedure) -> dict[str, tuple[str, np.ndarray]]:
-    return {name: ("setting", np.asarray(field)) for name, field in broadcast(procedure)._asdict().items()}
+    return {name: ("setting", np.asarray(field)) for name, field in settings_of(procedure)._asdict().items()}
 
 
 def monte_carlo(
@@ -194,13 +207,22 @@ def monte_carlo(
 ) -> xr.Dataset:
     """SFT, S3FT and S3FT without paraphrase, measured on given designs beside the exact expectation on the same ones.
 
-    Dimensions (procedure, setting), the settings being the broadcast fields of the procedure. For each of the shares
-    "own", "paraphrase", "gold" and of "content_risk", "style_risk", "content_drift", "style_drift", "forgetting": the
-    mean over the designs of `stack` (designs, n, p) and `replicates` draws of noise, answers, judge and paraphrases on
-    each; `…_error` its standard error given the designs; `…_exact` the expectation; `…_z` the gap in standard errors.
+    Args:
+        key: of the draws of noise, answers, judge and paraphrases.
+        stack: designs (designs, n, p).
+        problem: what to learn.
+        procedure: how targets are made; its broadcast fields are the settings.
+        filter: what fine-tunes.
+        replicates: draws on each design.
 
-    >>> from linfit import sample_designs
+    Dimensions (procedure, setting). For each field of `theory.s3ft.Expectation`: its mean over designs and draws;
+    `…_error` the standard error given the designs; `…_exact` the expectation; `…_z` the gap in standard errors.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from linfit import MinNorm, sample_designs
+    >>> from sims.s3ft import content_and_style_problem, monte_carlo
+    >>> from theory.s3ft import Procedure
     >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1)
     >>> stack = sample_designs(jax.random.key(1), problem.finetune_covariance, 10, 2)
     >>> procedure = Procedure(tolerance=jnp.array([0.5, 2.0]))
@@ -208,16 +230,16 @@ def monte_carlo(
     >>> bool(abs(data.forgetting_z).max() < 4)
     True
     """
-    settings = every_variant(procedure)
+    settings = _every_variant(procedure)
     flat = jax.tree.map(jnp.ravel, settings)
 
-    def draw(replicate_key: Array) -> dict:
+    def every_design(replicate_key: Array) -> dict:
         def on_design(index: Array) -> dict[str, Array]:
             return measure_once(jax.random.fold_in(replicate_key, index), stack[index], problem, flat, filter)
 
         return jax.lax.map(on_design, jnp.arange(len(stack)))
 
-    measured = replicate(draw, key, replicates, "S3FT")
+    measured = replicate(every_design, key, replicates, "S3FT")
     exact = _on_designs(stack, problem, settings, filter)
     dims = ("procedure", "setting")
     variables: dict[str, tuple[tuple[str, str], np.ndarray]] = {}
@@ -235,48 +257,28 @@ def monte_carlo(
     return xr.Dataset(variables, {"procedure": list(VARIANTS), **_fields(procedure)}, attributes)
 
 
-# ------------------------------------------------------------------------------------- populations, own answers alone
-
-
 def measured_coefficients(
     key: Array, problem: VectorProblem, n: int, procedure: Procedure, *, replicates: int
 ) -> xr.Dataset:
-    """Least squares on many samples, as coefficients along ΔP and Δ(I−P): what the population formulas predict.
+    """Least squares on n ≫ p samples, as coefficients along ΔP and Δ(I−P): what the population formulas predict.
 
     Dimensions (setting,): "content" and "style" of S3FT, and "rejection", the content coefficient of training on the
-    accepted own answers alone, each with `…_error` over the replicates, of n ≫ p samples. A coefficient is
-    tr Δ̂ᵀΣ₂Δ / tr ΔᵀΣ₂Δ of what was learned, content and style apart; NaN for a style there is none of.
+    accepted own answers alone, each with `…_error` over the replicates. A coefficient is tr Δ̂ᵀΣ₂Δ / tr ΔᵀΣ₂Δ of what
+    was learned, content and style apart; NaN for a style there is none of.
     """
-    settings, covariance = broadcast(procedure), problem.finetune_covariance
     content, style = problem.gaps
 
     def along(step: Array, gap: Array) -> Array:
-        image = covariance.apply(gap.T).T
-        return jnp.sum(step * image, axis=(-2, -1)) / jnp.sum(gap * image)
+        image = problem.finetune_covariance.apply(gap.T).T
+        return jnp.sum(step * image) / jnp.sum(gap * image)
 
-    def draw(replicate_key: Array) -> dict:
-        design_key, target_key = jax.random.split(replicate_key)
-        X = sample_design(design_key, covariance, n)
+    def measure(X: Array, targets: Targets, accepted: Array) -> dict[str, Array]:
+        residual, start = targets.values - X @ problem.pretrain_error, jnp.zeros_like(problem.shift)
+        step = fine_tune(X, residual, start, MinNorm())
+        own = fine_tune(X, residual, start, MinNorm(), accepted)
+        return {"content": along(step, content), "style": along(step, style), "rejection": along(own, content)}
 
-        def at(setting: Procedure) -> dict[str, Array]:
-            targets = choose_targets(target_key, X, problem, setting)
-            accepted = (targets.source == Source.OWN).astype(X.dtype)
-            step = _least_squares(X, targets.values - X @ problem.pretrain_error, jnp.ones(n, X.dtype))
-            own = _least_squares(X, targets.values - X @ problem.pretrain_error, accepted)
-            return {"content": along(step, content), "style": along(step, style), "rejection": along(own, content)}
-
-        return jax.lax.map(at, settings)
-
-    samples = replicate(draw, key, replicates, "population")
-    variables: dict[str, xr.Variable] = {}
-    for name, values in samples.items():
-        variables |= mean_and_error(values, ("setting",), name)
-    return xr.Dataset(variables, _fields(procedure), {"n": n, "p": len(problem.shift), "replicates": replicates})
-
-
-def _least_squares(X: Array, residual: Array, weights: Array) -> Array:
-    """(XᵀWX)⁺XᵀW r."""
-    return fine_tune(X, residual, jnp.zeros((X.shape[1], residual.shape[1]), X.dtype), MinNorm(), weights)
+    return _over_settings(key, problem, n, procedure, replicates, measure)
 
 
 def rejection_only(
@@ -287,41 +289,51 @@ def rejection_only(
     Without sampling it is exactly the pretrained model: there is nothing in the targets that it does not say already.
     Means over independent draws, a design to each.
 
+    >>> import jax
+    >>> from linfit import MinNorm
+    >>> from sims.s3ft import content_and_style_problem, rejection_only
+    >>> from theory.s3ft import Procedure
     >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1)
     >>> data = rejection_only(jax.random.key(1), problem, 10, Procedure(1.0), MinNorm(), replicates=3)
     >>> float(data.forgetting.item()), data.content_risk.values.round(6)
     (0.0, array([2.]))
     """
-    settings = broadcast(procedure)
 
-    def draw(replicate_key: Array) -> dict:
+    def measure(X: Array, targets: Targets, accepted: Array) -> dict[str, Array]:
+        theta = fine_tune(X, targets.values, problem.pretrain_error, filter, accepted)
+        return {"own": accepted.mean()} | _risks(theta, problem)
+
+    return _over_settings(key, problem, n, procedure, replicates, measure)
+
+
+def _over_settings(
+    key: Array, problem: VectorProblem, n: int, procedure: Procedure, replicates: int, measure: Callable[..., Any]
+) -> xr.Dataset:
+    """Means of measure(X, targets, accepted own answers) over draws, all settings on the same draw."""
+    settings = settings_of(procedure)
+
+    def one(replicate_key: Array) -> dict:
         design_key, target_key = jax.random.split(replicate_key)
         X = sample_design(design_key, problem.finetune_covariance, n)
 
         def at(setting: Procedure) -> dict[str, Array]:
-            targets = choose_targets(target_key, X, problem, setting)
-            accepted = targets.source == Source.OWN
-            theta = fine_tune(X, targets.values, problem.pretrain_error, filter, accepted.astype(X.dtype))
-            return {"own": accepted.mean()} | risks(theta, problem)
+            targets = sample_targets(target_key, X, problem, setting)
+            return measure(X, targets, (targets.source == Source.OWN).astype(X.dtype))
 
         return jax.lax.map(at, settings)
 
-    samples = replicate(draw, key, replicates, "own answers")
-    variables: dict[str, xr.Variable] = {}
-    for name, values in samples.items():
-        variables |= mean_and_error(values, ("setting",), name)
-    return xr.Dataset(variables, _fields(procedure), {"n": n, "p": len(problem.shift), "replicates": replicates})
+    samples = replicate(one, key, replicates, "S3FT")
+    attributes = {"n": n, "p": len(problem.shift), "replicates": replicates}
+    return xr.Dataset(means_and_errors(samples, ("setting",)), _fields(procedure), attributes)
 
 
-# ----------------------------------------------------------------------------------------------------- real data
-
-STYLE_SCALE = 0.3
+_STYLE_SCALE = 0.3
 """Standard deviation of a style output of the digits, that of a class indicator."""
 
-DIGITS_METHODS = ("pretrained", *VARIANTS, "SFT + ensemble")
+_DIGITS_METHODS = ("pretrained", *VARIANTS, "SFT + ensemble")
 
 
-def digits_once(
+def _digits_once(
     key: Array, noise_std: float, style_dimensions: tuple[int, ...], rates: tuple[float, float], **sizes: int
 ) -> dict[str, np.ndarray]:
     """One split of the digits, every method: arrays (style dimensions, methods).
@@ -335,7 +347,7 @@ def digits_once(
     split = digits_split(split_key, **sizes)
     (X_pre, classes_pre), (X, classes) = split.pretrain, split.finetune
     shape = (2, X.shape[1], max(style_dimensions))
-    own_style, gold_style = STYLE_SCALE * jax.random.normal(style_key, shape, X.dtype)
+    own_style, gold_style = _STYLE_SCALE * jax.random.normal(style_key, shape, X.dtype)
     gold = jnp.concatenate([classes, X @ gold_style], axis=1)
     gold = gold + noise_std * jax.random.normal(noise_key, gold.shape, X.dtype)
     y_pre = jnp.concatenate([classes_pre, X_pre @ own_style], axis=1)
@@ -347,7 +359,7 @@ def digits_once(
 
     own = X @ theta_1
     reworded = jnp.concatenate([gold[:, :CLASSES], own[:, CLASSES:]], axis=1)
-    judge = noisy(same_class, judge_key, *rates)
+    judge = noisy(judge_key, same_class, *rates)
     targets = [
         s3ft_targets(own, gold, jnp.zeros(len(X), bool)),
         s3ft_targets(own, gold, judge, reworded),
@@ -400,6 +412,14 @@ def digits(
 ) -> xr.Dataset:
     """S3FT on the digits with nuisance outputs, averaged over random splits, features, styles and noise.
 
+    Args:
+        key: of everything random.
+        noise_std: of the Gaussian noise on all gold answers of fine-tuning.
+        style_dimensions: numbers of nuisance outputs; fewer are the first of the same ones.
+        splits: random splits, at least 2.
+        false_accept, false_reject: error rates of the judge.
+        sizes: p, n, n_pretrain or angle of the split, as in `sims.real_data.digits_split`.
+
     Dimensions (style_dimension, procedure). With standard errors over splits, on held-out images with clean labels:
     `accuracy` and `content_risk` (squared error of the class indicators) on the turned digits, `style_drift` from the
     pretrained model's answers there, `forgetting` (squared error of all outputs, classes and pretraining style) and
@@ -407,12 +427,11 @@ def digits(
     """
     level = float(non_negative("noise_std", noise_std, ndim=0))
     runs = [
-        digits_once(jax.random.fold_in(key, i), level, style_dimensions, (false_accept, false_reject), **sizes)
+        _digits_once(jax.random.fold_in(key, i), level, style_dimensions, (false_accept, false_reject), **sizes)
         for i in progress(range(count("splits", splits, minimum=2)), "digits")
     ]
-    variables: dict[str, xr.Variable] = {}
-    for name in runs[0]:
-        variables |= mean_and_error(np.stack([run[name] for run in runs]), ("style_dimension", "procedure"), name)
-    coordinates = {"style_dimension": list(style_dimensions), "procedure": list(DIGITS_METHODS)}
+    samples = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
+    variables = means_and_errors(samples, ("style_dimension", "procedure"))
+    coordinates = {"style_dimension": list(style_dimensions), "procedure": list(_DIGITS_METHODS)}
     attributes = {"splits": splits, "noise_std": level, "false_accept": false_accept, "false_reject": false_reject}
     return xr.Dataset(variables, coordinates, attributes | sizes)

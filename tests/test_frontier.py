@@ -39,11 +39,8 @@ def second_moment(problem):
 @every_problem
 def test_risks_equal_those_of_the_solved_weights(name):
     problem = PROBLEMS[name]
-    one, two, second = (
-        matrix_of(problem.pretrain_covariance),
-        matrix_of(problem.finetune_covariance),
-        second_moment(problem),
-    )
+    one, two = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
+    second = second_moment(problem)
     finetune, pretrain = pareto(problem, KAPPA)
     for index, kappa in enumerate(KAPPA):
         learned = np.linalg.pinv(kappa * one + two) @ two
@@ -77,15 +74,6 @@ def test_weights_minimise_the_weighted_sum(generator, rtol):
     risks = pareto(problem, KAPPA)
     expected = np.einsum("ki,ij,kj->k", theta, matrices[0], theta)
     np.testing.assert_allclose(risks.pretrain, expected, rtol=max(1e-8, 10 * rtol))
-
-
-def test_diagonal_and_dense_give_the_same():
-    one, two, delta = np.array([2.0, 1.0, 0.2]), np.array([0.1, 3.0, 1.0]), np.array([1.0, -2.0, 0.5])
-    diagonal = TwoTaskProblem(one, two, FixedShift(delta), 0.3)
-    dense = TwoTaskProblem(np.diag(one), np.diag(two), FixedShift(delta), 0.3)
-    for a, b in zip(pareto(diagonal, KAPPA), pareto(dense, KAPPA)):
-        np.testing.assert_allclose(a, b, rtol=1e-10)
-    np.testing.assert_allclose(pareto_weights(diagonal, KAPPA), pareto_weights(dense, KAPPA), rtol=1e-9)
 
 
 def test_directions_that_only_one_task_sees():
@@ -122,24 +110,11 @@ def test_slope_of_the_frontier_is_minus_one_over_kappa():
     np.testing.assert_allclose(slope, -1 / 0.7, rtol=1e-6)
 
 
-def test_averaging_is_on_the_frontier_only_if_the_covariances_agree():
-    tau = np.array([0.2, 0.5, 0.7, 0.9])
-    for decay, on_it in ((1.0, True), (0.3, False)):
-        problem = aligned_problem(spectra.power_law(24), alignment=0.5, pretrain_spectrum=spectra.power_law(24, decay))
-        point = population_risks(problem, tau)
-        assert ((distance(problem, *point) < 1e-9 * point.pretrain) == on_it).all()
-    with_error = population_risks(aligned_problem(spectra.power_law(24), alignment=0.5, pretrain_risk=0.2), tau)
-    assert (distance(aligned_problem(spectra.power_law(24), alignment=0.5), *with_error) > 0.01).all()
-
-
 @every_problem
 def test_population_risks_equal_matrix_algebra(name):
     problem = PROBLEMS[name]
-    one, two, second = (
-        matrix_of(problem.pretrain_covariance),
-        matrix_of(problem.finetune_covariance),
-        second_moment(problem),
-    )
+    one, two = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
+    second = second_moment(problem)
     u = np.zeros(problem.p) if problem.pretrain_error is None else np.asarray(problem.pretrain_error)
     mean = np.asarray(problem.shift.vector) if isinstance(problem.shift, FixedShift) else np.zeros(problem.p)
     tau = 0.3  # θ − θ₂* = −(1−τ)(δ − u), θ − θ₁* = (1−τ)u + τδ
@@ -148,9 +123,6 @@ def test_population_risks_equal_matrix_algebra(name):
     point = population_risks(problem, tau)
     np.testing.assert_allclose(point.finetune, 0.49 * np.trace(two @ missed), rtol=1e-10)
     np.testing.assert_allclose(point.pretrain, np.trace(one @ moved), rtol=1e-10)
-
-
-# ------------------------------------------------------------------------------------------------ equivalent τ
 
 
 def integral(function, std, kinks=()):

@@ -1,4 +1,4 @@
-"""S3FT in the linear model: formulas against quadrature, brute force and raw draws; claims; figures."""
+"""S3FT in the linear model: formulas against quadrature, brute force and raw draws; claims where they must fail."""
 
 import jax
 import jax.numpy as jnp
@@ -6,29 +6,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from linfit import (
-    FixedShift,
-    GradientFlow,
-    MinNorm,
-    Ridge,
-    TwoTaskProblem,
-    fine_tune,
-    risk_forms,
-    s3ft_targets,
-    sample_designs,
-    sample_task,
-)
-from linfit.targets import within
+from linfit import FixedShift, GradientFlow, MinNorm, Ridge, TwoTaskProblem, risk_forms, sample_designs
 from sims import s3ft as sims
-from sims.claims import Parameter
+from sims.claims import Claim
 from sims.claims import s3ft as claims
+from sims.parameters import Parameter
 from sims.verify import verify
 from theory import s3ft as theory
-from theory.s3ft import SUPERVISED, Procedure, VectorProblem
+from theory.s3ft import SUPERVISED, Expectation, Procedure, VectorProblem
 
 GENERAL = Procedure(tolerance=1.2, paraphrase_success=0.6, false_accept=0.15, false_reject=0.1, sampling_std=0.4)
-
-# --------------------------------------------------------------------------------------------------------------- T1
 
 
 @pytest.mark.numerical
@@ -55,37 +42,12 @@ def test_fixed_point_at_both_ends(rtol):
 
 
 @pytest.mark.slow
-def test_fixed_point_by_training(seed):
-    """Least squares on scalar targets of the library's own judge, in standard errors; another Σ, another law of σ."""
-    problem = TwoTaskProblem(
-        [1.0] * 4, [3.0, 1.0, 0.5, 0.1], FixedShift([0.5, -1.0, 0.3, 1.0]), 0.7, [0.2, 0.0, 1.0, 0.0]
-    )
-    gap = problem.gap_mean
-    variance = float(gap @ problem.finetune_covariance.apply(gap)) + 0.49
-    rho = float(theory.fixed_point_coefficient(1.1, variance**0.5))
-    assert 0.2 < rho < 0.95
-
-    @jax.jit
-    def coefficient(key):
-        task = sample_task(key, problem, 4000)
-        targets = s3ft_targets(task.X @ task.theta_1, task.y, within(1.1)).values
-        step = fine_tune(task.X, targets, task.theta_1, MinNorm()) - task.theta_1
-        return step @ problem.finetune_covariance.apply(gap) / (gap @ problem.finetune_covariance.apply(gap))
-
-    samples = np.array([coefficient(key) for key in jax.random.split(jax.random.key(seed), 60)])
-    assert abs(samples.mean() - rho) < 4.5 * samples.std(ddof=1) / 60**0.5 + 1e-3  # the bias is of order p/n
-
-
-@pytest.mark.slow
 def test_fixed_point_under_transformations():
     slope = jax.jit(jax.grad(theory.fixed_point_coefficient))(1.0, 0.8)
     step = 1e-6
     difference = theory.fixed_point_coefficient(1 + step, 0.8) - theory.fixed_point_coefficient(1 - step, 0.8)
     assert float(slope) == pytest.approx(float(difference) / (2 * step), rel=1e-6)
     assert theory.fixed_point_coefficient(jnp.ones((3, 1)), jnp.ones(2)).shape == (3, 2)
-
-
-# ------------------------------------------------------------------------------------------- T2, in the population
 
 
 def test_t1_is_t2_with_one_content_output():
@@ -134,10 +96,8 @@ def test_coefficients_by_quadrature(rank, rtol):
 @pytest.mark.slow
 def test_population_by_least_squares(seed):
     """Both coefficients and the one of own answers alone, from many samples, in standard errors."""
-    problem = sims.content_and_style_problem(
-        jax.random.key(seed), 6, 2, 2, noise_variance=0.5, style_noise_variance=0.3
-    )
-    data = sims.measured_coefficients(jax.random.key(seed + 1), problem, 1500, GENERAL, replicates=40)
+    problem = sims.content_and_style_problem(jax.random.key(seed), 6, 2, 2, noise_std=0.5**0.5, style_noise_std=0.5)
+    data = sims.measured_coefficients(jax.random.key(seed + 1), problem, 1500, GENERAL, replicates=24)
     exact = theory.coefficients(GENERAL, 2, 1.5**0.5)
     alone = theory.rejection_coefficient(GENERAL, 2, 1.0, 0.5**0.5)
     assert 0.05 < float(alone) < 0.5
@@ -167,9 +127,6 @@ def test_own_answers_alone_do_not_move_the_model():
     assert float(data.forgetting[1]) > 0.1
 
 
-# ------------------------------------------------------------------------------------------------ T2, on a design
-
-
 @pytest.fixture
 def general(generator):
     """A problem with nothing special about it: dense covariances, content in a random plane, u ≠ 0, both noises."""
@@ -186,7 +143,7 @@ def test_conditional_by_brute_force(general, generator):
     n, p, m, draws = 6, 9, 4, 40_000
     X, P = generator.standard_normal((n, p)), np.asarray(general.content)
     style = np.eye(m) - P
-    outcome = theory.conditional(X, general, GENERAL, Ridge(0.2))
+    expected = theory.conditional(X, general, GENERAL, Ridge(0.2))
     R = np.linalg.solve(X.T @ X / n + 0.2 * np.eye(p), X.T / n)
     noise, sampled = generator.standard_normal((2, draws, n, m))
     residual = X @ np.asarray(general.shift - general.pretrain_error) + noise @ (0.5 * P + 0.8 * style)
@@ -206,8 +163,9 @@ def test_conditional_by_brute_force(general, generator):
     samples = (own.mean(1), reworded.mean(1), (~own & ~reworded).mean(1))
     samples += (squared(missed @ P, finetune), squared(missed @ style, finetune), squared(moved @ P, finetune))
     samples += (squared(moved @ style, finetune), squared(moved + start, pretrain))
-    for name, values, expected in zip(sims.QUANTITIES, samples, (*outcome.shares, *outcome[1:]), strict=True):
-        assert abs(values.mean() - float(expected)) < 4.5 * values.std() / draws**0.5, name
+    for name, values in zip(Expectation._fields, samples, strict=True):
+        gap = values.mean() - float(getattr(expected, name))
+        assert abs(gap) < 4.5 * values.std() / draws**0.5, name
 
 
 @pytest.mark.parametrize("filter", [MinNorm(), Ridge(0.3), GradientFlow(3.0)], ids=["min-norm", "ridge", "flow"])
@@ -219,7 +177,7 @@ def test_supervised_is_the_risk_form_of_each_output(general, generator, filter, 
         general.pretrain_covariance, general.finetune_covariance, general.shift, [1, 1, 0, 0], 0.5, 0.8,
         general.pretrain_error,
     )  # fmt: skip
-    outcome = theory.conditional(X, problem, SUPERVISED, filter)
+    expected = theory.conditional(X, problem, SUPERVISED, filter)
     stds, risks = (0.5, 0.5, 0.8, 0.8), []
     for output, std in enumerate(stds):
         scalar = TwoTaskProblem(
@@ -228,22 +186,22 @@ def test_supervised_is_the_risk_form_of_each_output(general, generator, filter, 
         )  # fmt: skip
         risks.append([float(form(filter).total) for form in risk_forms(X, scalar)])
     finetune, pretrain = np.array(risks).T
-    np.testing.assert_allclose(outcome.content_risk, finetune[:2].sum(), rtol=1e-8)
-    np.testing.assert_allclose(outcome.style_risk, finetune[2:].sum(), rtol=1e-8)
-    np.testing.assert_allclose(outcome.forgetting, pretrain.sum(), rtol=1e-8)
-    assert [float(share) for share in outcome.shares] == [0, 0, 1]
+    np.testing.assert_allclose(expected.content_risk, finetune[:2].sum(), rtol=1e-8)
+    np.testing.assert_allclose(expected.style_risk, finetune[2:].sum(), rtol=1e-8)
+    np.testing.assert_allclose(expected.forgetting, pretrain.sum(), rtol=1e-8)
+    assert [float(share) for share in expected.shares] == [0, 0, 1]
 
 
 @pytest.mark.slow
 def test_conditional_tends_to_the_population(seed):
-    problem = sims.content_and_style_problem(jax.random.key(seed), 12, 2, 2, noise_variance=0.5)
+    problem = sims.content_and_style_problem(jax.random.key(seed), 12, 2, 2)
     procedure = Procedure(jnp.array([0.5, 2.0]), 0.7, 0.1, 0.2, 0.3)
     limit = theory.population(problem, procedure)
     gaps = []
     for n in (100, 1000):
         (X,) = sample_designs(jax.random.key(seed + 1), problem.finetune_covariance, n, 1)
-        outcome = theory.conditional(X, problem, procedure, MinNorm())
-        gaps.append([np.abs(got - at).max() for got, at in zip(outcome[1:], limit[1:], strict=True)])
+        expected = theory.conditional(X, problem, procedure, MinNorm())
+        gaps.append([np.abs(got - at).max() for got, at in zip(expected[3:], limit[3:], strict=True)])
     assert np.max(gaps[1]) < 0.2
     assert (np.array(gaps[1]) < 0.5 * np.array(gaps[0])).all()
 
@@ -251,39 +209,31 @@ def test_conditional_tends_to_the_population(seed):
 def test_without_noise_the_judge_is_certain(generator):
     """σ = s = 0: a row is right or wrong; the limit of little noise."""
     X, shift = generator.standard_normal((5, 8)), generator.standard_normal((8, 3)) / 3
-    outcomes = [
+    both = [
         theory.conditional(X, VectorProblem(np.ones(8), np.ones(8), shift, [1, 1, 0], std), Procedure(1.0), MinNorm())
         for std in (0.0, 1e-9)
     ]
     right = np.linalg.norm((X @ shift)[:, :2], axis=1) <= 1
     assert 0 < right.mean() < 1
-    assert float(outcomes[0].shares.own) == right.mean()
-    for exact, nearly in zip(outcomes[0][1:], outcomes[1][1:], strict=True):
+    assert float(both[0].own) == right.mean()
+    for exact, nearly in zip(*both, strict=True):
         np.testing.assert_allclose(exact, nearly, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("content", [np.array([True, True, False]), np.diag([1.0, 1.0, 0.0])])
-def test_all_but_the_content_may_be_traced(content):
-    procedure = Procedure(np.array([0.0, 1.0, 2.0]), 0.5)
+def test_all_but_the_content_may_be_traced():
+    procedure, content = Procedure(np.array([0.0, 1.0, 2.0]), 0.5), np.array([True, True, False])
 
-    def outcome(size, noise_std):
+    def risks(size, noise_std):
         return theory.population(
             VectorProblem(np.ones(3), size**2 * np.ones(3), size * np.eye(3), content, noise_std), procedure
         )
 
-    jax.tree.map(
-        lambda traced, eager: np.testing.assert_allclose(traced, eager, rtol=1e-5),
-        jax.jit(outcome)(1.5, 0.3),
-        outcome(1.5, 0.3),
-    )
+    problem = VectorProblem(np.ones(3), 2.25 * np.ones(3), 1.5 * np.eye(3), content, 0.3)
+    eager = theory.population(problem, procedure)
+    for traced in (jax.jit(risks)(1.5, 0.3), jax.jit(theory.population)(problem, procedure)):
+        jax.tree.map(lambda *pair: np.testing.assert_allclose(*pair, rtol=1e-5), traced, eager)
     with pytest.raises(ValueError, match="content must not be traced: its rank is a size"):
         jax.jit(lambda content: vector(shift=np.ones((3, 3)), content=content).noise_std)(content)
-
-
-def test_a_problem_may_cross_a_trace():
-    problem = vector()
-    forgetting = jax.jit(lambda problem: theory.population(problem, Procedure(1.0)).forgetting)(problem)
-    np.testing.assert_allclose(forgetting, theory.population(problem, Procedure(1.0)).forgetting, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -293,17 +243,17 @@ def test_float32_stays_float32():
         *[jnp.ones(6, single)] * 2, jnp.ones((6, 2), single), jnp.array([1, 0], single), single(0.5)
     )
     X = jax.random.normal(jax.random.key(0), (4, 6), single)
-    outcome = theory.conditional(X, problem, Procedure(single(1.0)), MinNorm())
-    assert {value.dtype for value in outcome[1:]} == {jnp.dtype(single)}
+    expected = theory.conditional(X, problem, Procedure(single(1.0)), MinNorm())
+    assert {value.dtype for value in expected[3:]} == {jnp.dtype(single)}
 
 
 @pytest.mark.slow
 def test_monte_carlo_meets_the_expectation(seed):
-    problem = sims.content_and_style_problem(jax.random.key(seed), 40, 2, 2, style_noise_variance=0.2)
+    problem = sims.content_and_style_problem(jax.random.key(seed), 40, 2, 2, style_noise_std=0.45)
     stack = sample_designs(jax.random.key(seed + 1), problem.finetune_covariance, 12, 2)
     procedure = GENERAL._replace(tolerance=jnp.array([0.5, 1.5]))
-    data = sims.monte_carlo(jax.random.key(seed + 2), stack, problem, procedure, Ridge(0.05), replicates=200)
-    for name in sims.QUANTITIES:
+    data = sims.monte_carlo(jax.random.key(seed + 2), stack, problem, procedure, Ridge(0.05), replicates=64)
+    for name in Expectation._fields:
         assert float(abs(data[f"{name}_z"]).max()) < 4.5, name
     assert float(data.own.sel(procedure="SFT").max()) == 0
     assert float(data.paraphrase.sel(procedure="S3FT").min()) > 0
@@ -311,58 +261,32 @@ def test_monte_carlo_meets_the_expectation(seed):
     np.testing.assert_allclose(lines.forgetting, data.forgetting_exact)
 
 
-@pytest.mark.slow
-def test_where_selecting_forgets_less_and_where_more():
-    """Less with unlimited data, and on average with little; but on some nearly noise-free design with n < p, more."""
-    spectrum = np.arange(1.0, 61) ** -1.5
-    delta = np.random.default_rng(0).standard_normal((60, 1)) * spectrum[:, None] ** -0.5
-    problem = VectorProblem(spectrum, spectrum, delta / np.sqrt(spectrum @ delta**2), [1], 0.03)
-    selective = Procedure(1.0, paraphrase_success=0.0)
-
-    def ratio(outcome):
-        return float(outcome(selective).forgetting / outcome(SUPERVISED).forgetting)
-
-    assert ratio(lambda procedure: theory.population(problem, procedure)) < 0.9
-    stack = sample_designs(jax.random.key(0), problem.finetune_covariance, 20, 8)
-    ratios = [ratio(lambda procedure, X=X: theory.conditional(X, problem, procedure, MinNorm())) for X in stack]
-    assert np.mean(ratios) < 1
-    assert max(ratios) > 1.15
-
-
-# ----------------------------------------------------------------------------------------------------------- claims
-
-CLAIMS = {claim.id: claim for claim in claims.claims()}
-
-
-def pinned(id, **values):
-    claim = CLAIMS[id]
-    return claim._replace(parameters=claim.parameters | {name: Parameter(v, v) for name, v in values.items()})
-
-
+CLAIMS = {claim.id: claim for claim in vars(claims).values() if isinstance(claim, Claim)}
 WRONG = {
-    "T1": lambda scalar: float(2 * scipy.stats.norm.sf(scalar[0] / scalar[1])),  # the share of gold, not of variance
-    "T1.sampled": lambda data: 0.9 * claims._fixed_point(data),
-    "T2.shares": lambda data: claims._expected_shares(data)[[0, 2, 1]],
-    "T2.drift": lambda data: 0.5 * claims._expected_drift(data),
-    "T2.style": lambda limits: 1.0,
-    "T2.less": lambda limits: 2 * claims._forgetting(limits) + 1,
-    "T2.rejection": lambda data: 0.1 + claims._rejection(data),
-    "T2.design": lambda data: claims._expected_outcome(data) * np.array([1, 1, 1, 1, 1, 1, 1.2]),
-    "T2.averaging": lambda contest: 1.0,
-    "T2.more": lambda contest: 1e3,
+    "T1": lambda rho: 0.99 * rho,
+    "T1.sampled": lambda theta: 0.9 * theta,
+    "T2.shares": lambda shares: shares[[0, 2, 1]],
+    "T2.drift": lambda theta: 0.5 * theta,
+    "T2.style": lambda ratio: 1.0,
+    "T2.less": lambda ratio: 2 * ratio + 1,
+    "T2.rejection": lambda zero: 0.1 + zero,
+    "T2.design": lambda expected: expected * np.array([1, 1, 1, 1, 1, 1, 1.2]),
+    "T2.averaging": lambda zero: 1.0,
+    "T2.more": lambda least: 1e3,
 }
 
 
-QUICK = {"T1", "T1.sampled", "T2.shares", "T2.drift", "T2.style"}
+@pytest.mark.parametrize(
+    "id", [pytest.param(id, marks=[] if id in ("T1", "T2.shares") else pytest.mark.slow) for id in CLAIMS]
+)
+def test_wrong_predictions_are_rejected(id, seed):
+    def sides(normal, **values):
+        predicted, measured = CLAIMS[id].sides(normal, **values)
+        return WRONG[id](predicted), measured
 
-
-@pytest.mark.parametrize("id", [pytest.param(id, marks=[] if id in QUICK else pytest.mark.slow) for id in CLAIMS])
-def test_claims_hold_and_wrong_stubs_are_rejected(id, seed):
-    wrong = CLAIMS[id]._replace(predict=WRONG[id])
-    right, stub = verify([CLAIMS[id], wrong], instances=2, seed=seed)
-    assert right.holds
-    assert stub.worst.error is None
-    assert not stub.holds
+    (verdict,) = verify([CLAIMS[id]._replace(sides=sides)], instances=2, seed=seed)
+    assert verdict.worst.error is None
+    assert not verdict.holds
 
 
 @pytest.mark.parametrize(
@@ -377,20 +301,19 @@ def test_claims_hold_and_wrong_stubs_are_rejected(id, seed):
         ("T2.less", {"pretrain_size": 3.0}),
         ("T2.rejection", {"anisotropy": 1.5}),
         pytest.param("T2.design", {"noise_correlation": 0.8}, marks=pytest.mark.slow),
-        pytest.param("T2.averaging", {"noise_variance": 1e-3}, marks=pytest.mark.slow),
+        pytest.param("T2.averaging", {"noise_std": 1e-3**0.5}, marks=pytest.mark.slow),
     ],
 )
 def test_claims_fail_outside_their_assumptions(id, values):
-    (verdict,) = verify([pinned(id, **values)], instances=4, seed=0)
+    held = {name: Parameter(low=value, high=value) for name, value in values.items()}
+    claim = CLAIMS[id]._replace(parameters=CLAIMS[id].parameters | held)
+    (verdict,) = verify([claim], instances=4, seed=0)
     assert not verdict.holds
-
-
-# -------------------------------------------------------------------------------------------------- digits, figures
 
 
 @pytest.mark.slow
 def test_digits_forget_less_with_paraphrases():
-    data = sims.digits(jax.random.key(0), 0.1, (0, 10), 2, p=512, n=80, n_pretrain=300)
+    data = sims.digits(jax.random.key(0), 0.1, (0, 10), 2, p=256, n=80, n_pretrain=300)
     some = data.sel(style_dimension=10)
     drift = some.style_drift
     assert float(drift.sel(procedure="S3FT")) < 0.1 * float(drift.sel(procedure="SFT"))
@@ -400,9 +323,6 @@ def test_digits_forget_less_with_paraphrases():
     trained = data.sel(procedure=["SFT", "S3FT", "S3FT without paraphrase"])
     np.testing.assert_allclose(trained.own + trained.paraphrase + trained.gold, 1)
     np.testing.assert_array_equal(data.content_risk.sel(style_dimension=0), data.content_risk.sel(style_dimension=10))
-
-
-# -------------------------------------------------------------------------------------------------------- bad input
 
 
 def vector(**changes):

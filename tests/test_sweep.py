@@ -378,8 +378,7 @@ def test_flow_is_weighted_fine_tuning_of_the_draw():
 
 @pytest.mark.slow
 def test_s3ft_has_the_shares_of_theory_and_ends_at_supervised_fine_tuning():
-    from sims.s3ft import Procedure
-    from theory.s3ft import shares
+    from theory.s3ft import Procedure, shares
 
     samples = measure(sweep_over("s3ft", CASES["s3ft"], seeds=60), Task((), 0, 60)).samples
     assert samples["content_risk"].shape == (60, 2, 3, 2)

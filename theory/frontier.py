@@ -32,11 +32,23 @@ from jax import Array
 from jax.scipy.stats import norm
 
 from linfit import FixedShift, Pair, TwoTaskProblem
-from linfit.covariance import Covariance, Diagonal, trace_of_product
+from linfit.covariance import Diagonal, trace_of_product
 from linfit.internal.checks import ArrayLike, broadcastable, non_negative, positive, real_array
 from linfit.internal.linear_algebra import rank_cutoff
 
-DECADES = 15.0
+__all__ = [
+    "clipping_coefficient",
+    "distance",
+    "pareto",
+    "pareto_weights",
+    "population_risks",
+    "smoothing_coefficient",
+    "trimming_ratio",
+    "weight_at",
+    "weighting_coefficient",
+]
+
+_DECADES = 15.0
 """`weight_at` looks for κ this many decades on either side of trΣ₂/trΣ₁; beyond, κ is 0 or ∞ to all digits."""
 
 
@@ -59,6 +71,7 @@ def pareto(problem: TwoTaskProblem, weight: ArrayLike) -> Pair[Array]:
     covariances cost O(p) per κ, others two eigendecompositions. Raises ValueError for a negative or NaN κ.
 
     >>> from linfit import FixedShift, TwoTaskProblem
+    >>> from theory.frontier import pareto
     >>> problem = TwoTaskProblem([1.0, 1.0], [1.0, 3.0], FixedShift([2.0, 0.0]), noise_std=0.5)
     >>> pareto(problem, [0.0, 1.0, 3.0])
     Pair(finetune=Array([0.  , 1.  , 2.25], dtype=float64), pretrain=Array([4.  , 1.  , 0.25], dtype=float64))
@@ -72,6 +85,7 @@ def pareto_weights(problem: TwoTaskProblem, weight: ArrayLike) -> Array:
     Directions that neither task sees stay where they are. Raises ValueError for a random shift, a negative or NaN κ.
 
     >>> from linfit import FixedShift, TwoTaskProblem
+    >>> from theory.frontier import pareto_weights
     >>> problem = TwoTaskProblem([1.0, 1.0], [1.0, 3.0], FixedShift([2.0, 2.0]), noise_std=0.5)
     >>> pareto_weights(problem, 1.0)
     Array([1. , 1.5], dtype=float64)
@@ -93,6 +107,7 @@ def weight_at(problem: TwoTaskProblem, finetune: ArrayLike) -> Array:
     ValueError for a negative or NaN risk.
 
     >>> from linfit import FixedShift, TwoTaskProblem
+    >>> from theory.frontier import weight_at
     >>> problem = TwoTaskProblem([1.0, 1.0], [1.0, 3.0], FixedShift([2.0, 0.0]), noise_std=0.5)
     >>> [round(float(kappa), 9) for kappa in weight_at(problem, [1.0, 2.25, 4.0])]
     [1.0, 3.0, inf]
@@ -105,10 +120,16 @@ def weight_at(problem: TwoTaskProblem, finetune: ArrayLike) -> Array:
 def distance(problem: TwoTaskProblem, finetune: ArrayLike, pretrain: ArrayLike) -> Array:
     """Excess forgetting at equal fine-tuning risk: R_pre minus the frontier's at the same R_ft (docs, E2; ours).
 
-    `finetune` and `pretrain` are a method's risks, of any shapes that broadcast. Never negative for risks that weights
-    can have (for a random shift: risks averaged over it). Raises ValueError for negative or NaN risks.
+    Args:
+        problem: of which the frontier is.
+        finetune: a method's R_ft ≥ 0, of any shape.
+        pretrain: its R_pre ≥ 0, of a shape that broadcasts with it.
+
+    Never negative for risks that weights can have (for a random shift: risks averaged over it). Raises ValueError for
+    negative or NaN risks.
 
     >>> from linfit import FixedShift, TwoTaskProblem
+    >>> from theory.frontier import distance
     >>> problem = TwoTaskProblem([1.0, 1.0], [1.0, 3.0], FixedShift([2.0, 0.0]), noise_std=0.5)
     >>> round(float(distance(problem, 2.25, 0.75)), 9)
     0.5
@@ -122,10 +143,6 @@ def _metric(problem: TwoTaskProblem, vectors: Array) -> Array:
     return problem.pretrain_covariance.apply(vectors) + problem.finetune_covariance.apply(vectors)
 
 
-def _matrix(covariance: Covariance) -> Array:
-    return covariance.apply(jnp.eye(covariance.size, dtype=covariance.dtype))
-
-
 def _modes(problem: TwoTaskProblem) -> _Modes:
     pretrain, finetune = problem.pretrain_covariance, problem.finetune_covariance
     if isinstance(pretrain, Diagonal) and isinstance(finetune, Diagonal):
@@ -135,7 +152,7 @@ def _modes(problem: TwoTaskProblem) -> _Modes:
             return _Modes(share, metric * problem.shift.vector**2, None)
         return _Modes(share, metric * problem.shift.covariance.diagonal(), None)
     # basis = M^{-1/2}V on the range of M, so that basisᵀ M basis = I and basisᵀ Σ₂ basis = diag(μ)
-    eigenvalues, vectors = jnp.linalg.eigh(_matrix(pretrain) + _matrix(finetune))
+    eigenvalues, vectors = jnp.linalg.eigh(_metric(problem, jnp.eye(problem.p, dtype=finetune.dtype)))
     kept = eigenvalues > rank_cutoff(eigenvalues)
     whiten = vectors * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, eigenvalues, 1)), 0)
     share, rotation = jnp.linalg.eigh(whiten.T @ finetune.apply(whiten.T).T)
@@ -173,7 +190,7 @@ def _risks(modes: _Modes, weight: Array) -> Pair[Array]:
 
 @jax.jit
 def _weight_at(modes: _Modes, scale: Array, finetune: Array) -> Array:
-    reach = DECADES * jnp.log(10.0)
+    reach = _DECADES * jnp.log(10.0)
     lowest, highest = scale - reach, scale + reach
     bounds = [_risks(modes, jnp.exp(end)).finetune for end in (lowest, highest)]
 
@@ -202,11 +219,17 @@ def weighting_coefficient(variance_ratio: ArrayLike, signal: ArrayLike, noise_st
 
         τ = v m/(σ² + q m),   v = q + σ²,   m = E w r²/(v E w)
 
-    `variance_ratio` is m > 0, `signal` q = ‖Δ‖²_Σ > 0, `noise_std` σ ≥ 0; they broadcast. Favouring easy samples
-    (m < 1) is averaging, favouring hard ones (m > 1) extrapolation; without noise τ = 1, weights cannot move the
-    solution. FLOW has m = 1/(1+2v/T), and its τ needs Gaussian noise only: weighting by e^{−(s+ε)²/T} at given
-    s = xᵀΔ makes the mean residual s/(1+2σ²/T), whatever the law of x. Raises ValueError for values out of range.
+    Args:
+        variance_ratio: m > 0, by which weighting changes the variance of the residuals.
+        signal: q = ‖Δ‖²_Σ > 0.
+        noise_std: σ ≥ 0; all three broadcast.
 
+    Favouring easy samples (m < 1) is averaging, favouring hard ones (m > 1) extrapolation; without noise τ = 1, weights
+    cannot move the solution. FLOW has m = 1/(1+2v/T), and its τ needs Gaussian noise only: weighting by e^{−(s+ε)²/T}
+    at given s = xᵀΔ makes the mean residual s/(1+2σ²/T), whatever the law of x. Raises ValueError for values out of
+    range.
+
+    >>> from theory.frontier import weighting_coefficient
     >>> T, q, noise_std = 0.8, 2.0, 0.5        # FLOW: 1/(1+2σ²/T)
     >>> v = q + noise_std**2
     >>> round(float(weighting_coefficient(1 / (1 + 2 * v / T), q, noise_std)), 9), round(1 / (1 + 2 * 0.25 / T), 9)
@@ -224,6 +247,7 @@ def trimming_ratio(threshold: ArrayLike, residual_std: ArrayLike) -> Array:
 
     `threshold` c > 0 in units of y, `residual_std` √v > 0; they broadcast. For `weighting_coefficient`.
 
+    >>> from theory.frontier import trimming_ratio
     >>> round(float(trimming_ratio(1.0, 1.0)), 6)
     0.291125
     """
@@ -244,6 +268,7 @@ def clipping_coefficient(threshold: ArrayLike, residual_std: ArrayLike) -> Array
     the Huber loss, is something else: dθ/dt = P(|r_t| ≤ c) Σ(θ₂*−θ), by the same lemma at each θ. Its path is that of
     plain gradient flow, at this speed with the residual of the moment, and it ends at θ₂*: that is early stopping.
 
+    >>> from theory.frontier import clipping_coefficient
     >>> round(float(clipping_coefficient(1.0, 1.0)), 6)
     0.682689
     """
@@ -256,6 +281,7 @@ def smoothing_coefficient(smoothing: ArrayLike) -> Array:
     Exact for any features, sample size and linear fine-tuner, because targets enter linearly. Also that of adding
     self-distillation α(xᵀθ − xᵀθ₁)² to (1−α)(xᵀθ − y)². `smoothing` α is finite, of any shape.
 
+    >>> from theory.frontier import smoothing_coefficient
     >>> smoothing_coefficient(0.25)
     Array(0.75, dtype=float64, weak_type=True)
     """
@@ -274,6 +300,7 @@ def population_risks(problem: TwoTaskProblem, tau: ArrayLike) -> Pair[Array]:
     τ finite, of any shape. Where Σ₁ ∝ Σ₂ and u = 0 this is the frontier itself, κ = (1−τ)/τ · trΣ₂/trΣ₁.
 
     >>> from linfit import FixedShift, TwoTaskProblem
+    >>> from theory.frontier import pareto, population_risks
     >>> problem = TwoTaskProblem([2.0, 1.0], [2.0, 1.0], FixedShift([1.0, 1.0]), noise_std=0.5)
     >>> population_risks(problem, 0.5) == pareto(problem, 1.0)
     True

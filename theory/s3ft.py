@@ -7,12 +7,12 @@ xᵀθ₁ (+ sampling noise); the judge accepts an answer whose content is withi
 gold answer has its content and the model's own style.
 
 >>> from theory import s3ft
->>> procedure = s3ft.Procedure(tolerance=1.0, paraphrase_success=jnp.array([0.0, 0.5, 1.0]))
+>>> procedure = s3ft.Procedure(tolerance=1.0, paraphrase_success=[0.0, 0.5, 1.0])
 >>> s3ft.coefficients(procedure, content_rank=2, residual_std=1.0).style.round(3)
 Array([0.607, 0.303, 0.   ], dtype=float64)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,12 +24,34 @@ from jax.scipy.special import gammainc, gammaincc, gammaln, xlogy
 
 from linfit import Filter, fine_tune
 from linfit.covariance import Covariance, as_covariance
-from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, real_array, same_size
-from linfit.targets import as_projector, probability
+from linfit.internal.checks import (
+    ArrayLike,
+    as_projector,
+    count,
+    is_concrete,
+    non_negative,
+    probability,
+    real_array,
+    same_size,
+)
 
-# --------------------------------------------------------------------------------------- T1: scalar responses
+__all__ = [
+    "SUPERVISED",
+    "Coefficients",
+    "Expectation",
+    "Procedure",
+    "Shares",
+    "VectorProblem",
+    "coefficients",
+    "conditional",
+    "fixed_point_coefficient",
+    "population",
+    "rejection_coefficient",
+    "shares",
+]
 
-# With r = y − xᵀθ₁ = δᵀx + ε ~ N(0, v) the trained-on residual is r·1{|r| > c}. x is Gaussian, so E[x | r] = Σδ r/v and
+# T1, scalar responses. With r = y − xᵀθ₁ = δᵀx + ε ~ N(0, v) the trained-on residual is r·1{|r| > c}. x is Gaussian,
+# so E[x | r] = Σδ r/v and
 #     E[x r 1{|r| > c}] = Σδ · E[r² 1{|r| > c}]/v = Σδ · P(χ²₃ > c²/v):
 # least squares on these labels ends at θ₁ + ρ(c)δ, for every Σ.
 
@@ -39,13 +61,15 @@ def fixed_point_coefficient(threshold: ArrayLike, residual_std: ArrayLike) -> Ar
 
         ρ(c) = 2[zφ(z) + 1 − Φ(z)],  z = c/√v,  v = δᵀΣδ + σ²
 
-    `threshold` c ≥ 0 (∞ allowed): the judge accepts |r| ≤ c; `residual_std` √v ≥ 0, of the pretrained residual r, in
-    the same unit. They broadcast. ρ(0) = 1 is supervised fine-tuning, ρ(∞) = 0 the pretrained model. Gaussian x and ε.
+    Args:
+        threshold: c ≥ 0, ∞ allowed: the judge accepts |r| ≤ c. ρ(0) = 1 is supervised fine-tuning, ρ(∞) = 0 the
+            pretrained model.
+        residual_std: √v ≥ 0, of the pretrained residual r, in the same unit; broadcasts with the threshold.
 
-    Raises ValueError for NaN or negative values, or an infinite residual_std.
+    For Gaussian x and ε. Raises ValueError for NaN or negative values, or an infinite residual_std.
 
     >>> from theory.s3ft import fixed_point_coefficient
-    >>> fixed_point_coefficient(jnp.array([0.0, 1.0, 3.0, jnp.inf]), residual_std=1.0).round(4)
+    >>> fixed_point_coefficient([0.0, 1.0, 3.0, float("inf")], residual_std=1.0).round(4)
     Array([1.    , 0.8013, 0.0293, 0.    ], dtype=float64)
     """
     threshold = non_negative("threshold", threshold, finite=False)
@@ -55,9 +79,8 @@ def fixed_point_coefficient(threshold: ArrayLike, residual_std: ArrayLike) -> Ar
 
 def _ratio(threshold: Array, spread: Array) -> Array:
     """(threshold/spread)², 0 for a threshold of 0 and ∞ for a spread of 0 otherwise."""
-    positive = spread > 0
-    ratio = threshold / jnp.where(positive, spread, 1)
-    return jnp.where(threshold == 0, 0, jnp.where(positive, ratio**2, jnp.inf))
+    ratio = threshold / jnp.where(spread > 0, spread, 1)
+    return jnp.where(threshold == 0, 0, jnp.where(spread > 0, ratio**2, jnp.inf))
 
 
 def _tail(freedom: ArrayLike, squared: Array) -> Array:
@@ -65,11 +88,10 @@ def _tail(freedom: ArrayLike, squared: Array) -> Array:
     return gammaincc(jnp.asarray(freedom, squared.dtype) / 2, squared / 2)
 
 
-# ------------------------------------------------------------------------------------- T2: content and style
-
-# Prediction ŷ = xᵀθ₁, own answer ŷ + ξ with ξ ~ N(0, s²I), gold y = ŷ + Δᵀx + ε. The judge looks at the miss in
-# content, d = P(y − own): the answer is right if ‖d‖ ≤ tol. With a false-reject rate f and a false-accept rate a,
-# whose draws belong to the sample (`linfit.targets.noisy`), and paraphrases that come about with probability q,
+# T2, content and style. Prediction ŷ = xᵀθ₁, own answer ŷ + ξ with ξ ~ N(0, s²I), gold y = ŷ + Δᵀx + ε. The judge
+# looks at the miss in content, d = P(y − own): the answer is right if ‖d‖ ≤ tol. With a false-reject rate f and a
+# false-accept rate a, whose draws belong to the sample (`linfit.targets.noisy`), and paraphrases that come about with
+# probability q,
 #
 #                own      paraphrase         gold
 #     right      1−f      0                  f
@@ -122,14 +144,18 @@ def shares(procedure: Procedure, content_rank: int, residual_std: ArrayLike) -> 
 
         own = (1−f)F_k + a(1−F_k),  paraphrase = (1−a)q(1−f)(1−F_k),  F_k = P(χ²_k ≤ tol²/(v+s²))
 
-    `residual_std` √v ≥ 0 is that of the pretrained residual y − xᵀθ₁ in each of the k content coordinates, Gaussian and
-    independent. Fields of the procedure and `residual_std` broadcast.
+    Args:
+        procedure: how targets are made; its fields broadcast with `residual_std`.
+        content_rank: k ≥ 1.
+        residual_std: √v ≥ 0, of the pretrained residual y − xᵀθ₁ in each of the k content coordinates, Gaussian and
+            independent.
 
-    >>> jnp.stack(shares(Procedure(1.0, paraphrase_success=0.5), 1, residual_std=1.0)).round(4)
-    Array([0.6827, 0.1587, 0.1587], dtype=float64)
+    >>> from theory.s3ft import Procedure, shares
+    >>> [round(float(share), 4) for share in shares(Procedure(1.0, paraphrase_success=0.5), 1, residual_std=1.0)]
+    [0.6827, 0.1587, 0.1587]
     """
     checked = _check(procedure)
-    return checked.shares(_tail(count("content_rank", content_rank), _judged(checked, residual_std)))
+    return _shares(checked, _tail(count("content_rank", content_rank), _judged(checked, residual_std)))
 
 
 def coefficients(procedure: Procedure, content_rank: int, residual_std: ArrayLike) -> Coefficients:
@@ -141,12 +167,13 @@ def coefficients(procedure: Procedure, content_rank: int, residual_std: ArrayLik
     variance v = (ΔᵀΣΔ)_jj + σ² and uncorrelated with each other and with the style residuals. With k = 1, a perfect
     judge and no style, ρ_content is T1. (1, 1) is supervised fine-tuning.
 
-    >>> jnp.stack(coefficients(Procedure(1.0, paraphrase_success=0.5), 1, residual_std=1.0)).round(4)
-    Array([0.8013, 0.1587], dtype=float64)
+    >>> from theory.s3ft import Procedure, coefficients
+    >>> [round(float(tau), 4) for tau in coefficients(Procedure(1.0, paraphrase_success=0.5), 1, residual_std=1.0)]
+    [0.8013, 0.1587]
     """
     checked, k = _check(procedure), count("content_rank", content_rank)
     squared = _judged(checked, residual_std)
-    return Coefficients(_mixed(checked.learned, _tail(k + 2, squared)), _mixed(checked.gold, _tail(k, squared)))
+    return Coefficients(_learned(checked, _tail(k + 2, squared)), _gold(checked, _tail(k, squared)))
 
 
 # Training on the accepted own answers alone. With the accepted share A = (1−f)F_k + a(1−F_k) and
@@ -158,11 +185,17 @@ def rejection_coefficient(procedure: Procedure, content_rank: int, signal: Array
 
         ρ = s²B/(A − Bq),   A = (1−f)F_k + a(1−F_k),   B = (1−f−a)(F_k − F_{k+2})/(q+σ²+s²)
 
-    `signal` q ≥ 0 is the variance of Δᵀx in each of the k content coordinates, `noise_std` σ that of the labels.
+    Args:
+        procedure: how answers are sampled and judged; paraphrases play no part.
+        content_rank: k ≥ 1.
+        signal: q ≥ 0, the variance of Δᵀx in each of the k content coordinates.
+        noise_std: σ ≥ 0 of the labels, in units of y.
+
     Without sampling (s = 0) an accepted answer is what the model says anyway: ρ = 0, nothing is learned. With it the
     accepted answers lean towards gold: ρ → s²/(s²+σ²) as the judge becomes strict.
 
-    >>> rejection_coefficient(Procedure(0.1, sampling_std=jnp.array([0.0, 0.5, 2.0])), 1, 1.0, 0.5).round(3)
+    >>> from theory.s3ft import Procedure, rejection_coefficient
+    >>> rejection_coefficient(Procedure(0.1, sampling_std=[0.0, 0.5, 2.0]), 1, 1.0, 0.5).round(3)
     Array([0.   , 0.497, 0.94 ], dtype=float64)
     """
     checked, k = _check(procedure), count("content_rank", content_rank)
@@ -173,8 +206,9 @@ def rejection_coefficient(procedure: Procedure, content_rank: int, signal: Array
     density = jnp.exp(xlogy(k / 2, finite) - finite - gammaln(k / 2 + 1))
     shallow = jnp.where(jnp.isfinite(half), density, 0)  # F_k − F_{k+2}, without the cancellation
     right = gammainc(k / 2, half)  # F_k
-    accepted = (1 - checked.missed) * right + checked.fooled * (1 - right)
-    B = (1 - checked.missed - checked.fooled) * shallow / _or_one(residual_variance + sampled)
+    fooled, missed = checked.false_accept, checked.false_reject
+    accepted = (1 - missed) * right + fooled * (1 - right)
+    B = (1 - missed - fooled) * shallow / _or_one(residual_variance + sampled)
     return sampled * B / _or_one(accepted - B * signal)
 
 
@@ -184,65 +218,66 @@ def _or_one(value: Array) -> Array:
 
 
 class _Checked(NamedTuple):
-    """A procedure with its fields as arrays, and the table above."""
+    """A procedure whose fields are arrays."""
 
     tolerance: Array
-    success: Array
-    fooled: Array
-    missed: Array
+    paraphrase_success: Array
+    false_accept: Array
+    false_reject: Array
     sampling_std: Array
-
-    @property
-    def learned(self) -> tuple[Array, Array]:
-        """P(C = 1) for an own answer that is right, and for one that is wrong."""
-        return self.missed, 1 - self.fooled
-
-    @property
-    def gold(self) -> tuple[Array, Array]:
-        """P(G = 1), likewise."""
-        return self.missed, (1 - self.fooled) * (1 - self.success * (1 - self.missed))
-
-    def shares(self, wrong: Array) -> Shares:
-        """Of the sources, for a probability `wrong` that the own answer is wrong."""
-        reworded = (1 - self.fooled) * self.success * (1 - self.missed)
-        table = (1 - self.missed, self.fooled), (jnp.zeros_like(reworded), reworded), self.gold
-        return Shares(*jnp.broadcast_arrays(*(_mixed(source, wrong) for source in table)))
 
 
 def _check(procedure: Procedure) -> _Checked:
     if not isinstance(procedure, Procedure):
         raise ValueError(f"procedure must be a theory.s3ft.Procedure, got {type(procedure).__name__}")
-    return _Checked(
-        non_negative("tolerance", procedure.tolerance, finite=False),
-        probability("paraphrase_success", procedure.paraphrase_success),
-        probability("false_accept", procedure.false_accept),
-        probability("false_reject", procedure.false_reject),
-        non_negative("sampling_std", procedure.sampling_std),
-    )
+    tolerance = non_negative("tolerance", procedure.tolerance, finite=False)
+    success, fooled, missed = (probability(name, getattr(procedure, name)) for name in Procedure._fields[1:4])
+    return _Checked(tolerance, success, fooled, missed, non_negative("sampling_std", procedure.sampling_std))
 
 
-def _judged(procedure: _Checked, residual_std: ArrayLike) -> Array:
+def _judged(checked: _Checked, residual_std: ArrayLike) -> Array:
     """tol²/(v+s²)."""
-    return _ratio(procedure.tolerance, jnp.hypot(non_negative("residual_std", residual_std), procedure.sampling_std))
+    return _ratio(checked.tolerance, jnp.hypot(non_negative("residual_std", residual_std), checked.sampling_std))
 
 
-def _mixed(right_and_wrong: tuple[Array, Array], wrong: Array) -> Array:
-    """The average of two values over right and wrong answers."""
-    return right_and_wrong[0] * (1 - wrong) + right_and_wrong[1] * wrong
+# The table above, averaged over answers that are wrong with a given probability.
 
 
-# ------------------------------------------------------------------------------------------- risks of the model
+def _learned(checked: _Checked, wrong: Array) -> Array:
+    """P(C = 1)."""
+    return checked.false_reject * (1 - wrong) + (1 - checked.false_accept) * wrong
+
+
+def _gold(checked: _Checked, wrong: Array) -> Array:
+    """P(G = 1)."""
+    reworded = checked.paraphrase_success * (1 - checked.false_reject)
+    return checked.false_reject * (1 - wrong) + (1 - checked.false_accept) * (1 - reworded) * wrong
+
+
+def _shares(checked: _Checked, wrong: Array) -> Shares:
+    fooled, missed = checked.false_accept, checked.false_reject
+    paraphrase = (1 - fooled) * checked.paraphrase_success * (1 - missed) * wrong
+    own = (1 - missed) * (1 - wrong) + fooled * wrong
+    return Shares(*jnp.broadcast_arrays(own, paraphrase, _gold(checked, wrong)))
 
 
 class VectorProblem(eqx.Module):
     """The two-task problem with m outputs, of which some directions are content and the rest style (docs, T2; ours).
 
-    Covariances Σ₁, Σ₂ as in `linfit.TwoTaskProblem`; `shift` δ (p, m); `content` the orthogonal projector P (m, m), or
-    the outputs that are content as a mask (m,); gold answers y = xᵀθ₂* + ε, Var ε = σ²P + σ_s²(I−P) with σ `noise_std`
-    and σ_s `style_noise_std`, σ by default; `pretrain_error` u = θ₁ − θ₁* (p, m), zero if None. Risks are
-    sums over outputs, in squared units of y. All but `content`, whose rank is a size, may be traced. Raises ValueError
-    for sizes that do not fit, NaN or Inf, negative σ.
+    Gold answers are y = xᵀθ₂* + ε with Var ε = σ²P + σ_s²(I−P).
 
+    Args:
+        pretrain_covariance, finetune_covariance: Σ₁, Σ₂ as in `linfit.TwoTaskProblem`.
+        shift: δ (p, m).
+        content: the orthogonal projector P (m, m), or the outputs that are content as a mask (m,).
+        noise_std: σ, in units of y.
+        style_noise_std: σ_s, the same as σ if None.
+        pretrain_error: u = θ₁ − θ₁* (p, m), zero if None.
+
+    Risks are sums over outputs, in squared units of y. All but `content`, whose rank is a size, may be traced. Raises
+    ValueError for sizes that do not fit, NaN or Inf, negative σ.
+
+    >>> from theory.s3ft import VectorProblem
     >>> problem = VectorProblem([1.0, 1.0], [1.0, 1.0], [[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]], [1, 1, 0], noise_std=0.5)
     >>> problem.content_rank, problem.style_dimension
     (2, 1)
@@ -302,10 +337,13 @@ class VectorProblem(eqx.Module):
         return gap @ self.content, gap - gap @ self.content
 
 
-class Outcome(NamedTuple):
+class Expectation(NamedTuple):
     """What a procedure leads to, in expectation; one shape. Squared norms are sums over outputs."""
 
-    shares: Shares
+    own: Array
+    """Share of own answers among the targets."""
+    paraphrase: Array
+    gold: Array
     content_risk: Array
     """‖(θ̂−θ₂*)P‖²_{Σ₂}: the task."""
     style_risk: Array
@@ -317,8 +355,13 @@ class Outcome(NamedTuple):
     forgetting: Array
     """R_pre = ‖θ̂−θ₁*‖²_{Σ₁}, all outputs."""
 
+    @property
+    def shares(self) -> Shares:
+        """The first three."""
+        return Shares(*self[:3])
 
-def population(problem: VectorProblem, procedure: Procedure) -> Outcome:
+
+def population(problem: VectorProblem, procedure: Procedure) -> Expectation:
     """Shares and risks with unlimited data, by the two coefficients of `coefficients` (docs, T2; ours).
 
         content risk (1−ρ_content)²‖ΔP‖²,  style drift ρ_style²‖Δ(I−P)‖²,  R_pre = ‖u + ρ_content ΔP + ρ_style Δ(I−P)‖²
@@ -326,9 +369,10 @@ def population(problem: VectorProblem, procedure: Procedure) -> Outcome:
     Exact for Gaussian x if PΔᵀΣ₂ΔP = qP and PΔᵀΣ₂Δ(I−P) = 0; otherwise with the mean q over the content
     coordinates, an approximation. Fields of the procedure broadcast to the shape of the result.
 
+    >>> from theory.s3ft import Procedure, VectorProblem, population
     >>> problem = VectorProblem([1.0, 1.0], [1.0, 1.0], [[1.0, 0.0], [0.0, 2.0]], [1, 0], noise_std=0.0)
-    >>> outcome = population(problem, Procedure(tolerance=jnp.array([0.0, 1.0]), paraphrase_success=0.0))
-    >>> outcome.content_risk.round(3), outcome.style_drift.round(3), outcome.forgetting.round(3)
+    >>> limit = population(problem, Procedure(tolerance=[0.0, 1.0], paraphrase_success=0.0))
+    >>> limit.content_risk.round(3), limit.style_drift.round(3), limit.forgetting.round(3)
     (Array([0.  , 0.04], dtype=float64), Array([4.   , 0.403], dtype=float64), Array([5.   , 1.045], dtype=float64))
     """
     k, (content, style) = problem.content_rank, problem.gaps
@@ -339,9 +383,9 @@ def population(problem: VectorProblem, procedure: Procedure) -> Outcome:
     parts = (problem.pretrain_error, content, style)
     table = jnp.array([[_inner(pretrain, one, other) for other in parts] for one in parts])
     weights = jnp.stack([jnp.ones_like(learned.content), *jnp.broadcast_arrays(*learned)], axis=-1)
-    return _same_shape(
-        Outcome(
-            shares(procedure, k, residual_std),
+    return Expectation(
+        *jnp.broadcast_arrays(
+            *shares(procedure, k, residual_std),
             (1 - learned.content) ** 2 * content_size,
             (1 - learned.style) ** 2 * style_size,
             learned.content**2 * content_size,
@@ -353,14 +397,7 @@ def population(problem: VectorProblem, procedure: Procedure) -> Outcome:
 
 def _inner(covariance: Covariance, one: Array, other: Array) -> Array:
     """tr AᵀΣB."""
-    return jnp.sum(covariance.apply(one.T).T * other)
-
-
-def _same_shape(outcome: Outcome) -> Outcome:
-    return Outcome(
-        Shares(*jnp.broadcast_arrays(*outcome.shares, outcome.content_risk)[:3]),
-        *jnp.broadcast_arrays(*outcome[1:], outcome.shares.own)[:5],
-    )
+    return covariance.dot(one.T, other.T).sum()
 
 
 # Conditional on the design. θ̂ = θ₁ + R t with the rows of t independent given X: d_i ~ N(μ_i, (σ²+s²)I) around
@@ -374,31 +411,24 @@ def _same_shape(outcome: Outcome) -> Outcome:
 # Squared norms of R t need R E t and, because the rows are independent, only the total variance of each.
 
 
-class _Rows(NamedTuple):
-    """Mean weights and variances of the targets on each sample, (…, n), by NumPy and SciPy: noncentral χ² is theirs."""
-
-    content: np.ndarray
-    """E t = content·μ."""
-    style: np.ndarray
-    """E t' = style·ν."""
-    content_variance: np.ndarray
-    """E‖t − E t‖²."""
-    style_variance: np.ndarray
-    wrong: np.ndarray
-    """Probability that the own answer is wrong."""
-
-
-def conditional(X: ArrayLike, problem: VectorProblem, procedure: Procedure, filter: Filter) -> Outcome:
+def conditional(X: ArrayLike, problem: VectorProblem, procedure: Procedure, filter: Filter) -> Expectation:
     """Shares and risks on a given design, exact for every n and p (docs, T2; ours).
 
-    Averaged over label noise, sampling of answers, judge and paraphrases; the design X (n, p) and the shift are fixed.
-    `filter` is one spectral filter (no hyperparameter axes); fields of the procedure broadcast to the shape of the
-    result. Raises ValueError for shapes that do not fit.
+    Averaged over label noise, sampling of answers, judge and paraphrases.
+
+    Args:
+        X: the design (n, p), fixed.
+        problem: its shift is fixed too.
+        procedure: how targets are made; its fields broadcast to the shape of the result.
+        filter: one spectral filter, no hyperparameter axes.
+
+    Raises ValueError for shapes that do not fit.
 
     >>> from linfit import MinNorm
+    >>> from theory.s3ft import Procedure, VectorProblem, conditional
     >>> problem = VectorProblem([1.0, 1.0], [1.0, 1.0], [[1.0, 0.0], [0.0, 2.0]], [1, 0], noise_std=0.1)
-    >>> outcome = conditional([[1.0, 1.0]], problem, Procedure(jnp.array([0.0, 0.9, jnp.inf])), MinNorm())
-    >>> outcome.content_risk.round(3), outcome.shares.own.round(3)
+    >>> expected = conditional([[1.0, 1.0]], problem, Procedure([0.0, 0.9, float("inf")]), MinNorm())
+    >>> expected.content_risk.round(3), expected.own.round(3)
     (Array([0.505, 0.582, 1.   ], dtype=float64), Array([0.   , 0.159, 1.   ], dtype=float64))
     """
     X = real_array("X", X, ndim=2)
@@ -410,55 +440,49 @@ def conditional(X: ArrayLike, problem: VectorProblem, procedure: Procedure, filt
         raise ValueError(f"filter must be a single filter, got hyperparameters of shape {maps.shape[:-2]}")
     content, style = problem.gaps
     mu, nu = np.asarray(X @ content), np.asarray(X @ style)
-    rows = _rows(problem, checked, mu, nu)
+    learned, gold, content_spread, style_spread, wrong = _rows(problem, checked, mu, nu)
+    mean, style_mean = learned[..., None] * mu, gold[..., None] * nu
 
-    R = np.asarray(maps)
-
-    def risk(mean: np.ndarray, variance: np.ndarray, covariance: Covariance, start: ArrayLike) -> np.ndarray:
+    def risk(mean: np.ndarray, variance: np.ndarray, covariance: Covariance, start: ArrayLike) -> Array:
         """E‖R t + start‖²_Σ: the squared norm of the mean, and what each row adds."""
-        moved = R @ mean + np.asarray(start)
-        image = np.asarray(covariance.apply(jnp.asarray(np.swapaxes(moved, -1, -2))))
-        gains = np.sum(np.asarray(covariance.apply(maps.T)) * R.T, axis=1)
-        return np.sum(np.swapaxes(image, -1, -2) * moved, axis=(-2, -1)) + variance @ gains
+        moved = np.swapaxes(np.asarray(maps) @ mean + np.asarray(start), -1, -2)
+        squared = covariance.squared_norm(jnp.asarray(moved)).sum(axis=-1)
+        return jnp.asarray(squared + variance @ np.asarray(covariance.squared_norm(maps.T)), X.dtype)
 
-    mean, style_mean = rows.content[..., None] * mu, rows.style[..., None] * nu
-    content_spread, style_spread = rows.content_variance, rows.style_variance
-    finetune = problem.finetune_covariance
-    risks = (
-        risk(mean, content_spread, finetune, -content),
-        risk(style_mean, style_spread, finetune, -style),
-        risk(mean, content_spread, finetune, 0.0),
-        risk(style_mean, style_spread, finetune, 0.0),
-        risk(mean + style_mean, content_spread + style_spread, problem.pretrain_covariance, problem.pretrain_error),
+    finetune, pretrain = problem.finetune_covariance, problem.pretrain_covariance
+    return Expectation(
+        *jnp.broadcast_arrays(
+            *_shares(checked, jnp.asarray(wrong.mean(axis=-1))),  # linear in it
+            risk(mean, content_spread, finetune, -content),
+            risk(style_mean, style_spread, finetune, -style),
+            risk(mean, content_spread, finetune, 0.0),
+            risk(style_mean, style_spread, finetune, 0.0),
+            risk(mean + style_mean, content_spread + style_spread, pretrain, problem.pretrain_error),
+        )
     )
-    wrong = jnp.asarray(rows.wrong.mean(axis=-1))  # shares are linear in it
-    return _same_shape(Outcome(checked.shares(wrong), *(jnp.asarray(risk, X.dtype) for risk in risks)))
 
 
-def _rows(problem: VectorProblem, checked: _Checked, mu: np.ndarray, nu: np.ndarray) -> _Rows:
+def _rows(problem: VectorProblem, checked: _Checked, mu: np.ndarray, nu: np.ndarray) -> tuple[np.ndarray, ...]:
+    """A_{k+2}, E[G], E‖t−Et‖², E‖t'−Et'‖² and the probability of a wrong own answer, on each sample (…, n).
+
+    By NumPy and SciPy, who have the noncentral χ².
+    """
     k, styles = problem.content_rank, problem.style_dimension
     checked = _Checked(*(np.asarray(field)[..., None] for field in checked))  # type: ignore[arg-type]
     sampled = np.asarray(checked.sampling_std) ** 2
     spread = float(problem.noise_std) ** 2 + sampled
     length, style_length = np.sum(mu**2, axis=-1), np.sum(nu**2, axis=-1)
 
-    def beyond(freedom: int) -> np.ndarray:
-        return _noncentral_tail(freedom, np.asarray(checked.tolerance), spread, length)
+    def beyond(freedom: int) -> Any:
+        """P(‖d‖² > tol²) in `freedom` dimensions; without noise d = μ."""
+        squared = np.asarray(checked.tolerance) ** 2
+        scale = np.where(spread > 0, spread, 1)
+        tail = scipy.stats.ncx2.sf(squared / scale, freedom, length / scale)
+        return np.where(spread > 0, tail, length > squared)
 
-    def learned(freedom: int) -> np.ndarray:
-        """A_j."""
-        return np.asarray(_mixed(checked.learned, beyond(freedom)))  # type: ignore[arg-type]
-
-    wrong, A2, A4 = beyond(k), learned(k + 2), learned(k + 4)
+    wrong, A2, A4 = beyond(k), *(np.asarray(_learned(checked, beyond(k + more))) for more in (2, 4))
     share, squared = sampled / np.where(spread > 0, spread, 1), k * spread * A2 + length * A4
     second = k * sampled + (1 - 2 * share) * squared + 2 * share * length * A2
-    gold = np.asarray(_mixed(checked.gold, wrong))  # type: ignore[arg-type]
+    gold = np.asarray(_gold(checked, wrong))
     style_second = (1 - gold) * styles * sampled + gold * (style_length + styles * float(problem.style_noise_std) ** 2)
-    return _Rows(A2, gold, second - A2**2 * length, style_second - gold**2 * style_length, wrong)
-
-
-def _noncentral_tail(freedom: int, tolerance: np.ndarray, spread: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """P(‖d‖² > tol²) for d ~ N(μ, spread·I) in `freedom` dimensions with ‖μ‖² = length; without noise d = μ."""
-    scale = np.where(spread > 0, spread, 1)
-    tail = scipy.stats.ncx2.sf(tolerance**2 / scale, freedom, length / scale)
-    return np.where(spread > 0, tail, length > tolerance**2)
+    return A2, gold, second - A2**2 * length, style_second - gold**2 * style_length, wrong

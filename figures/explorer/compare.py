@@ -11,7 +11,7 @@ from jax import Array
 from figures.explorer.page import Choice, Line, Mark, Overlay, Page, Plot, Reading, Simulated, Slider, Suggestion
 from figures.style import COLOURS
 from linfit import GradientFlow, Ridge, Risk, TwoTaskProblem, aligned_problem, spectra
-from sims.compare import RECIPES, compare
+from sims import compare as comparison
 from theory import flow, s3ft
 from theory.equivalents import along
 from theory.frontier import distance, pareto, population_risks
@@ -20,11 +20,11 @@ PENALTIES = np.logspace(-4, 2, 49)
 TIMES = np.logspace(-0.5, 3.5, 33)
 TAUS = np.linspace(0, 1, 51)
 WEIGHTS = np.concatenate([[0.0], np.logspace(-3, 3, 61), [np.inf]])
-METHODS = tuple(RECIPES)
+METHODS = tuple(comparison.METHODS)
 ROWS = {name: np.array([float(len(METHODS) - index)]) for index, name in enumerate(METHODS)}
 """Where each method stands in the list of all."""
 
-PREDICTED = ("pretrained", "vanilla", "early stopping", "ridge", "min-norm + ensemble", "ridge + ensemble")
+PREDICTED = ("pretrained", "min-norm", "early stopping", "ridge", "min-norm + ensemble", "ridge + ensemble")
 
 
 def problem_of(
@@ -156,7 +156,7 @@ def zoo(
     """All methods of `sims.compare`, tuned by R_ft + κR_pre on 8 tasks and measured on 8 others (seed 0)."""
     problem = problem_of(p, decay, pretrain_decay, alignment, noise_variance, pretrain_risk)
     key = jax.random.fold_in(jax.random.key(0), index)
-    data = compare(problem, n, key, weight=weight, tasks=8, validation=8)
+    data = comparison.compare(key, problem, n, weight=weight, tasks=8, validation=8)
     columns = {}
     for name in METHODS:
         columns[f"{name} row"] = ROWS[name]
@@ -174,7 +174,7 @@ PAPERS = "2506.01901 (averaging, ridge), 2502.02797 (FLOW), 2502.08130 (S3FT)"
 PAGE = Page(
     name="compare",
     title="Compare",
-    source=f"Methods: arXiv {PAPERS}; neighbours as named by each recipe of sims.compare. Curves, equivalent τ and the frontier: ours (docs, D1–D4, E1, E2).",
+    source=f"Methods: arXiv {PAPERS}; neighbours as named by each method of sims.compare. Curves, equivalent τ and the frontier: ours (docs, D1–D4, E1, E2).",
     introduction=(
         "Every way to fine-tune is a point in the plane of <b>forgetting</b> and <b>task risk</b>; left and down is better. Nothing can be "
         "below the <b>frontier</b>, which knows both tasks exactly. Stars: the best of each family for R<sub>ft</sub> + κR<sub>pre</sub>. "

@@ -13,7 +13,7 @@ from linfit import MinNorm, sample_design
 from theory.s3ft import (
     SUPERVISED,
     Coefficients,
-    Outcome,
+    Expectation,
     Procedure,
     VectorProblem,
     coefficients,
@@ -48,7 +48,7 @@ def procedure_of(
 @partial(jax.jit, static_argnames="style_dimension")
 def predict(
     procedure: Procedure, style_dimension: int, style_signal: Array, noise_variance: Array
-) -> tuple[Outcome, Outcome, Outcome, Coefficients]:
+) -> tuple[Expectation, Expectation, Expectation, Coefficients]:
     """Outcome of the procedure, of the same without paraphrases and of supervised fine-tuning, and coefficients."""
     problem = problem_of(style_dimension, style_signal, noise_variance)
     return (

@@ -87,3 +87,25 @@ def same_size(name: str, got: int, reference: str, expected: int) -> None:
     """Raise ValueError unless two sizes that belong together agree."""
     if got != expected:
         raise ValueError(f"{name} must match {reference}: expected size {expected}, got {got}")
+
+
+def probability(name: str, value: ArrayLike) -> Array:
+    """`value` as a floating array with entries in [0, 1]."""
+    array = non_negative(name, value)
+    if is_concrete(array) and not (np.asarray(array) <= 1).all():
+        raise ValueError(f"{name} must be at most 1, got maximum {np.asarray(array).max()}")
+    return array
+
+
+def as_projector(name: str, value: ArrayLike) -> Array:
+    """An orthogonal projector (m, m), from itself or from the mask (m,) of the coordinates it keeps."""
+    array = real_array(name, value)
+    matrix = jnp.diag(array) if array.ndim == 1 else array
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{name} must be a mask (m,) or a projector (m, m), got shape {array.shape}")
+    if is_concrete(matrix):
+        host = np.asarray(matrix)
+        tolerance = 1e2 * float(jnp.finfo(matrix.dtype).eps)
+        if max(abs(host @ host - host).max(), abs(host - host.T).max()) > tolerance:
+            raise ValueError(f"{name} must be an orthogonal projector, P = PP = Pᵀ; got a matrix that is not")
+    return matrix

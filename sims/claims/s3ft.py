@@ -1,84 +1,22 @@
 """§5 as claims: where training on one's own right answers ends, and what it leaves alone (docs, T1, T2)."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy.integrate
 import scipy.stats
 
-from linfit import FixedShift, MinNorm, Ridge, TwoTaskProblem, risk_forms, s3ft_targets
+from linfit import FixedShift, MinNorm, Pair, Ridge, RiskForm, TwoTaskProblem, risk_forms, s3ft_targets
 from linfit.targets import Source
 from sims.claims import Normal, claim
-from sims.claims.problems import matrix_of, zero
-from sims.parameters import ALIGNMENT, DECAY, PENALTY, Parameter
-from theory.s3ft import (
-    SUPERVISED,
-    Procedure,
-    VectorProblem,
-    coefficients,
-    conditional,
-    fixed_point_coefficient,
-    population,
-    rejection_coefficient,
-    shares,
-)
+from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, Parameter
+from theory import s3ft
+from theory.s3ft import Expectation, Procedure, VectorProblem
 
 REPLICATES, SCALAR_REPLICATES = 1 << 12, 1 << 15
-
-# T1 ------------------------------------------------------------------------------------------------------------------
-
-
-class Scalar(NamedTuple):
-    """Scalar responses in the population: samples x (N, p), residuals r (N,), Σ, δ and the threshold."""
-
-    x: np.ndarray
-    residual: np.ndarray
-    covariance: np.ndarray
-    delta: np.ndarray
-    noise_variance: float
-    threshold: float
-
-
-def _scalar(
-    normal: Normal, decay: float, noise_variance: float, threshold: float, heavy_tails: float, skewness: float
-) -> Scalar:
-    """`threshold` in units of √v. Heavy tails: x has a random length; skewness: the noise is a shifted square."""
-    p = 4
-    covariance = np.diag((1.0 + np.arange(p)) ** -decay)
-    delta = normal(p)
-    delta = delta / np.sqrt(delta @ covariance @ delta)
-    length = np.exp(heavy_tails * normal(SCALAR_REPLICATES) - heavy_tails**2)
-    x = length[:, None] * normal(SCALAR_REPLICATES, p) * np.sqrt(np.diag(covariance))
-    draw = normal(SCALAR_REPLICATES)
-    noise = (1 - skewness) * draw + skewness * (draw**2 - 1)
-    noise = noise_variance**0.5 * noise / np.sqrt((1 - skewness) ** 2 + 2 * skewness**2)
-    return Scalar(x, x @ delta + noise, covariance, delta, noise_variance, threshold * (1 + noise_variance) ** 0.5)
-
-
-def _fixed_point(scalar: Scalar) -> np.ndarray:
-    return float(fixed_point_coefficient(scalar.threshold, (1 + scalar.noise_variance) ** 0.5)) * scalar.delta
-
-
-def _normal_equations(scalar: Scalar) -> np.ndarray:
-    """Σ⁻¹x·(target − xᵀθ₁), sample by sample: its mean is where least squares ends."""
-    own = np.zeros_like(scalar.residual)
-    targets = s3ft_targets(own, scalar.residual, np.abs(scalar.residual) <= scalar.threshold)
-    return (scalar.x @ np.linalg.inv(scalar.covariance)) * np.asarray(targets.values)[:, None]
-
-
-def _coefficient(scalar: tuple[float, float]) -> float:
-    return float(fixed_point_coefficient(*scalar))
-
-
-def _by_quadrature(scalar: tuple[float, float]) -> float:
-    """∫ r² 1{|r| > c} dN(0, v) / v."""
-    threshold, std = scalar
-    density = scipy.stats.norm(scale=std).pdf
-    inside, _ = scipy.integrate.quad(lambda r: r**2 * density(r), 0, threshold, epsabs=1e-14, epsrel=1e-13)
-    return 1 - 2 * inside / std**2
-
-
-# T2, in the population -----------------------------------------------------------------------------------------------
+OUTPUTS, FEATURES = 5, 6
+TOLERANCES = np.linspace(0, 5, 41)
+"""In units of √v."""
 
 JUDGED = {
     "rank": Parameter(low=1, high=3, scale="whole"),
@@ -87,294 +25,18 @@ JUDGED = {
     "false_accept": Parameter(low=0.05, high=0.3),
     "false_reject": Parameter(low=0.05, high=0.3),
     "sampling_std": Parameter(low=0.0, high=1.0),
-    "noise_variance": Parameter(low=0.1, high=3.0, scale="log"),
+    "noise_std": NOISE_STD.within(0.1**0.5, 3.0**0.5),
 }
-OUTPUTS = 5
-
-
-class Population(NamedTuple):
-    """Vector responses in the population: what was drawn, how it is judged, and what there is to learn."""
-
-    x: np.ndarray
-    gold: np.ndarray
-    own: np.ndarray
-    fools: np.ndarray
-    misses: np.ndarray
-    succeeds: np.ndarray
-    problem: VectorProblem
-    procedure: Procedure
-    residual_std: float
-
-
-def _population(
-    normal: Normal,
-    rank: int,
-    tolerance: float,
-    success: float,
-    false_accept: float,
-    false_reject: float,
-    sampling_std: float,
-    noise_variance: float,
-    decay: float = 0.0,
-    style_signal: float = 1.0,
-    anisotropy: float = 0.0,
-    entangled: float = 0.0,
-    heavy_tails: float = 0.0,
-) -> Population:
-    """Content in a random subspace; PΔᵀΣΔP = P and no correlation with style, unless `anisotropy`, `entangled`."""
-    p, count = OUTPUTS + 1, REPLICATES
-    spectrum = (1.0 + np.arange(p)) ** -decay
-    basis = np.linalg.qr(normal(OUTPUTS, OUTPUTS))[0]
-    P = basis[:, :rank] @ basis[:, :rank].T
-    directions = np.linalg.qr(normal(p, OUTPUTS))[0]
-    signal = np.full(OUTPUTS, style_signal)
-    signal[:rank] = np.exp(anisotropy * np.linspace(-1, 1, rank)) if rank > 1 else 1.0
-    coupling = np.eye(OUTPUTS)
-    coupling[0, rank] = entangled
-    shift = spectrum[:, None] ** -0.5 * (directions * signal) @ coupling @ basis.T
-    problem = VectorProblem(spectrum, spectrum, shift, P, noise_variance**0.5)
-    length = np.exp(heavy_tails * normal(count) - heavy_tails**2)
-    x = length[:, None] * normal(count, p) * spectrum**0.5
-    gold = x @ shift + noise_variance**0.5 * normal(count, OUTPUTS)
-    residual_std = (1 + noise_variance) ** 0.5
-    procedure = Procedure(tolerance * residual_std, success, false_accept, false_reject, sampling_std)
-    fools, misses, succeeds = (scipy.stats.norm.cdf(normal(count)) for _ in range(3))
-    own = sampling_std * normal(count, OUTPUTS)
-    return Population(
-        x, gold, own, fools < false_accept, misses < false_reject, succeeds < success, problem, procedure, residual_std
-    )
-
-
-def _targets(data: Population) -> tuple[np.ndarray, np.ndarray]:
-    """Values (N, m) and sources (N,), the judge's verdict put down as a mask; θ₁ = 0."""
-    P = np.asarray(data.problem.content)
-    right = np.linalg.norm((data.gold - data.own) @ P, axis=1) <= float(data.procedure.tolerance)  # type: ignore[arg-type]
-    accepted = np.where(right, ~data.misses, data.fools)
-    exists = data.succeeds & ~data.misses
-    paraphrase = np.where(exists[:, None], data.gold @ P + data.own - data.own @ P, np.nan)
-    values, source = s3ft_targets(data.own, data.gold, accepted, paraphrase)
-    return np.asarray(values), np.asarray(source)
-
-
-def _expected_shares(data: Population) -> np.ndarray:
-    return np.array(shares(data.procedure, data.problem.content_rank, data.residual_std))
-
-
-def _counted(data: Population) -> np.ndarray:
-    return _targets(data)[1][:, None] == np.array(list(Source))
-
-
-def _expected_drift(data: Population) -> np.ndarray:
-    """ρ_content ΔP + ρ_style Δ(I−P), (p, m)."""
-    learned = coefficients(data.procedure, data.problem.content_rank, data.residual_std)
-    content, style = data.problem.gaps
-    return np.asarray(learned.content * content + learned.style * style)
-
-
-def _drift(data: Population) -> np.ndarray:
-    """Σ⁻¹x·(target)ᵀ, sample by sample."""
-    precision = 1 / np.asarray(data.problem.finetune_covariance.diagonal())
-    return (data.x * precision)[:, :, None] * _targets(data)[0][:, None, :]
-
-
-class Limits(NamedTuple):
-    """A problem with unlimited data, and how targets are made."""
-
-    problem: VectorProblem
-    procedure: Procedure
-
-
-def _limits(normal: Normal, pretrain_size: float = 0.0, **judged: Any) -> Limits:
-    data = _population(normal, **judged)
-    problem, p = data.problem, OUTPUTS + 1
-    pretrain = normal(p, p) / p**0.5
-    error = pretrain_size * normal(p, OUTPUTS)
-    error = error - error @ np.asarray(problem.content)  # what is known of content stays; own style is off
-    std = float(problem.noise_std)
-    return Limits(
-        VectorProblem(
-            pretrain @ pretrain.T, problem.finetune_covariance, problem.shift, problem.content, std, std, error
-        ),
-        data.procedure,
-    )
-
-
-def _style_drift(limits: Limits) -> float:
-    """Style drift relative to that of supervised fine-tuning."""
-    ours, supervised = (population(limits.problem, one).style_drift for one in (limits.procedure, SUPERVISED))
-    return float(ours / supervised)
-
-
-def _forgetting(limits: Limits) -> float:
-    """R_pre relative to that of supervised fine-tuning."""
-    ours, supervised = (population(limits.problem, one).forgetting for one in (limits.procedure, SUPERVISED))
-    return float(ours / supervised)
-
-
-def _hardly(_: Any) -> float:
-    return 1e-12
-
-
-def _one(_: Any) -> float:
-    return 1.0
-
-
-# Own answers alone ---------------------------------------------------------------------------------------------------
-
-
-def _rejection(data: Population) -> np.ndarray:
-    """Σ-weighted normal equations of the accepted own answers at the predicted weights: 0."""
-    return np.zeros_like(np.asarray(data.problem.shift))
-
-
-def _rejection_gradient(data: Population) -> np.ndarray:
-    """x·(own − xᵀθ)ᵀ over the accepted own answers, at the predicted θ = ρΔP."""
-    content, _ = data.problem.gaps
-    noise = float(data.problem.noise_std)
-    rho = rejection_coefficient(data.procedure, data.problem.content_rank, 1.0, noise)
-    values, source = _targets(data)
-    residual = values - data.x @ np.asarray(rho * content)
-    return np.where(source == Source.OWN, 1.0, 0.0)[:, None, None] * data.x[:, :, None] * residual[:, None, :]
-
-
-# T2, on a design -----------------------------------------------------------------------------------------------------
-
-
-class OnDesign(NamedTuple):
-    """A design, a problem with nothing special about it, and draws of everything else in front."""
-
-    X: np.ndarray
-    problem: VectorProblem
-    procedure: Procedure
-    penalty: float
-    draws: Population
-
-
-def _on_design(
-    normal: Normal, decay: float, pretrain_size: float, penalty: float, noise_correlation: float, **judged: Any
-) -> OnDesign:
-    n, p, count = 5, 8, REPLICATES // 2
-    rank, sampling_std, noise_variance = judged["rank"], judged["sampling_std"], judged["noise_variance"]
-    finetune, pretrain = (np.diag((1.0 + np.arange(p)) ** -decay) for _ in range(2))
-    turn = np.linalg.qr(normal(p, p))[0]
-    pretrain = turn @ pretrain @ turn.T
-    basis = np.linalg.qr(normal(OUTPUTS, OUTPUTS))[0]
-    P = basis[:, :rank] @ basis[:, :rank].T
-    X = normal(n, p) * np.sqrt(np.diag(finetune))
-    shift, error = normal(p, OUTPUTS), pretrain_size * normal(p, OUTPUTS)
-    std, style_std = noise_variance**0.5, 0.7 * noise_variance**0.5
-    problem = VectorProblem(pretrain, finetune, shift / p**0.5, P, std, style_std, error / p**0.5)
-    common, fresh = normal(count, 1, OUTPUTS), normal(count, n, OUTPUTS)
-    noise = noise_correlation**0.5 * common + (1 - noise_correlation) ** 0.5 * fresh
-    gold = X @ np.asarray(problem.shift) + std * noise @ P + style_std * (noise - noise @ P)
-    own = X @ np.asarray(problem.pretrain_error) + sampling_std * normal(count, n, OUTPUTS)
-    procedure = Procedure(
-        judged["tolerance"] * (1 + noise_variance) ** 0.5,
-        judged["success"],
-        judged["false_accept"],
-        judged["false_reject"],
-        sampling_std,
-    )
-    chances = (scipy.stats.norm.cdf(normal(count * n)) for _ in range(3))
-    rates = (judged["false_accept"], judged["false_reject"], judged["success"])
-    fools, misses, succeeds = (chance < rate for chance, rate in zip(chances, rates, strict=True))
-    flat = (count * n, OUTPUTS)
-    draws = Population(
-        X, gold.reshape(flat), own.reshape(flat), fools, misses, succeeds, problem, procedure, float(std)
-    )
-    return OnDesign(X, problem, procedure, penalty, draws)
-
-
-def _expected_outcome(data: OnDesign) -> np.ndarray:
-    """Shares of own and gold, then the five risks."""
-    outcome = conditional(data.X, data.problem, data.procedure, Ridge(data.penalty))
-    return np.array([outcome.shares.own, outcome.shares.gold, *outcome[1:]])
-
-
-def _outcome(data: OnDesign) -> np.ndarray:
-    values, source = _targets(data.draws)
-    X, problem = data.X, data.problem
-    n, p = X.shape
-    values, source = values.reshape(-1, n, OUTPUTS), source.reshape(-1, n)
-    R = np.linalg.solve(X.T @ X / n + data.penalty * np.eye(p), X.T / n)
-    P, start, goal = (np.asarray(part) for part in (problem.content, problem.pretrain_error, problem.shift))
-    finetune, pretrain = (
-        matrix_of(covariance) for covariance in (problem.finetune_covariance, problem.pretrain_covariance)
-    )
-    moved = R @ (values - X @ start)
-
-    def squared(error: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-        return np.sum(error * (covariance @ error), axis=(1, 2))
-
-    missed = moved + start - goal
-    columns = [(source == Source.OWN).mean(1), (source == Source.GOLD).mean(1)]
-    columns += [squared(missed @ P, finetune), squared(missed - missed @ P, finetune)]
-    columns += [squared(moved @ P, finetune), squared(moved - moved @ P, finetune), squared(moved + start, pretrain)]
-    return np.stack(columns, axis=1)
-
-
-# Where selecting hurts -----------------------------------------------------------------------------------------------
-
-
-class Contest(NamedTuple):
-    """One scalar response on a design with n < p, fitted by min-norm."""
-
-    selective: np.ndarray
-    """[R_ft, R_pre] of S3FT without paraphrases for each tolerance, (2, tolerances)."""
-    supervised: np.ndarray
-    """[R_ft, R_pre] of SFT."""
-    averaged: float
-    """R_ft of SFT averaged with the pretrained weights at the best τ."""
-
-
-TOLERANCES = np.linspace(0, 5, 41)
-"""In units of √v."""
-
-
-def _contest(normal: Normal, decay: float, alignment: float, noise_variance: float) -> Contest:
-    n, p = 20, 60
-    spectrum = (1.0 + np.arange(p)) ** -decay
-    delta = normal(p) * spectrum ** (alignment / 2)
-    delta = delta / np.sqrt(np.sum(spectrum * delta**2))
-    X, std = normal(n, p) * spectrum**0.5, noise_variance**0.5
-    problem = VectorProblem(spectrum, spectrum, delta[:, None], [1.0], std)
-    procedure = Procedure(TOLERANCES * (1 + noise_variance) ** 0.5, paraphrase_success=0.0)
-    outcome = conditional(X, problem, procedure, MinNorm())
-    forms = risk_forms(X, TwoTaskProblem(spectrum, spectrum, FixedShift(delta), std))
-    best = forms.finetune(MinNorm(), forms.finetune.optimal_tau(MinNorm())).total
-    return Contest(
-        np.stack([outcome.content_risk, outcome.forgetting]),
-        np.array([form(MinNorm()).total for form in forms]),
-        float(best),
-    )
-
-
-def _selecting_against_averaging(contest: Contest) -> float:
-    """How much worse on the task S3FT at its best tolerance is than SFT at its best τ, relative."""
-    return float(contest.selective[0].min() / contest.averaged - 1)
-
-
-def _more_forgotten(contest: Contest) -> float:
-    """The largest R_pre of S3FT over the tolerances, relative to that of SFT, less 1."""
-    return float(contest.selective[1].max() / contest.supervised[1] - 1)
-
-
-def _noticeably(_: Any) -> float:
-    """At the strictest tolerance S3FT is SFT: more than rounding is needed."""
-    return 0.01
-
-
-SCALAR = {"threshold": Parameter(low=0.0, high=4.0), "residual_std": Parameter(low=0.1, high=10.0, scale="log")}
 LIMIT = JUDGED | {
     "decay": DECAY.within(0.0, 1.5),
     "style_signal": Parameter(low=0.3, high=3.0, scale="log"),
     "anisotropy": Parameter(low=0.0, high=0.0, highest=1.5),
 }
-DRAWN = LIMIT | {
+SAMPLED = LIMIT | {
     "heavy_tails": Parameter(low=0.0, high=0.0, highest=0.8),
     "entangled": Parameter(low=0.0, high=0.0, highest=2.0),
 }
-CONTEST = {"decay": DECAY.within(0.0, 2.0), "alignment": ALIGNMENT.within(-1.0, 1.0)}
+ONE_OUTPUT = {"decay": DECAY.within(0.0, 2.0), "alignment": ALIGNMENT.within(-1.0, 1.0)}
 
 
 @claim(
@@ -383,12 +45,17 @@ CONTEST = {"decay": DECAY.within(0.0, 2.0), "alignment": ALIGNMENT.within(-1.0, 
     R"\rho(c) = 2[z\varphi(z) + 1 - \Phi(z)] = \mathbb{E}\,r^2 1\{|r|>c\}/v,\ z = c/\sqrt v",
     source="ours",
     kind="identity",
-    parameters=SCALAR,
+    parameters={
+        "threshold": Parameter(low=0.0, high=4.0),
+        "residual_std": Parameter(low=0.1, high=10.0, scale="log"),
+    },
     tolerance=1e-9,
 )
 def t1(normal: Normal, threshold: float, residual_std: float) -> tuple[Any, Any]:
-    instance = threshold * residual_std, residual_std
-    return _coefficient(instance), _by_quadrature(instance)
+    """`threshold` in units of √v."""
+    c, density = threshold * residual_std, scipy.stats.norm(scale=residual_std).pdf
+    inside, _ = scipy.integrate.quad(lambda r: r**2 * density(r), 0, c, epsabs=1e-14, epsrel=1e-13)
+    return float(s3ft.fixed_point_coefficient(c, residual_std)), 1 - 2 * inside / residual_std**2
 
 
 @claim(
@@ -399,15 +66,90 @@ def t1(normal: Normal, threshold: float, residual_std: float) -> tuple[Any, Any]
     kind="statistical",
     parameters={
         "decay": DECAY.within(0.0, 2.0),
-        "noise_variance": Parameter(low=0.05, high=5.0, scale="log"),
+        "noise_std": NOISE_STD.within(0.05**0.5, 5.0**0.5),
         "threshold": Parameter(low=0.3, high=2.0),
         "heavy_tails": Parameter(low=0.0, high=0.0, highest=0.8),
         "skewness": Parameter(low=0.0, high=0.0, highest=1.0),
     },
 )
-def t1_sampled(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _scalar(normal, **values)
-    return _fixed_point(instance), _normal_equations(instance)
+def t1_sampled(
+    normal: Normal, decay: float, noise_std: float, threshold: float, heavy_tails: float, skewness: float
+) -> tuple[Any, Any]:
+    """Least squares ends at the mean of Σ⁻¹x·target; θ₁ = 0.
+
+    `threshold` in units of √v. Heavy tails: x has a random length; skewness: the noise is a shifted square.
+    """
+    spectrum = (1.0 + np.arange(4)) ** -decay
+    delta = normal(4)
+    delta = delta / np.sqrt(np.sum(spectrum * delta**2))
+    length = np.exp(heavy_tails * normal(SCALAR_REPLICATES) - heavy_tails**2)
+    x = length[:, None] * normal(SCALAR_REPLICATES, 4) * np.sqrt(spectrum)
+    z = normal(SCALAR_REPLICATES)
+    noise = (1 - skewness) * z + skewness * (z**2 - 1)
+    y = x @ delta + noise_std * noise / np.sqrt((1 - skewness) ** 2 + 2 * skewness**2)
+    std = (1 + noise_std**2) ** 0.5
+    targets = np.asarray(s3ft_targets(np.zeros_like(y), y, np.abs(y) <= threshold * std).values)
+    return float(s3ft.fixed_point_coefficient(threshold * std, std)) * delta, x / spectrum * targets[:, None]
+
+
+def _judged(
+    problem: VectorProblem, procedure: Procedure, gold: np.ndarray, own: np.ndarray, chances: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Targets (N, m) and sources (N,) for uniform `chances` (3, N), the judge's verdict put down as a mask; θ₁ = 0."""
+    rates = (procedure.false_accept, procedure.false_reject, procedure.paraphrase_success)
+    fools, misses, succeeds = (chance < rate for chance, rate in zip(chances, rates, strict=True))
+    P = np.asarray(problem.content)
+    right = np.linalg.norm((gold - own) @ P, axis=1) <= float(procedure.tolerance)  # type: ignore[arg-type]
+    accepted = np.where(right, ~misses, fools)
+    paraphrase = np.where((succeeds & ~misses)[:, None], gold @ P + own - own @ P, np.nan)
+    values, source = s3ft_targets(own, gold, accepted, paraphrase)
+    return np.asarray(values), np.asarray(source)
+
+
+def _procedure(
+    tolerance: float, success: float, false_accept: float, false_reject: float, sampling_std: float, noise_std: float
+) -> Procedure:
+    """`tolerance` in units of √v, v = 1 + σ²."""
+    return Procedure(tolerance * (1 + noise_std**2) ** 0.5, success, false_accept, false_reject, sampling_std)
+
+
+def _sampled(
+    normal: Normal,
+    rank: int,
+    noise_std: float,
+    decay: float = 0.0,
+    style_signal: float = 1.0,
+    anisotropy: float = 0.0,
+    entangled: float = 0.0,
+    heavy_tails: float = 0.0,
+    **judged: float,
+) -> tuple[VectorProblem, Procedure, np.ndarray, np.ndarray, np.ndarray]:
+    """A problem, a procedure, and x (N, p), targets (N, m) and sources (N,) from the population.
+
+    Content is in a random subspace; PΔᵀΣΔP = P and no correlation with style, unless `anisotropy`, `entangled`.
+    """
+    spectrum = (1.0 + np.arange(FEATURES)) ** -decay
+    basis = np.linalg.qr(normal(OUTPUTS, OUTPUTS))[0]
+    P = basis[:, :rank] @ basis[:, :rank].T
+    directions = np.linalg.qr(normal(FEATURES, OUTPUTS))[0]
+    signal = np.full(OUTPUTS, style_signal)
+    signal[:rank] = np.exp(anisotropy * np.linspace(-1, 1, rank)) if rank > 1 else 1.0
+    coupling = np.eye(OUTPUTS)
+    coupling[0, rank] = entangled
+    shift = spectrum[:, None] ** -0.5 * (directions * signal) @ coupling @ basis.T
+    problem = VectorProblem(spectrum, spectrum, shift, P, noise_std)
+    length = np.exp(heavy_tails * normal(REPLICATES) - heavy_tails**2)
+    x = length[:, None] * normal(REPLICATES, FEATURES) * spectrum**0.5
+    gold = x @ shift + noise_std * normal(REPLICATES, OUTPUTS)
+    chances = scipy.stats.norm.cdf(normal(3, REPLICATES))
+    procedure = _procedure(noise_std=noise_std, **judged)
+    own = judged["sampling_std"] * normal(REPLICATES, OUTPUTS)
+    return problem, procedure, x, *_judged(problem, procedure, gold, own, chances)
+
+
+def _residual_std(problem: VectorProblem) -> float:
+    """√v of each content output, whose signal is 1."""
+    return float(1 + problem.noise_std**2) ** 0.5
 
 
 @claim(
@@ -416,11 +158,12 @@ def t1_sampled(normal: Normal, **values: Any) -> tuple[Any, Any]:
     R"\mathrm{own} = (1-f)F_k + a(1-F_k),\ \mathrm{paraphrase} = (1-a)q(1-f)(1-F_k)",
     source="ours",
     kind="statistical",
-    parameters=DRAWN,
+    parameters=SAMPLED,
 )
 def t2_shares(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _population(normal, **values)
-    return _expected_shares(instance), _counted(instance)
+    problem, procedure, _, _, source = _sampled(normal, **values)
+    expected = s3ft.shares(procedure, problem.content_rank, _residual_std(problem))
+    return np.array(expected), source[:, None] == np.array(list(Source))
 
 
 @claim(
@@ -429,11 +172,27 @@ def t2_shares(normal: Normal, **values: Any) -> tuple[Any, Any]:
     R"\hat\theta = \theta_1 + \rho_\mathrm{content}\,\Delta P + \rho_\mathrm{style}\,\Delta(I-P)",
     source="ours",
     kind="statistical",
-    parameters=DRAWN,
+    parameters=SAMPLED,
 )
 def t2_drift(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _population(normal, **values)
-    return _expected_drift(instance), _drift(instance)
+    """Least squares ends at the mean of Σ⁻¹x·targetᵀ."""
+    problem, procedure, x, targets, _ = _sampled(normal, **values)
+    learned = s3ft.coefficients(procedure, problem.content_rank, _residual_std(problem))
+    content, style = problem.gaps
+    solved = x / np.asarray(problem.finetune_covariance.diagonal())
+    return np.asarray(learned.content * content + learned.style * style), solved[:, :, None] * targets[:, None, :]
+
+
+def _relative(quantity: str, normal: Normal, pretrain_size: float = 0.0, **values: Any) -> float:
+    """A quantity of S3FT with unlimited data relative to that of supervised fine-tuning; Σ₁ dense."""
+    limit, procedure, *_ = _sampled(normal, **values)
+    pretrain = normal(FEATURES, FEATURES) / FEATURES**0.5
+    error = pretrain_size * normal(FEATURES, OUTPUTS)
+    error = error - error @ np.asarray(limit.content)  # what is known of content stays; own style is off
+    covariances = pretrain @ pretrain.T, limit.finetune_covariance
+    problem = VectorProblem(*covariances, limit.shift, limit.content, limit.noise_std, pretrain_error=error)
+    ours, supervised = (getattr(s3ft.population(problem, one), quantity) for one in (procedure, s3ft.SUPERVISED))
+    return float(ours / supervised)
 
 
 @claim(
@@ -450,8 +209,7 @@ def t2_drift(normal: Normal, **values: Any) -> tuple[Any, Any]:
     },
 )
 def t2_style(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _limits(normal, **values)
-    return _style_drift(instance), _hardly(instance)
+    return _relative("style_drift", normal, **values), 1e-12
 
 
 @claim(
@@ -469,8 +227,7 @@ def t2_style(normal: Normal, **values: Any) -> tuple[Any, Any]:
     },
 )
 def t2_less(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _limits(normal, **values)
-    return _forgetting(instance), _one(instance)
+    return _relative("forgetting", normal, **values), 1.0
 
 
 @claim(
@@ -479,11 +236,15 @@ def t2_less(normal: Normal, **values: Any) -> tuple[Any, Any]:
     R"\hat\theta = \theta_1 + \frac{s^2B}{A - Bq}\,\Delta P",
     source="ours",
     kind="statistical",
-    parameters=DRAWN,
+    parameters=SAMPLED,
 )
 def t2_rejection(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _population(normal, **values)
-    return _rejection(instance), _rejection_gradient(instance)
+    """The normal equations at the predicted weights: x·(own − xᵀθ)ᵀ over the accepted own answers has mean 0."""
+    problem, procedure, x, targets, source = _sampled(normal, **values)
+    rho = s3ft.rejection_coefficient(procedure, problem.content_rank, 1.0, float(problem.noise_std))
+    residual = targets - x @ np.asarray(rho * problem.gaps[0])
+    own = (source == Source.OWN).astype(float)
+    return np.zeros(problem.shift.shape), own[:, None, None] * x[:, :, None] * residual[:, None, :]
 
 
 @claim(
@@ -500,9 +261,60 @@ def t2_rejection(normal: Normal, **values: Any) -> tuple[Any, Any]:
         "noise_correlation": Parameter(low=0.0, high=0.0, highest=0.9),
     },
 )
-def t2_design(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _on_design(normal, **values)
-    return _expected_outcome(instance), _outcome(instance)
+def t2_design(
+    normal: Normal,
+    rank: int,
+    noise_std: float,
+    decay: float,
+    pretrain_size: float,
+    penalty: float,
+    noise_correlation: float,
+    **judged: float,
+) -> tuple[Any, Any]:
+    """Ridge on one design, a problem with nothing special about it, and draws of all else: shares of own and gold
+    answers, then the five risks."""
+    n, p, count = 5, 8, REPLICATES // 2
+    spectrum, turn = (1.0 + np.arange(p)) ** -decay, np.linalg.qr(normal(p, p))[0]
+    basis = np.linalg.qr(normal(OUTPUTS, OUTPUTS))[0]
+    P = basis[:, :rank] @ basis[:, :rank].T
+    X = normal(n, p) * np.sqrt(spectrum)
+    goal, start = normal(p, OUTPUTS) / p**0.5, pretrain_size * normal(p, OUTPUTS) / p**0.5
+    pretrain, style_std = turn * spectrum @ turn.T, 0.7 * noise_std
+    problem = VectorProblem(pretrain, np.diag(spectrum), goal, P, noise_std, style_std, start)
+    procedure = _procedure(noise_std=noise_std, **judged)
+    expected = s3ft.conditional(X, problem, procedure, Ridge(penalty))
+
+    common, fresh = normal(count, 1, OUTPUTS), normal(count, n, OUTPUTS)
+    noise = noise_correlation**0.5 * common + (1 - noise_correlation) ** 0.5 * fresh
+    gold = X @ goal + noise_std * noise @ P + style_std * (noise - noise @ P)
+    own = X @ start + judged["sampling_std"] * normal(count, n, OUTPUTS)
+    flat, chances = (count * n, OUTPUTS), scipy.stats.norm.cdf(normal(3, count * n))
+    targets, source = _judged(problem, procedure, gold.reshape(flat), own.reshape(flat), chances)
+    source = source.reshape(count, n)
+    moved = np.linalg.solve(X.T @ X / n + penalty * np.eye(p), X.T / n) @ (targets.reshape(own.shape) - X @ start)
+    missed = moved + start - goal
+
+    def squared(error: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+        return np.sum(error * (covariance @ error), axis=(1, 2))
+
+    measured = [(source == kind).mean(axis=1) for kind in (Source.OWN, Source.GOLD)]
+    for error in (missed, moved):
+        measured += [squared(part, np.diag(spectrum)) for part in (error @ P, error - error @ P)]
+    measured.append(squared(moved + start, pretrain))
+    return np.array([expected.own, expected.gold, *expected[3:]]), np.stack(measured, axis=1)
+
+
+def _one_output(normal: Normal, decay: float, alignment: float, noise_std: float) -> tuple[Expectation, Pair[RiskForm]]:
+    """Min-norm on a design with n < p and one output: S3FT without paraphrases at each tolerance, and SFT."""
+    n, p = 20, 60
+    spectrum = (1.0 + np.arange(p)) ** -decay
+    delta = normal(p) * spectrum ** (alignment / 2)
+    delta = delta / np.sqrt(np.sum(spectrum * delta**2))
+    X = normal(n, p) * spectrum**0.5
+    problem = VectorProblem(spectrum, spectrum, delta[:, None], [1.0], noise_std)
+    procedure = Procedure(TOLERANCES * (1 + noise_std**2) ** 0.5, paraphrase_success=0.0)
+    supervised = risk_forms(X, TwoTaskProblem(spectrum, spectrum, FixedShift(delta), noise_std))
+    return s3ft.conditional(X, problem, procedure, MinNorm()), supervised
 
 
 @claim(
@@ -511,12 +323,14 @@ def t2_design(normal: Normal, **values: Any) -> tuple[Any, Any]:
     R"\sigma^2 \geq \tfrac{1}{10}\delta^\top\Sigma\delta \implies \min_\tau R \leq \min_c R",
     source="ours",
     kind="inequality",
-    parameters=CONTEST | {"noise_variance": Parameter(low=0.1, high=10.0, scale="log", lowest=1e-4)},
+    parameters=ONE_OUTPUT | {"noise_std": NOISE_STD.within(0.1**0.5, 10.0**0.5, lowest=1e-2)},
     tolerance=1e-9,
 )
 def t2_averaging(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _contest(normal, **values)
-    return zero(instance), _selecting_against_averaging(instance)
+    """How much worse on the task S3FT at its best tolerance is, relative."""
+    selective, supervised = _one_output(normal, **values)
+    averaged = supervised.finetune.along(MinNorm()).optimal_risk
+    return 0.0, float(selective.content_risk.min() / averaged - 1)
 
 
 @claim(
@@ -525,8 +339,9 @@ def t2_averaging(normal: Normal, **values: Any) -> tuple[Any, Any]:
     R"n < p:\ \max_c R_\mathrm{pre}(c) > 1.01\,R_\mathrm{pre}(\mathrm{SFT})",
     source="ours",
     kind="existence",
-    parameters=CONTEST | {"noise_variance": Parameter(low=1e-3, high=0.1, scale="log", highest=10.0)},
+    parameters=ONE_OUTPUT | {"noise_std": NOISE_STD.within(1e-3**0.5, 0.1**0.5, highest=10.0**0.5)},
 )
 def t2_more(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _contest(normal, **values)
-    return _noticeably(instance), _more_forgotten(instance)
+    """The largest R_pre over the tolerances, relative to that of SFT; at the strictest, S3FT is SFT."""
+    selective, supervised = _one_output(normal, **values)
+    return 0.01, float(selective.forgetting.max() / supervised.pretrain(MinNorm()).total - 1)

@@ -284,7 +284,8 @@ def measure_s3ft(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Arra
     import jax
     import jax.numpy as jnp
 
-    from sims.s3ft import Procedure, content_and_style_problem
+    from sims.s3ft import content_and_style_problem
+    from theory.s3ft import Procedure
 
     problem_key, design_key, sample_key = jax.random.split(key, 3)
     names = ("decay", "alignment", "content_signal", "style_signal")
@@ -293,7 +294,7 @@ def measure_s3ft(key: "Array", parameters: Mapping[str, Any]) -> "dict[str, Arra
         parameters["p"],
         parameters["content_rank"],
         parameters["style_dimension"],
-        noise_variance=parameters["noise_std"] ** 2,
+        noise_std=parameters["noise_std"],
         **{name: parameters[name] for name in names},
     )
     axes = [parameters[name] for name in _PROCEDURE]
