@@ -21,7 +21,7 @@ from bokeh.models import (
 from bokeh.palettes import cividis
 from bokeh.plotting import figure
 
-from figures.explorer.page import Line, Mark, Page, Plot, Surface, Tables
+from figures.explorer.page import Line, Map, Mark, Page, Plot, Table
 
 FRAME_HEIGHT, LEGEND_ROW = 285, 24
 """Pixels: a plot without legend, and what each row of it adds, so that all frames are equally high."""
@@ -102,7 +102,7 @@ class Sources:
         """The boxes of the plots, that of the first plot first."""
         self._put.args = {**self._put.args, "boxes": boxes}
 
-    def show(self, tables: Tables, readings: str) -> None:
+    def show(self, tables: dict[str, Table], readings: str) -> None:
         """Replace every curve, mark and surface, and the readings, in one message."""
         shown = {name: tables[name] for name in self.tables if name in tables}
         sizes = {name: {column: values.size for column, values in table.items()} for name, table in shown.items()}
@@ -117,7 +117,7 @@ class Sources:
             **{name: [image] for name, image in images.items()},
         }
 
-    def freeze(self, tables: Tables | None) -> None:
+    def freeze(self, tables: dict[str, Table] | None) -> None:
         """Keep these curves behind the moving ones; None takes them away."""
         for name, source in self.frozen.items():
             source.data = _empty(self._page, name) if tables is None else dict(tables[name])
@@ -139,7 +139,7 @@ class Sources:
         self.simulated.data = {name: [] for name in names}
 
 
-def _image(tables: Tables, surface: Surface) -> tuple[np.ndarray, dict[str, float]]:
+def _image(tables: dict[str, Table], surface: Map) -> tuple[np.ndarray, dict[str, float]]:
     """The map and where it lies, with the range of its colours: steep walls do not use them up."""
     table = tables[surface.table]
     x, y = np.unique(table[surface.x]), np.unique(table[surface.y])
