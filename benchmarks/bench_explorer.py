@@ -18,6 +18,7 @@ from playwright.sync_api import Browser
 
 from figures.explorer.page import Mark, Page, Plot, Slider
 from figures.explorer.session import pages
+from sims.parameters import Parameter
 from tests.explorer_browser import browsing, opened, serving
 
 SETTLED = 400
@@ -47,15 +48,13 @@ LISTEN = """([page, plots, tables]) => {
 }"""
 
 
-def empty(*, x: float) -> dict[str, dict[str, np.ndarray]]:
+def empty(at: dict) -> dict:
     """Numbers that cost nothing."""
-    return {"now": {"x": np.array([x]), "y": np.array([2 * x])}}
+    return {"now": {"x": np.array([at["x"]]), "y": np.array([2 * at["x"]])}}
 
 
-EMPTY = Page(
-    "empty", "Empty", "", "", (Slider("x", "x", "a number", 0, 1, 0.01, 0.5),), empty,
-    (Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),)),), (), (),
-)  # fmt: skip
+PLOT = Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),))
+EMPTY = Page("empty", "Empty", empty, (PLOT,), choices=(Slider("x", Parameter("a number", high=1.0), 0.01, name="x"),))
 
 
 def milliseconds_of(browser: Browser, url: str, page: Page, presses: int) -> list[tuple[float, float]]:

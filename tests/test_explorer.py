@@ -65,10 +65,9 @@ def test_everything_a_page_shows_is_in_its_tables(name, tables):
             assert x.shape == y.shape
             assert x.ndim == 1
         if plot.surface is not None:
-            columns = [
-                tables[name][plot.surface.table][column] for column in (plot.surface.x, plot.surface.y, plot.surface.z)
-            ]
-            assert np.unique(columns[0]).size * np.unique(columns[1]).size == columns[2].size
+            table, x, y, z, _ = plot.surface
+            columns = tables[name][table]
+            assert np.unique(columns[x]).size * np.unique(columns[y]).size == columns[z].size
     if page.overlay is not None:
         assert {point.plot for point in page.overlay.points} <= {plot.name for plot in page.plots}
     for reading in page.readings:
@@ -433,11 +432,9 @@ def test_other_addresses_print_a_warning_and_admit_only_named_origins(capsys):
 @pytest.mark.slow
 def test_a_port_in_use_is_an_error_of_one_line():
     server = serve("127.0.0.1", 0, tabs=[slow_page(0.0, [])])
-    command = [sys.executable, "-m", "figures.commands"]
+    call = f"import sys; from figures.commands import main; sys.argv[1:] = ['explore', '--port', '{server.port}']; main()"
     try:
-        answer = subprocess.run(
-            [*command, "explore", "--port", str(server.port)], capture_output=True, text=True, timeout=120
-        )
+        answer = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=120)
     finally:
         server.stop()
     assert answer.returncode == 2

@@ -16,6 +16,7 @@ pytest.importorskip("playwright")
 
 from figures.explorer.page import Choice, Mark, Page, Plot, Slider
 from figures.explorer.session import pages
+from sims.parameters import Parameter
 from tests.explorer_browser import WIDTHS, browsing, opened, serving, tables_in
 
 PAGES = {page.name: page for page in pages()}
@@ -31,16 +32,14 @@ pytestmark = [
 ]
 
 
-def slow(*, x: float) -> dict:
+def slow(at: dict) -> dict:
     """Numbers that take their time."""
     time.sleep(DELAY["seconds"])
-    return {"now": {"x": np.array([x]), "y": np.array([2 * x])}}
+    return {"now": {"x": np.array([at["x"]]), "y": np.array([2 * at["x"]])}}
 
 
-SLOW = Page(
-    "slow", "Slow", "", "", (Slider("x", "x", "a number", 0, 1, 0.01, 0.0),), slow,
-    (Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),)),), (), (),
-)  # fmt: skip
+PLOT = Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),))
+SLOW = Page("slow", "Slow", slow, (PLOT,), choices=(Slider("x", Parameter("a number", high=1.0), 0.01, name="x"),))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_every_control_moves_the_curves_to_what_the_api_gives(open_page, name):
     for control in explored.controls:
         if isinstance(control, Choice):
             other = next(option for option in control.options if option != parameters[control.name])
-            lists.nth(at_list).select_option(control.label_of(other))
+            lists.nth(at_list).select_option(control.position_of(other))
             parameters[control.name], at_list = other, at_list + 1
         else:
             position = control.position_of(parameters[control.name])
@@ -183,7 +182,8 @@ def test_copied_python_agrees_with_the_page(open_page, tmp_path):
     area = "Bokeh.documents[0].get_model_by_name('flow/script_text').value"
     page.wait_for_function(f"{area}.length > 100")
     text = page.evaluate(area)
-    save = 'np.savez("numbers.npz", **{f"{t}/{c}": v for t, columns in tables.items() for c, v in columns.items()})\n'
+    numbers = '{f"{table}/{name}": values for table, columns in tables.items() for name, values in columns.items()}'
+    save = f'import numpy as np\n\nnp.savez("numbers.npz", **{numbers})\n'
     (tmp_path / "copied.py").write_text(text + save, encoding="utf-8")
     subprocess.run([sys.executable, "copied.py"], cwd=tmp_path, check=True, timeout=240, stdout=subprocess.DEVNULL)
     found = tables_in(page, "flow", plotted(PAGES["flow"]))
