@@ -16,14 +16,19 @@ import pytest
 pytest.importorskip("bokeh")
 
 import jax
+from bokeh.application import Application
+from bokeh.application.handlers.function import FunctionHandler
 from bokeh.document import Document
 from bokeh.models import Slider as BokehSlider
+from bokeh.server.contexts import ApplicationContext
+from tornado.ioloop import IOLoop
 
 from figures.explorer import app
-from figures.explorer.page import Mark, Page, Plot, Slider, average
+from figures.explorer.page import Slider, average
 from figures.explorer.script import script
 from figures.explorer.server import is_loopback, serve
 from figures.explorer.session import pages
+from figures.explorer.store import store_page
 from figures.explorer.upload import LIMIT, curves, features_page, read_upload
 from figures.explorer.view import PageView, as_csv
 from linfit import (
@@ -38,7 +43,7 @@ from linfit import (
     select,
     spectra,
 )
-from sims.parameters import Parameter
+from tests.explorer_browser import doubling_page
 from theory.equivalents import risk
 from theory.flow import best_averaging, errors, flow_iterates, vanilla_iterates
 from theory.frontier import distance
@@ -174,29 +179,23 @@ def test_the_overlay_agrees_with_the_curves(name, tables):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "simulated"),
-    [("overadaptation", True), ("overtraining", True), ("flow", True), ("s3ft", True), ("compare", False)],
-)
-def test_the_script_reproduces_every_number_exactly(name, simulated, tmp_path):
+@pytest.mark.parametrize("name", PAGES)
+def test_the_script_reproduces_every_number_exactly(name, tmp_path):
     """One of them is run as a program of its own in test_explorer_browser."""
     page = PAGES[name]
     control = next(control for control in page.controls if isinstance(control, Slider))
     moved = control.value_at(control.position_of(control.value) - control.step)
-    parameters = page.defaults() | {control.name: moved}
+    parameters, simulated = page.defaults() | {control.name: moved}, name != "compare"
     text = script(page, parameters, simulated=simulated)
     assert f"from {page.curves.__module__} import curves" in text
-    file = tmp_path / "copied.py"
-    file.write_text(text, encoding="utf-8")
-    found = runpy.run_path(str(file))["tables"]
+    (tmp_path / "copied.py").write_text(text, encoding="utf-8")
+    found = runpy.run_path(str(tmp_path / "copied.py"))["tables"]
     tables = page.compute(parameters)
     if simulated:
         samples = [page.replicate(index, parameters) for index in range(page.overlay.replicates)]
         tables["simulated"] = average(samples, page.overlay.axes)
-    assert found.keys() == tables.keys()
-    for table, columns in tables.items():
-        for column, values in columns.items():
-            np.testing.assert_array_equal(found[table][column], values)
+    for table, columns in (tables | found).items():
+        np.testing.assert_equal(found[table], {name: np.asarray(tables[table][name]) for name in columns})
 
 
 @pytest.mark.slow
@@ -284,13 +283,8 @@ def test_logarithmic_axes_are_drawn_on_the_same_data():
 
 def settle(page, *, moves, pause, seconds):
     """A session on a loop of its own: move its first slider `moves` times; seconds until the last value showed."""
-    from bokeh.application import Application
-    from bokeh.application.handlers.function import FunctionHandler
-    from bokeh.server.contexts import ApplicationContext
 
     async def main():
-        from tornado.ioloop import IOLoop
-
         context = ApplicationContext(Application(FunctionHandler(app(tabs=[page]))), io_loop=IOLoop.current())
         session = await context.create_session_if_needed("a" * 44, request=None)
         document = session.document
@@ -309,23 +303,15 @@ def settle(page, *, moves, pause, seconds):
     return asyncio.run(main())
 
 
-def slow_page(delay, computed):
-    """A page that takes `delay` for each point."""
-
-    def slow(at):
-        time.sleep(delay)
-        computed.append(at["x"])
-        return {"now": {"x": np.array([at["x"]]), "y": np.array([2 * at["x"]])}}
-
-    plot = Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),))
-    return Page("slow", "slow", slow, (plot,), choices=(Slider("x", Parameter("a number", high=1.0), 0.01, name="x"),))
-
-
 @pytest.mark.slow
 def test_a_slow_kernel_never_gets_a_backlog():
-    computed = []
-    delay = 0.1
-    lag = settle(slow_page(delay, computed), moves=60, pause=0.01, seconds=8)
+    computed, delay = [], 0.1
+
+    def work(x):
+        time.sleep(delay)
+        computed.append(x)
+
+    lag = settle(doubling_page(work=work), moves=60, pause=0.01, seconds=8)
     assert computed[-1] == 0.6
     assert computed == sorted(computed)
     assert len(computed) < 20  # of 60 moves
@@ -333,7 +319,7 @@ def test_a_slow_kernel_never_gets_a_backlog():
 
 
 def test_an_error_is_shown_and_the_page_lives_on():
-    view = PageView(Document(), slow_page(0.0, []), lambda: None)
+    view = PageView(Document(), doubling_page(), lambda: None)
     view._fail({}, ValueError("no <b>1</b>"))
     assert view._status.visible
     assert "&lt;b&gt;" in view._status.text
@@ -368,14 +354,14 @@ def test_an_upload_is_explored_as_select_does(features):
 
 
 @pytest.mark.slow
-def test_the_script_of_an_upload_runs(features, tmp_path):
+def test_the_script_of_an_upload_runs(features, tmp_path, monkeypatch):
     page = features_page("/elsewhere/mine.npz", select(**features))
     np.savez(tmp_path / "mine.npz", **features)
     parameters = page.defaults() | {"tau": 0.5}
-    text = script(page, parameters) + "np.save('numbers.npy', tables['surface']['error'])\n"
-    (tmp_path / "copied.py").write_text(text, encoding="utf-8")
-    subprocess.run([sys.executable, "copied.py"], cwd=tmp_path, check=True, timeout=120, stdout=subprocess.DEVNULL)
-    np.testing.assert_array_equal(np.load(tmp_path / "numbers.npy"), page.compute(parameters)["surface"]["error"])
+    (tmp_path / "copied.py").write_text(script(page, parameters), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = runpy.run_path("copied.py")["tables"]
+    np.testing.assert_array_equal(found["surface"]["error"], page.compute(parameters)["surface"]["error"])
 
 
 def bomb():
@@ -416,7 +402,7 @@ def test_loopback_is_told_from_the_rest():
 
 
 def test_other_addresses_print_a_warning_and_admit_only_named_origins(capsys):
-    page = slow_page(0.0, [])
+    page = doubling_page()
     server = serve("127.0.0.1", 0, tabs=[page])
     assert "warning" not in capsys.readouterr().err
     here = {f"127.0.0.1:{server.port}", f"localhost:{server.port}"}
@@ -431,10 +417,10 @@ def test_other_addresses_print_a_warning_and_admit_only_named_origins(capsys):
 
 @pytest.mark.slow
 def test_a_port_in_use_is_an_error_of_one_line():
-    server = serve("127.0.0.1", 0, tabs=[slow_page(0.0, [])])
-    call = f"import sys; from figures.commands import main; sys.argv[1:] = ['explore', '--port', '{server.port}']; main()"
+    server = serve("127.0.0.1", 0, tabs=[doubling_page()])
+    command = [sys.executable, "-c", "from figures.commands import main; main()", "explore", "--port", str(server.port)]
     try:
-        answer = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=120)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
     finally:
         server.stop()
     assert answer.returncode == 2
@@ -443,8 +429,6 @@ def test_a_port_in_use_is_an_error_of_one_line():
 
 @pytest.mark.slow
 def test_a_sweep_store_is_explored(tmp_path):
-    from figures.explorer.store import store_page
-
     with pytest.raises(ValueError, match="not a store"):
         store_page(tmp_path)
     pytest.importorskip("zarr")
