@@ -9,7 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import Choice, Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, least
+from figures.explorer.page import (
+    Choice,
+    Line,
+    Mark,
+    Overlay,
+    Page,
+    Plot,
+    Points,
+    Reading,
+    Slider,
+    Table,
+    in_order,
+    least,
+)
 from figures.style import COLOURS
 from linfit import GradientFlow, Pair, Parabola, Ridge, TwoTaskProblem, aligned_problem, spectra
 from sims.compare import RECIPES, compare
@@ -106,31 +119,36 @@ def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array
         "min-norm + ensemble": least(averaging, "cost"),
         "ridge + ensemble": best,
     }
-    return {
-        "averaging": averaging,
-        "ridge": {name: values[1:] for name, values in alone.items()},
-        "ridge_averaging": {"tau": TAUS, **plane(of_penalty(jnp.argmax(alone["penalty"] == best["penalty"])), TAUS)},
-        "time": early,
-        "frontier": {"weight": WEIGHTS, **pareto(problem, WEIGHTS)._asdict()},
-        "segment": {"tau": TAUS, **population_risks(problem, TAUS)._asdict()},
-        "predicted": {
-            "cost": jnp.concatenate([table["cost"] for table in predicted.values()]),
-            "row": np.concatenate([ROWS[name] for name in predicted]),
-        },
-        "least": {
-            "cost": jnp.repeat(lower_bound["cost"], 2),
-            "row": np.array([0.5, len(METHODS) + 0.5]),
-        },
-        "pretrained": pretrained,
-        "min_norm": min_norm,
-        "best": best,
-        "best_ridge": predicted["ridge"],
-        "best_average": predicted["min-norm + ensemble"],
-        "best_early": predicted["early stopping"],
-        "lower_bound": lower_bound,
-        "flow": {"tau": flow_tau[None], **_plane(population_risks(problem, flow_tau), weight)},
-        "s3ft": {"tau": s3ft_tau[None], **_plane(population_risks(problem, s3ft_tau), weight)},
-    }
+    return in_order(
+        {
+            "averaging": averaging,
+            "ridge": {name: values[1:] for name, values in alone.items()},
+            "ridge_averaging": {
+                "tau": TAUS,
+                **plane(of_penalty(jnp.argmax(alone["penalty"] == best["penalty"])), TAUS),
+            },
+            "time": early,
+            "frontier": {"weight": WEIGHTS, **pareto(problem, WEIGHTS)._asdict()},
+            "segment": {"tau": TAUS, **population_risks(problem, TAUS)._asdict()},
+            "predicted": {
+                "cost": jnp.concatenate([table["cost"] for table in predicted.values()]),
+                "row": np.concatenate([ROWS[name] for name in predicted]),
+            },
+            "least": {
+                "cost": jnp.repeat(lower_bound["cost"], 2),
+                "row": np.array([0.5, len(METHODS) + 0.5]),
+            },
+            "pretrained": pretrained,
+            "min_norm": min_norm,
+            "best": best,
+            "best_ridge": predicted["ridge"],
+            "best_average": predicted["min-norm + ensemble"],
+            "best_early": predicted["early stopping"],
+            "lower_bound": lower_bound,
+            "flow": {"tau": flow_tau[None], **_plane(population_risks(problem, flow_tau), weight)},
+            "s3ft": {"tau": s3ft_tau[None], **_plane(population_risks(problem, s3ft_tau), weight)},
+        }
+    )
 
 
 def curves(at: Parameters) -> dict[str, Table]:

@@ -214,7 +214,7 @@ def _legend(axes: figure, plot: Plot, drawn: list[GlyphRenderer], sources: Sourc
         items.append((item.label, [sample]))
     legend = Legend(items=items, ncols=2, orientation="horizontal", location="left", click_policy="hide")
     legend.update(label_text_font_size="12px", spacing=6, padding=2, margin=0, border_line_color=None)
-    legend.update(glyph_width=26, glyph_height=18, label_height=18, label_standoff=4)
+    legend.update(glyph_width=26, glyph_height=18, label_height=18, label_standoff=2)
     hidden = [glyph for _, glyph in explained]
     legend.js_on_event(LegendItemClick, CustomJS(args={"legend": legend, "drawn": hidden}, code=HIDE))
     return legend

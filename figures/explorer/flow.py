@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table
+from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, in_order
 from figures.style import COLOURS
 from linfit import (
     FixedShift,
@@ -84,7 +84,7 @@ def _tables(at: Parameters) -> dict[str, Table]:
     end = fixed_point_coefficient(at.noise_std, temperature)
     rate = stall(problem.finetune_covariance, [-1.0, 0.0], at.noise_std, temperature).rate
     now: Table = {name: jnp.take(values, at.steps) for name, values in along_path.items()}
-    return {
+    return in_order({
         "steps": along_path,
         "averaging": {"tau": TAUS, "x": 1 - TAUS, "y": 0 * TAUS, **averaged._asdict()},
         "frontier": frontier._asdict(),
@@ -109,7 +109,7 @@ def _tables(at: Parameters) -> dict[str, Table]:
             "zero": 0.0,
             "best_averaging": best_averaging,
         }).items()},
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def curves(at: Parameters) -> dict[str, Table]:

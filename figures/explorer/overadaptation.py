@@ -8,7 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import Choice, Line, Map, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, least
+from figures.explorer.page import (
+    Choice,
+    Line,
+    Map,
+    Mark,
+    Overlay,
+    Page,
+    Plot,
+    Points,
+    Reading,
+    Slider,
+    Table,
+    in_order,
+    least,
+)
 from figures.style import COLOURS
 from linfit import (
     GradientFlow,
@@ -100,24 +114,26 @@ def _tables(
         "finetune_at_best_tau": path.finetune.optimal_risk,
         "best_tau": path.finetune.optimal_tau,
     }
-    return {
-        "tau": {"tau": TAUS, "bias": tuned.bias, "variance": tuned.variance, **_risks(chosen, TAUS)},
-        "min_norm": {"tau": AVERAGES, **_risks(min_norm, AVERAGES)},
-        "ridge": {"tau": AVERAGES, **_risks(ridge, AVERAGES)},
-        "penalty": penalised,
-        "time": {"time": TIMES, **_risks(flow, 1.0), "finetune_at_best_tau": flow.finetune.optimal_risk},
-        "surface": {
-            "penalty": np.tile(PENALTIES, TAUS.size),
-            "tau": np.repeat(TAUS, PENALTIES.size),
-            "finetune": path.finetune(TAUS[:, None]).total.ravel(),
-        },
-        "now": {"tau": tau[None], "penalty": penalty[None], "time": time[None], **_risks(chosen, tau)},
-        "best": {"tau": best_tau[None], **_risks(chosen, best_tau)},
-        "best_penalty": least(penalised, "finetune"),
-        "best_pair": least(penalised, "finetune_at_best_tau"),
-        "pretrained": _risks(chosen, 0.0),
-        "tuned": _risks(chosen, 1.0),
-    }
+    return in_order(
+        {
+            "tau": {"tau": TAUS, "bias": tuned.bias, "variance": tuned.variance, **_risks(chosen, TAUS)},
+            "min_norm": {"tau": AVERAGES, **_risks(min_norm, AVERAGES)},
+            "ridge": {"tau": AVERAGES, **_risks(ridge, AVERAGES)},
+            "penalty": penalised,
+            "time": {"time": TIMES, **_risks(flow, 1.0), "finetune_at_best_tau": flow.finetune.optimal_risk},
+            "surface": {
+                "penalty": np.tile(PENALTIES, TAUS.size),
+                "tau": np.repeat(TAUS, PENALTIES.size),
+                "finetune": path.finetune(TAUS[:, None]).total.ravel(),
+            },
+            "now": {"tau": tau[None], "penalty": penalty[None], "time": time[None], **_risks(chosen, tau)},
+            "best": {"tau": best_tau[None], **_risks(chosen, best_tau)},
+            "best_penalty": least(penalised, "finetune"),
+            "best_pair": least(penalised, "finetune_at_best_tau"),
+            "pretrained": _risks(chosen, 0.0),
+            "tuned": _risks(chosen, 1.0),
+        }
+    )
 
 
 def curves(at: Parameters) -> dict[str, Table]:

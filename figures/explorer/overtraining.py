@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, least
+from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, in_order, least
 from figures.style import COLOURS
 from sims.parameters import Parameter
 from theory.overtraining import fine_tuning, inflection_time, mode_inflection_times, perturbed_loss, singular_values
@@ -86,19 +86,21 @@ def _tables(at: Parameters) -> dict[str, Table]:
         "degradation": tuned.degradation,
     }
     along_path = {name: values[1:] for name, values in over_time.items()}
-    return {
-        "time": along_path,
-        "gamma": {"gamma": GAMMAS, **{name: values[1:] for name, values in turns.items()}},
-        "now": {name: values[:1] for name, values in over_time.items()},
-        "turn": {
-            "time": turn[:1],
-            "perturbed_time": turning,
-            "perturbed": perturbed.total[:1],
-            "gamma": gammas[:1],
-            "shown": turns["all"][:1],
-        },
-        "least_after": least(along_path, "pretrain_after"),
-    }
+    return in_order(
+        {
+            "time": along_path,
+            "gamma": {"gamma": GAMMAS, **{name: values[1:] for name, values in turns.items()}},
+            "now": {name: values[:1] for name, values in over_time.items()},
+            "turn": {
+                "time": turn[:1],
+                "perturbed_time": turning,
+                "perturbed": perturbed.total[:1],
+                "gamma": gammas[:1],
+                "shown": turns["all"][:1],
+            },
+            "least_after": least(along_path, "pretrain_after"),
+        }
+    )
 
 
 def curves(at: Parameters) -> dict[str, Table]:

@@ -6,6 +6,7 @@ draw on these tables and on nothing else, so that they cannot disagree.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
@@ -275,6 +276,11 @@ class Page(NamedTuple):
         """One replicate of the overlay at these parameters."""
         assert self.overlay is not None
         return self.overlay.replicate(index, self.parameters(**values))
+
+
+def in_order(tables: Mapping[str, Table]) -> dict[str, Table]:
+    """The same tables for a kernel to return: JAX sorts the names of a plain dict."""
+    return OrderedDict((name, OrderedDict(table)) for name, table in tables.items())
 
 
 def least(table: Table, column: str) -> Table:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table
+from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, in_order
 from figures.style import COLOURS
 from linfit import MinNorm, sample_design
 from sims.parameters import NOISE, RISK, N, Parameter
@@ -74,20 +74,22 @@ def _tables(at: Parameters, style_dimension: int) -> dict[str, Table]:
         "content_risk_without": without.content_risk,
         "forgetting_without": without.forgetting,
     }
-    return {
-        "tolerance": {name: values[1:] for name, values in columns.items()},
-        "now": {name: values[:1] for name, values in columns.items()},
-        "averaging": {
-            "tau": TAUS,
-            "content_risk": CONTENT * (1 - TAUS) ** 2,
-            "forgetting": TAUS**2 * supervised.forgetting,
-        },
-        "supervised": {
-            "tolerance": TOLERANCES[[0, -1]],
-            "forgetting": jnp.full(2, supervised.forgetting),
-            "content_risk": jnp.full(2, supervised.content_risk),
-        },
-    }
+    return in_order(
+        {
+            "tolerance": {name: values[1:] for name, values in columns.items()},
+            "now": {name: values[:1] for name, values in columns.items()},
+            "averaging": {
+                "tau": TAUS,
+                "content_risk": CONTENT * (1 - TAUS) ** 2,
+                "forgetting": TAUS**2 * supervised.forgetting,
+            },
+            "supervised": {
+                "tolerance": TOLERANCES[[0, -1]],
+                "forgetting": jnp.full(2, supervised.forgetting),
+                "content_risk": jnp.full(2, supervised.content_risk),
+            },
+        }
+    )
 
 
 def curves(at: Parameters) -> dict[str, Table]:
