@@ -217,7 +217,7 @@ def test_the_overlay_is_drawn_with_progress_and_dropped_when_a_slider_moves(open
     before = page.evaluate(simulated)
     page.locator(".noUi-handle:visible").nth(1).focus()  # γ
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function(f"!{progress}.startsWith('8 of 8')")
+    page.wait_for_function(f"(before) => {simulated}.length > 0 && {simulated}[0] != before", arg=before[0])
     page.wait_for_function(f"{progress}.startsWith('8 of 8')", timeout=60_000)
     after = page.evaluate(simulated)
     assert len(after) == len(before)
