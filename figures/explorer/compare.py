@@ -66,9 +66,12 @@ class Parameters(NamedTuple):
         "Linear form ours (docs, T1).")] = 1.0  # fmt: skip
 
 
+_test_bed = jax.jit(aligned_problem)
+
+
 def _problem(at: Parameters) -> TwoTaskProblem:
     finetune = spectra.power_law(at.p, at.decay)
-    return aligned_problem(
+    return _test_bed(
         finetune,
         alignment=at.alignment,
         noise_std=at.noise_std,

@@ -292,6 +292,8 @@ def least(table: Table, column: str) -> Table:
 def average(samples: list[Table], axes: tuple[str, ...]) -> Table:
     """Mean and standard error (column, column_error) over replicates; columns in `axes` as they are.
 
+    >>> import numpy as np
+    >>> from figures.explorer.page import average
     >>> average([{"x": np.array([1.0]), "y": np.array([1.0])}, {"x": np.array([1.0]), "y": np.array([3.0])}], ("x",))
     {'x': array([1.]), 'y': array([2.]), 'y_error': array([1.])}
     """

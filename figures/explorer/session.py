@@ -43,6 +43,7 @@ def app(
     Raises ValueError for parameters that do not exist or make no sense.
 
     >>> from bokeh.document import Document
+    >>> from figures.explorer import app
     >>> document = Document()
     >>> app({"tau": 0.3})(document)
     >>> document.get_model_by_name("overadaptation/tau").value
