@@ -122,6 +122,7 @@ def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array
         "min-norm + ensemble": least(averaging, "cost"),
         "ridge + ensemble": best,
     }
+    costs = [table["cost"] for table in predicted.values()]
     return in_order(
         {
             "averaging": averaging,
@@ -133,14 +134,8 @@ def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array
             "time": early,
             "frontier": {"weight": WEIGHTS, **pareto(problem, WEIGHTS)._asdict()},
             "segment": {"tau": TAUS, **population_risks(problem, TAUS)._asdict()},
-            "predicted": {
-                "cost": jnp.concatenate([table["cost"] for table in predicted.values()]),
-                "row": np.concatenate([ROWS[name] for name in predicted]),
-            },
-            "least": {
-                "cost": jnp.repeat(lower_bound["cost"], 2),
-                "row": np.array([0.5, len(METHODS) + 0.5]),
-            },
+            "predicted": {"cost": jnp.concatenate(costs), "row": np.concatenate([ROWS[name] for name in predicted])},
+            "least": {"cost": jnp.repeat(lower_bound["cost"], 2), "row": np.array([0.5, len(METHODS) + 0.5])},
             "pretrained": pretrained,
             "min_norm": min_norm,
             "best": best,
