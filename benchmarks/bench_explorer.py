@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from playwright.sync_api import Browser
 
-from figures.explorer.page import Mark, Page, Plot, Slider
+from figures.explorer.page import Page
 from figures.explorer.session import pages
-from tests.explorer_browser import browsing, opened, serving
+from tests.explorer_browser import browsing, doubling_page, opened, serving
 
 SETTLED = 400
 """Milliseconds from one press to the next: the address has followed too."""
@@ -45,17 +45,6 @@ LISTEN = """([page, plots, tables]) => {
     }
   }
 }"""
-
-
-def empty(*, x: float) -> dict[str, dict[str, np.ndarray]]:
-    """Numbers that cost nothing."""
-    return {"now": {"x": np.array([x]), "y": np.array([2 * x])}}
-
-
-EMPTY = Page(
-    "empty", "Empty", "", "", (Slider("x", "x", "a number", 0, 1, 0.01, 0.5),), empty,
-    (Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),)),), (), (),
-)  # fmt: skip
 
 
 def milliseconds_of(browser: Browser, url: str, page: Page, presses: int) -> list[tuple[float, float]]:
@@ -94,7 +83,7 @@ def main() -> None:
     parser.add_argument("--presses", type=int, default=10, help="of each slider")
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    shown = [page for page in (EMPTY, *pages()) if not arguments.page or page.name in arguments.page]
+    shown = [page for page in (doubling_page("empty"), *pages()) if not arguments.page or page.name in arguments.page]
     print(f"{'page':16} {'presses':>8} {'first':>9} {'median':>9} {'p90':>9} {'kernel':>9}   (milliseconds)")
     for page in shown:
         page.compute(page.defaults())  # compiles

@@ -81,3 +81,5 @@ TAU = Parameter("ensemble coefficient τ; 0 is the pretrained model, 1 the fine-
 WEIGHT = Parameter("trade-off weight κ of R_ft + κR_pre", 1.0, 0.01, 100.0, "log")
 TEMPERATURE = Parameter("temperature T of FLOW's weights e^{−loss/T}", 1.0, 0.01, 100.0, "log", RISK)
 LAW = Parameter("law of the design's coordinates: gaussian, rademacher, uniform or student", "gaussian")
+NOISE = NOISE_STD._replace(low=0.0, high=1.4, scale="linear")
+"""From none at all, so not on a logarithmic scale."""

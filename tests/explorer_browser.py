@@ -6,8 +6,15 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlencode
 
+import jax
 import numpy as np
+
+from figures.explorer.page import Mark, Page, Plot, Slider
+from figures.explorer.server import serve
+from figures.explorer.session import pages
+from sims.parameters import Parameter
 
 WIDTHS = {1280: 800, 390: 844}
 TABLES = """([page, tables]) => {
@@ -25,16 +32,30 @@ READY = """(page) => {
 }"""
 
 
-@contextmanager
-def serving(tabs):
-    """The explorer with these tabs on a thread of its own; its address."""
-    from figures.explorer.server import serve
+def model(name):
+    """JavaScript for a part of the page."""
+    return f"Bokeh.documents[0].get_model_by_name('{name}')"
 
+
+def doubling_page(name="slow", work=lambda x: None):
+    """A page that shows its one parameter x and 2x, after some work."""
+
+    def double(at):
+        work(at["x"])
+        return {"now": {"x": np.array([at["x"]]), "y": np.array([2 * at["x"]])}}
+
+    plot = Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),))
+    return Page(name, name, double, (plot,), choices=(Slider("x", Parameter("a number", high=1.0), 0.01, name="x"),))
+
+
+@contextmanager
+def serving(tabs, make=serve):
+    """The explorer with these tabs on a thread of its own; its address."""
     ready, found = threading.Event(), {}
 
     def run():
         asyncio.set_event_loop(asyncio.new_event_loop())
-        server = serve("127.0.0.1", 0, tabs=tabs)
+        server = make("127.0.0.1", 0, tabs=tabs)
         server.start()
         found["server"] = server
         ready.set()
@@ -75,8 +96,6 @@ def tables_in(page, name, tables):
 
 def opened(browser, url, name, width=1280, **parameters):
     """A tab of the browser that shows a page of the explorer, curves drawn."""
-    from urllib.parse import urlencode
-
     page = browser.new_page(viewport={"width": width, "height": WIDTHS[width]})
     page.goto(url + "?" + urlencode({"tab": name, **parameters}))
     page.wait_for_function(READY, arg=name, timeout=120_000)
@@ -86,8 +105,6 @@ def opened(browser, url, name, width=1280, **parameters):
 def take_screenshots(folder: Path) -> None:
     """Every tab at both widths, as small PNGs."""
     from PIL import Image
-
-    from figures.explorer.session import pages
 
     tabs = pages()
     with serving(tabs) as url, browsing() as browser:
@@ -105,7 +122,5 @@ def take_screenshots(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import jax
-
     jax.config.update("jax_enable_x64", True)
     take_screenshots(Path(sys.argv[1]))

@@ -14,9 +14,13 @@ import pytest
 pytest.importorskip("bokeh")
 pytest.importorskip("playwright")
 
-from figures.explorer.page import Choice, Mark, Page, Plot, Slider
+from bokeh.server.server import Server
+
+from figures.explorer import app
+from figures.explorer.page import Choice
 from figures.explorer.session import pages
-from tests.explorer_browser import WIDTHS, browsing, opened, serving, tables_in
+from linfit import select
+from tests.explorer_browser import WIDTHS, browsing, doubling_page, model, opened, serving, tables_in
 
 PAGES = {page.name: page for page in pages()}
 DELAY = {"seconds": 0.1}
@@ -31,16 +35,7 @@ pytestmark = [
 ]
 
 
-def slow(*, x: float) -> dict:
-    """Numbers that take their time."""
-    time.sleep(DELAY["seconds"])
-    return {"now": {"x": np.array([x]), "y": np.array([2 * x])}}
-
-
-SLOW = Page(
-    "slow", "Slow", "", "", (Slider("x", "x", "a number", 0, 1, 0.01, 0.0),), slow,
-    (Plot("plot", "", "x", "y", marks=(Mark("now", "x", "y", "now", "#000000"),)),), (), (),
-)  # fmt: skip
+SLOW = doubling_page("slow", lambda _: time.sleep(DELAY["seconds"]))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +118,7 @@ def test_every_control_moves_the_curves_to_what_the_api_gives(open_page, name):
     for control in explored.controls:
         if isinstance(control, Choice):
             other = next(option for option in control.options if option != parameters[control.name])
-            lists.nth(at_list).select_option(control.label_of(other))
+            lists.nth(at_list).select_option(control.position_of(other))
             parameters[control.name], at_list = other, at_list + 1
         else:
             position = control.position_of(parameters[control.name])
@@ -160,16 +155,16 @@ def test_a_link_reproduces_the_view(open_page):
 
     second = open_page(**{name: values[0] for name, values in query.items() if name != "tab"}, name="overadaptation")
     wait_for(second, "overadaptation", parameters)
-    second.wait_for_function("Bokeh.documents[0].get_model_by_name('overadaptation/frozen/tau').data.tau.length > 0")
+    second.wait_for_function(model("overadaptation/frozen/tau") + ".data.tau.length > 0")
     frozen = "Array.from(Bokeh.documents[0].get_model_by_name('overadaptation/frozen/tau').data.finetune)"
     assert second.evaluate(frozen) == first.evaluate(frozen)
-    scale = "Bokeh.documents[0].get_model_by_name('overadaptation/box/risks').children[0].y_scale.type"
+    scale = model("overadaptation/box/risks") + ".children[0].y_scale.type"
     assert second.evaluate(scale) == first.evaluate(scale) == "LogScale"
 
 
 def test_a_bad_link_says_so_and_shows_the_rest(open_page):
     page = open_page("flow", rho="<img src=x>", beta=0.5, colour="red")
-    message = page.evaluate("Bokeh.documents[0].get_model_by_name('message').text")
+    message = page.evaluate(model("message") + ".text")
     assert "rho must be a number" in message
     assert "<img" not in message
     assert "colour" in message
@@ -180,10 +175,11 @@ def test_a_bad_link_says_so_and_shows_the_rest(open_page):
 def test_copied_python_agrees_with_the_page(open_page, tmp_path):
     page = open_page("flow", rho=0.4)
     page.get_by_role("button", name="copy as Python").click()
-    area = "Bokeh.documents[0].get_model_by_name('flow/script_text').value"
+    area = model("flow/script_text") + ".value"
     page.wait_for_function(f"{area}.length > 100")
     text = page.evaluate(area)
-    save = 'np.savez("numbers.npz", **{f"{t}/{c}": v for t, columns in tables.items() for c, v in columns.items()})\n'
+    numbers = '{f"{table}/{name}": values for table, columns in tables.items() for name, values in columns.items()}'
+    save = f'import numpy as np\n\nnp.savez("numbers.npz", **{numbers})\n'
     (tmp_path / "copied.py").write_text(text + save, encoding="utf-8")
     subprocess.run([sys.executable, "copied.py"], cwd=tmp_path, check=True, timeout=240, stdout=subprocess.DEVNULL)
     found = tables_in(page, "flow", plotted(PAGES["flow"]))
@@ -216,12 +212,12 @@ def test_the_overlay_is_drawn_with_progress_and_dropped_when_a_slider_moves(open
     simulated = "Array.from(Bokeh.documents[0].get_model_by_name('overtraining/table/simulated').data.perturbed)"
     page.locator("input[type=checkbox]:visible").check()
     page.wait_for_function(f"{simulated}.length > 0", timeout=60_000)
-    progress = "Bokeh.documents[0].get_model_by_name('overtraining/progress').text"
+    progress = model("overtraining/progress") + ".text"
     page.wait_for_function(f"{progress}.startsWith('8 of 8')", timeout=60_000)
     before = page.evaluate(simulated)
     page.locator(".noUi-handle:visible").nth(1).focus()  # γ
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function(f"!{progress}.startsWith('8 of 8')")
+    page.wait_for_function(f"(before) => {simulated}.length > 0 && {simulated}[0] != before", arg=before[0])
     page.wait_for_function(f"{progress}.startsWith('8 of 8')", timeout=60_000)
     after = page.evaluate(simulated)
     assert len(after) == len(before)
@@ -298,7 +294,7 @@ def test_a_drag_over_a_slow_kernel_settles_at_once(open_page):
           return (performance.now() - start) / 1000;
         }"""
     )
-    assert page.evaluate("Bokeh.documents[0].get_model_by_name('slow/x').value") > 0.3
+    assert page.evaluate(model("slow/x") + ".value") > 0.3
     assert lag < max(0.3, 0.2 + 3 * overhead)
 
 
@@ -353,17 +349,13 @@ def test_an_upload_is_read_and_bad_ones_are_answered(open_page, tmp_path):
     page = open_page("s3ft")
     page.get_by_text("Your features", exact=True).click()
     chooser = page.locator("input[type=file]")
-    message = "Bokeh.documents[0].get_model_by_name('data/message').text"
+    message = model("data/message") + ".text"
     chooser.set_input_files(tmp_path / "bad.npz")
     page.wait_for_function(f"{message}.includes('must be an .npz')")
     chooser.set_input_files(tmp_path / "large.npz")
     page.wait_for_function(f"{message}.includes('larger than 32 MB')")
     chooser.set_input_files(tmp_path / "mine.npz")
-    page.wait_for_function(
-        "Bokeh.documents[0].get_model_by_name('data/table/best')?.data.tau.length == 1", timeout=90_000
-    )
-    from linfit import select
-
+    page.wait_for_function(model("data/table/best") + "?.data.tau.length == 1", timeout=90_000)
     with np.load(tmp_path / "mine.npz") as arrays:
         expected = select(arrays["X"], arrays["y"], arrays["theta_1"])
     assert tables_in(page, "data", ["best"])["best"]["tau"][0] == expected.best_tau
@@ -387,35 +379,17 @@ def test_nothing_is_wider_than_the_screen(open_page, name, width):
 
 def test_without_its_own_server_the_address_is_left_alone(browser):
     """As in a notebook, where the page belongs to somebody else."""
-    import asyncio
-    import threading
 
-    from bokeh.server.server import Server
+    def here(address, port, tabs):
+        return Server({"/": app({"tab": "s3ft", "tolerance": 2.0})}, address=address, port=port)
 
-    from figures.explorer import app
-
-    found, ready = {}, threading.Event()
-
-    def run():
-        asyncio.set_event_loop(asyncio.new_event_loop())
-        server = Server({"/": app({"tab": "s3ft", "tolerance": 2.0})}, address="127.0.0.1", port=0)
-        server.start()
-        found["server"] = server
-        ready.set()
-        server.io_loop.start()
-
-    threading.Thread(target=run, daemon=True).start()
-    ready.wait(30)
-    server = found["server"]
-    page = browser.new_page()
-    page.goto(f"http://localhost:{server.port}/")
-    page.wait_for_function(
-        "window.Bokeh && Bokeh.documents[0]?.get_model_by_name('s3ft/table/now')?.data.own.length == 1"
-    )
-    page.locator(".noUi-handle:visible").first.focus()
-    page.keyboard.press("ArrowRight")
-    wait_for(page, "s3ft", PAGES["s3ft"].defaults() | {"tolerance": 2.1})
-    page.wait_for_timeout(600)
-    assert urlsplit(page.url).query == ""
-    page.close()
-    server.io_loop.add_callback(server.io_loop.stop)
+    with serving([], here) as url:
+        page = browser.new_page()
+        page.goto(url.replace("127.0.0.1", "localhost"))
+        page.wait_for_function(f"window.Bokeh && Bokeh.documents[0] && {model('s3ft/table/now')}?.data.own.length == 1")
+        page.locator(".noUi-handle:visible").first.focus()
+        page.keyboard.press("ArrowRight")
+        wait_for(page, "s3ft", PAGES["s3ft"].defaults() | {"tolerance": 2.1})
+        page.wait_for_timeout(600)
+        assert urlsplit(page.url).query == ""
+        page.close()

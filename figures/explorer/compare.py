@@ -1,17 +1,33 @@
-"""The method zoo on one plane: curves of what theory predicts, the Pareto frontier, and every method measured."""
+"""All methods on one plane: curves of what theory predicts, the Pareto frontier, and every method measured."""
 
 import itertools
-from typing import Any
+from operator import itemgetter
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import Choice, Line, Mark, Overlay, Page, Plot, Reading, Simulated, Slider, Suggestion
+from figures.explorer.page import (
+    Choice,
+    Line,
+    Mark,
+    Overlay,
+    Page,
+    Plot,
+    Points,
+    Reading,
+    Slider,
+    Table,
+    in_order,
+    least,
+)
 from figures.style import COLOURS
-from linfit import GradientFlow, Ridge, Risk, TwoTaskProblem, aligned_problem, spectra
-from sims import compare as comparison
+from linfit import GradientFlow, Pair, Parabola, Ridge, TwoTaskProblem, aligned_problem, spectra
+from sims.compare import METHODS as COMPARED
+from sims.compare import compare
+from sims.parameters import ALIGNMENT, NOISE, PRETRAIN_RISK, WEIGHT, N, Parameter
 from theory import flow, s3ft
 from theory.equivalents import along
 from theory.frontier import distance, pareto, population_risks
@@ -20,143 +36,129 @@ PENALTIES = np.logspace(-4, 2, 49)
 TIMES = np.logspace(-0.5, 3.5, 33)
 TAUS = np.linspace(0, 1, 51)
 WEIGHTS = np.concatenate([[0.0], np.logspace(-3, 3, 61), [np.inf]])
-METHODS = tuple(comparison.METHODS)
+METHODS = tuple(COMPARED)
 ROWS = {name: np.array([float(len(METHODS) - index)]) for index, name in enumerate(METHODS)}
 """Where each method stands in the list of all."""
 
-PREDICTED = ("pretrained", "min-norm", "early stopping", "ridge", "min-norm + ensemble", "ridge + ensemble")
+
+class Parameters(NamedTuple):
+    """Of the page."""
+
+    weight: Annotated[
+        float, Slider("trade-off weight κ", WEIGHT, 0.1, "Methods are tuned for it. Ours (docs, O5, E2).")
+    ] = 1.0
+    n: Annotated[int, Slider("samples n", N.within(20, 80), 10)] = 40
+    p: Annotated[
+        int, Choice("features p", "Number of features; small, so that all methods can be run.", (120, 240))
+    ] = 120
+    decay: Annotated[float, Slider("spectral decay, fine-tuning", Parameter(
+        "Σ₂ = diag(j^−decay)", low=0.0, high=2.0), 0.05, "Ours.")] = 1.0  # fmt: skip
+    pretrain_decay: Annotated[float, Slider("spectral decay, pretraining", Parameter(
+        "Σ₁ ∝ diag(j^−decay) with the trace of Σ₂", low=0.0, high=2.0), 0.05,
+        "Below the fine-tuning decay, pretraining was broader. Ours.")] = 0.5  # fmt: skip
+    alignment: Annotated[float, Slider("alignment of the shift", ALIGNMENT, 0.05, "Σ is Σ₂ here. Ours.")] = 0.0
+    noise_std: Annotated[float, Slider("label noise σ", NOISE, 0.02)] = 0.7
+    pretrain_risk: Annotated[float, Slider("pretraining error", PRETRAIN_RISK.within(0.0, 0.5), 0.01)] = 0.1
+    temperature: Annotated[float, Slider("FLOW: T / median", Parameter(
+        "temperature T of FLOW", low=0.1, high=10.0, scale="log", unit="units of the median squared residual"), 0.05,
+        "The median is the paper's default. arXiv 2502.02797")] = 1.0  # fmt: skip
+    threshold: Annotated[float, Slider("S3FT: threshold / √v", Parameter(
+        "the judge accepts own answers within this many standard deviations of the residual", low=0.0, high=3.0), 0.05,
+        "Linear form ours (docs, T1).")] = 1.0  # fmt: skip
 
 
-def problem_of(
-    p: int, decay: float, pretrain_decay: float, alignment: float, noise_variance: float, pretrain_risk: float
-) -> TwoTaskProblem:
-    """Σ₂ = diag(j^−decay), Σ₁ ∝ diag(j^−pretrain_decay) of the same trace, Ω ∝ Σ₂^alignment with tr ΩΣ₂ = 1."""
-    problem = aligned_problem(
-        spectra.power_law(p, decay), alignment=alignment, noise_std=noise_variance**0.5, pretrain_risk=pretrain_risk
+_test_bed = jax.jit(aligned_problem)
+
+
+def _problem(at: Parameters) -> TwoTaskProblem:
+    finetune = spectra.power_law(at.p, at.decay)
+    return _test_bed(
+        finetune,
+        alignment=at.alignment,
+        noise_std=at.noise_std,
+        pretrain_spectrum=spectra.power_law(at.p, at.pretrain_decay, trace=finetune.sum()),
+        pretrain_risk=at.pretrain_risk,
     )
-    pretrain = spectra.power_law(p, pretrain_decay, trace=float(spectra.power_law(p, decay).sum()))
-    return TwoTaskProblem(
-        pretrain, problem.finetune_covariance, problem.shift, problem.noise_std, problem.pretrain_error
-    )
+
+
+def _plane(risks: Pair[Array], weight: Array) -> Table:
+    """Both risks and R_ft + κR_pre, as columns."""
+    return {name: jnp.ravel(value) for name, value in risks._asdict().items()} | {
+        "cost": jnp.ravel(risks.finetune + weight * risks.pretrain)
+    }
 
 
 @jax.jit
-def samples(problem: TwoTaskProblem, n: Array) -> list[list[Risk]]:
-    """Risks of ridge at λ = 0 (min-norm) and along λ and of gradient flow (docs, D1–D4); rows τ = 1, then TAUS."""
+def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array, threshold: Array) -> dict[str, Table]:
     with jax.ensure_compile_time_eval():  # times that are known share their work
-        forms = along(problem, n, Ridge(np.append(0.0, PENALTIES))), along(problem, n, GradientFlow(TIMES))
-    return [[form(np.append(1.0, TAUS)[:, None]) for form in pair] for pair in forms]
+        ridges, stopped = along(problem, n, Ridge(np.append(0.0, PENALTIES))), along(problem, n, GradientFlow(TIMES))
 
+    def plane(parabolas: Pair[Parabola], tau: float | Array | np.ndarray = 1.0) -> Table:
+        return _plane(parabolas.map(lambda parabola: parabola(tau).total), weight)
 
-@jax.jit
-def unlimited(
-    problem: TwoTaskProblem, weight: Array, temperature: Array, threshold: Array, noise_variance: Array
-) -> dict[str, Any]:
-    """Frontier (docs, E2) and where averaging, FLOW and S3FT end with unlimited data (E1), in one kernel."""
-    variance = population_risks(problem, 0.0).finetune + noise_variance  # of the residuals of the pretrained model
-    taus = jnp.stack(
-        [
-            flow.fixed_point_coefficient(noise_variance**0.5, temperature * flow.median_temperature(variance)),
-            s3ft.fixed_point_coefficient(threshold * variance**0.5, variance**0.5),
-        ]
-    )
-    return {
-        "frontier": pareto(problem, WEIGHTS),
-        "chosen": pareto(problem, weight),
-        "segment": population_risks(problem, TAUS),
-        "ends": population_risks(problem, taus),
-        "taus": taus,
+    def of_penalty(index: int | Array) -> Pair[Parabola]:
+        return jax.tree.map(itemgetter(index), ridges)
+
+    averaging = {"tau": TAUS, **plane(of_penalty(0), TAUS)}
+    alone = {"penalty": np.append(0.0, PENALTIES), **plane(ridges)}
+    both = {
+        "penalty": np.tile(alone["penalty"], TAUS.size),
+        "tau": np.repeat(TAUS, alone["penalty"].size),
+        **plane(ridges, TAUS[:, None]),
     }
+    early = {"time": TIMES, **plane(stopped)}
+    best = least(both, "cost")
+    best["excess"] = distance(problem, best["finetune"], best["pretrain"])
+    min_norm, pretrained = ({name: values[:1] for name, values in table.items()} for table in (alone, averaging))
+    # Where averaging, FLOW and S3FT end with unlimited data (docs, E1); v is that of the pretrained model's residuals.
+    variance = problem.pretrained_risks.finetune + problem.noise_std**2
+    flow_tau = flow.fixed_point_coefficient(problem.noise_std, temperature * flow.median_temperature(variance))
+    s3ft_tau = s3ft.fixed_point_coefficient(threshold * variance**0.5, variance**0.5)
+    lower_bound = _plane(pareto(problem, weight), weight)
+    predicted = {
+        "pretrained": pretrained,
+        "min-norm": min_norm,
+        "early stopping": least(early, "cost"),
+        "ridge": least(alone, "cost"),
+        "min-norm + ensemble": least(averaging, "cost"),
+        "ridge + ensemble": best,
+    }
+    costs = [table["cost"] for table in predicted.values()]
+    return in_order(
+        {
+            "averaging": averaging,
+            "ridge": {name: values[1:] for name, values in alone.items()},
+            "ridge_averaging": {
+                "tau": TAUS,
+                **plane(of_penalty(jnp.argmax(alone["penalty"] == best["penalty"])), TAUS),
+            },
+            "time": early,
+            "frontier": {"weight": WEIGHTS, **pareto(problem, WEIGHTS)._asdict()},
+            "segment": {"tau": TAUS, **population_risks(problem, TAUS)._asdict()},
+            "predicted": {"cost": jnp.concatenate(costs), "row": np.concatenate([ROWS[name] for name in predicted])},
+            "least": {"cost": jnp.repeat(lower_bound["cost"], 2), "row": np.array([0.5, len(METHODS) + 0.5])},
+            "pretrained": pretrained,
+            "min_norm": min_norm,
+            "best": best,
+            "best_ridge": predicted["ridge"],
+            "best_average": predicted["min-norm + ensemble"],
+            "best_early": predicted["early stopping"],
+            "lower_bound": lower_bound,
+            "flow": {"tau": flow_tau[None], **_plane(population_risks(problem, flow_tau), weight)},
+            "s3ft": {"tau": s3ft_tau[None], **_plane(population_risks(problem, s3ft_tau), weight)},
+        }
+    )
 
 
-gap = jax.jit(distance)
-
-
-def curves(
-    *,
-    p: int,
-    n: int,
-    decay: float,
-    pretrain_decay: float,
-    alignment: float,
-    noise_variance: float,
-    pretrain_risk: float,
-    weight: float,
-    temperature: float,
-    threshold: float,
-) -> dict[str, dict[str, np.ndarray]]:
+def curves(at: Parameters) -> dict[str, Table]:
     """Risks on n samples by deterministic equivalents (docs, D1–D4), with unlimited data (E1), and the frontier (E2)."""
-    problem = problem_of(p, decay, pretrain_decay, alignment, noise_variance, pretrain_risk)
-    limited, limit = jax.device_get(
-        (samples(problem, n), unlimited(problem, weight, temperature, threshold, noise_variance))
-    )
-    (ridge_ft, ridge_pre), (flow_ft, flow_pre) = ([risk.total for risk in pair] for pair in limited)
-    # What minimises R_ft + κR_pre among the methods that theory predicts: (table of both risks, name).
-    cost = ridge_ft + weight * ridge_pre
-    best = np.unravel_index(np.argmin(cost), cost.shape)
-    early_cost = flow_ft[0] + weight * flow_pre[0]
-    lone, early = int(np.argmin(cost[0])), int(np.argmin(early_cost))
-    average = int(np.argmin(cost[1:, 0]))
-    frontier, chosen, segment, ends, taus = (limit[name] for name in ("frontier", "chosen", "segment", "ends", "taus"))
-    excess = jax.device_get(gap(problem, ridge_ft[best], ridge_pre[best]))
-
-    def point(finetune: object, pretrain: object, **more: object) -> dict[str, np.ndarray]:
-        values = {"finetune": finetune, "pretrain": pretrain, **more}
-        return {name: np.reshape(np.asarray(value, float), 1) for name, value in values.items()}
-
-    return {
-        "averaging": {"tau": TAUS, "finetune": ridge_ft[1:, 0], "pretrain": ridge_pre[1:, 0]},
-        "ridge": {"penalty": PENALTIES, "finetune": ridge_ft[0, 1:], "pretrain": ridge_pre[0, 1:]},
-        "ridge_averaging": {"tau": TAUS, "finetune": ridge_ft[1:, best[1]], "pretrain": ridge_pre[1:, best[1]]},
-        "time": {"time": TIMES, "finetune": flow_ft[0], "pretrain": flow_pre[0]},
-        "frontier": {
-            "weight": WEIGHTS,
-            "finetune": frontier.finetune,
-            "pretrain": frontier.pretrain,
-        },
-        "segment": {"tau": TAUS, "finetune": segment.finetune, "pretrain": segment.pretrain},
-        "predicted": {
-            "cost": np.array(
-                [cost[1, 0], cost[0, 0], early_cost[early], cost[0, lone], cost[1 + average, 0], cost[best]]
-            ),
-            "row": np.concatenate([ROWS[name] for name in PREDICTED]),
-        },
-        "least": {
-            "cost": np.full(2, chosen.finetune + weight * chosen.pretrain),
-            "row": np.array([0.5, len(METHODS) + 0.5]),
-        },
-        "pretrained": point(ridge_ft[1, 0], ridge_pre[1, 0]),
-        "vanilla": point(ridge_ft[0, 0], ridge_pre[0, 0], cost=cost[0, 0]),
-        "best": point(ridge_ft[best], ridge_pre[best], cost=cost[best], excess=excess),
-        "best_ridge": point(ridge_ft[0, lone], ridge_pre[0, lone], cost=cost[0, lone]),
-        "best_average": point(
-            ridge_ft[1 + average, 0], ridge_pre[1 + average, 0], cost=cost[1 + average, 0], tau=TAUS[average]
-        ),
-        "best_early": point(flow_ft[0, early], flow_pre[0, early], cost=early_cost[early]),
-        "floor": point(chosen.finetune, chosen.pretrain, cost=chosen.finetune + weight * chosen.pretrain),
-        "flow": point(ends.finetune[0], ends.pretrain[0], tau=taus[0]),
-        "s3ft": point(ends.finetune[1], ends.pretrain[1], tau=taus[1]),
-    }
+    return jax.device_get(_tables(_problem(at), at.n, at.weight, at.temperature, at.threshold))
 
 
-def zoo(
-    index: int,
-    *,
-    p: int,
-    n: int,
-    decay: float,
-    pretrain_decay: float,
-    alignment: float,
-    noise_variance: float,
-    pretrain_risk: float,
-    weight: float,
-    temperature: float,
-    threshold: float,
-) -> dict[str, np.ndarray]:
+def replicate(index: int, at: Parameters) -> Table:
     """All methods of `sims.compare`, tuned by R_ft + κR_pre on 8 tasks and measured on 8 others (seed 0)."""
-    problem = problem_of(p, decay, pretrain_decay, alignment, noise_variance, pretrain_risk)
     key = jax.random.fold_in(jax.random.key(0), index)
-    data = comparison.compare(key, problem, n, weight=weight, tasks=8, validation=8)
+    data = compare(key, _problem(at), at.n, weight=at.weight, tasks=8, validation=8)
     columns = {}
     for name in METHODS:
         columns[f"{name} row"] = ROWS[name]
@@ -166,7 +168,7 @@ def zoo(
 
 
 OKABE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
-AVERAGE, RIDGE, BOTH, EARLY, FLOOR = (
+AVERAGE, RIDGE, BOTH, EARLY, FRONTIER = (
     COLOURS[name] for name in ("ensemble", "ridge", "ridge + ensemble", "early stopping", "oracle")
 )
 PAPERS = "2506.01901 (averaging, ridge), 2502.02797 (FLOW), 2502.08130 (S3FT)"
@@ -174,64 +176,50 @@ PAPERS = "2506.01901 (averaging, ridge), 2502.02797 (FLOW), 2502.08130 (S3FT)"
 PAGE = Page(
     name="compare",
     title="Compare",
-    source=f"Methods: arXiv {PAPERS}; neighbours as named by each method of sims.compare. Curves, equivalent τ and the frontier: ours (docs, D1–D4, E1, E2).",
+    source=f"Methods: arXiv {PAPERS}; neighbours as named by each recipe of sims.compare. Curves, equivalent τ and the frontier: ours (docs, D1–D4, E1, E2).",
     introduction=(
         "Every way to fine-tune is a point in the plane of <b>forgetting</b> and <b>task risk</b>; left and down is better. Nothing can be "
         "below the <b>frontier</b>, which knows both tasks exactly. Stars: the best of each family for R<sub>ft</sub> + κR<sub>pre</sub>. "
-        "Switch on the finite samples to have all sixteen methods of the zoo tuned and measured: points on the plane (hover for the name) and in the list."
+        "Switch on the finite samples to have all sixteen methods tuned and measured: points on the plane (hover for the name) and in the list."
     ),
-    controls=(
-        Slider("weight", "weight of forgetting κ", "Methods are tuned for R_ft + κR_pre. No unit. Ours (docs, O5, E2).", -2, 2, 0.1, 1.0, True),
-        Slider("n", "samples n", "Number of fine-tuning samples.", 20, 80, 10, 40),
-        Choice("p", "features p", "Number of features; small, so that the whole zoo can be run.", (120, 240), 120),
-        Slider("decay", "spectral decay, fine-tuning", "Σ₂ = diag(j^−decay). No unit. Ours.", 0, 2, 0.05, 1.0),
-        Slider("pretrain_decay", "spectral decay, pretraining", "Σ₁ ∝ diag(j^−decay) with the trace of Σ₂: below the fine-tuning decay, pretraining was broader. No unit. Ours.",
-               0, 2, 0.05, 0.5),
-        Slider("alignment", "alignment of the shift", "Shift covariance Ω ∝ Σ₂^alignment, tr ΩΣ₂ = 1: −1 in the tail, +1 along the head. No unit. Ours.",
-               -1, 1, 0.05, 0.0),
-        Slider("noise_variance", "label noise σ²", "In squared units of y.", 0, 2, 0.05, 0.5),
-        Slider("pretrain_risk", "pretraining error", "R_pre(θ₁), in squared units of y.", 0, 0.5, 0.01, 0.1),
-        Slider("temperature", "FLOW: T / median", "Temperature in units of the median squared residual, the paper's default. arXiv 2502.02797.", -1, 1, 0.05, 1.0, True),
-        Slider("threshold", "S3FT: threshold / √v", "The judge accepts own answers within this many standard deviations of the residual. Linear form ours (docs, T1).",
-               0, 3, 0.05, 1.0),
-    ),
+    parameters=Parameters,
     curves=curves,
     plots=(
         Plot("plane", "All methods on one plane", "pretraining risk (forgetting)", "fine-tuning risk",
              lines=(Line("averaging", "pretrain", "finetune", "min-norm + averaging", AVERAGE), Line("ridge", "pretrain", "finetune", "ridge", RIDGE, "dashed"),
                     Line("ridge_averaging", "pretrain", "finetune", "best ridge + averaging", BOTH, "dotdash"), Line("time", "pretrain", "finetune", "early stopping", EARLY, "dotted"),
-                    Line("frontier", "pretrain", "finetune", "Pareto frontier", FLOOR, "dashed")),
+                    Line("frontier", "pretrain", "finetune", "Pareto frontier", FRONTIER, "dashed")),
              marks=(Mark("pretrained", "pretrain", "finetune", "pretrained", COLOURS["pretrained"], "square"),
-                    Mark("vanilla", "pretrain", "finetune", "min-norm", COLOURS["min-norm"], "square"),
+                    Mark("min_norm", "pretrain", "finetune", "min-norm", COLOURS["min-norm"], "square"),
                     Mark("best_average", "pretrain", "finetune", "best average", AVERAGE, "star"), Mark("best_ridge", "pretrain", "finetune", "best ridge", RIDGE, "star"),
                     Mark("best", "pretrain", "finetune", "best pair", BOTH, "star"), Mark("best_early", "pretrain", "finetune", "best time", EARLY, "star"))),
         Plot("population", "Unlimited data: FLOW and S3FT are averages", "pretraining risk (forgetting)", "fine-tuning risk",
-             lines=(Line("segment", "pretrain", "finetune", "averaging, along τ", AVERAGE), Line("frontier", "pretrain", "finetune", "Pareto frontier", FLOOR, "dashed")),
+             lines=(Line("segment", "pretrain", "finetune", "averaging, along τ", AVERAGE), Line("frontier", "pretrain", "finetune", "Pareto frontier", FRONTIER, "dashed")),
              marks=(Mark("flow", "pretrain", "finetune", "FLOW at T", RIDGE, "triangle"), Mark("s3ft", "pretrain", "finetune", "S3FT at c", EARLY, "diamond"),
-                    Mark("floor", "pretrain", "finetune", "frontier at κ", FLOOR, "star"))),
+                    Mark("lower_bound", "pretrain", "finetune", "frontier at κ", FRONTIER, "star"))),
         Plot("list", "All methods, tuned and measured", "fine-tuning risk + κ · pretraining risk", "",
-             lines=(Line("least", "cost", "row", "frontier", FLOOR, "dashed"),), marks=(Mark("predicted", "cost", "row", "predicted", "#bbbbbb", "square"),),
+             lines=(Line("least", "cost", "row", "frontier", FRONTIER, "dashed"),), marks=(Mark("predicted", "cost", "row", "predicted", "#bbbbbb", "square"),),
              y_names=METHODS[::-1]),
     ),
     readings=(
-        Reading("min-norm", "R_ft + κR_pre of interpolation.", "vanilla", "cost"),
+        Reading("min-norm", "R_ft + κR_pre of interpolation.", "min_norm", "cost"),
         Reading("+ averaging", "At its best τ.", "best_average", "cost"),
         Reading("best τ", "For R_ft + κR_pre, min-norm.", "best_average", "tau"),
         Reading("ridge", "At its best λ, on a grid of 49.", "best_ridge", "cost"),
         Reading("early stopping", "At its best t, on a grid of 33.", "best_early", "cost"),
         Reading("ridge + averaging", "At its best λ and τ.", "best", "cost"),
-        Reading("frontier", "Nothing can be below (docs, E2).", "floor", "cost"),
+        Reading("frontier", "Nothing can be below (docs, E2).", "lower_bound", "cost"),
         Reading("excess forgetting of the best", "R_pre above the frontier at equal R_ft (docs, E2).", "best", "excess"),
         Reading("FLOW's τ", "Equivalent coefficient with unlimited data (docs, F4, E1).", "flow", "tau"),
         Reading("S3FT's τ", "Equivalent coefficient with unlimited data (docs, T1, E1).", "s3ft", "tau"),
     ),
-    suggestions=(
-        Suggestion("Shift in the tail: averaging beats ridge", {"alignment": -1.0, "weight": 0.1}),
-        Suggestion("Shift along the head: ridge beats averaging", {"alignment": 1.0, "weight": 0.1}),
-        Suggestion("Forgetting is all that counts", {"weight": 10.0}),
-    ),
-    overlay=Overlay("16 methods, 4 × 8 tasks", zoo, 4, tuple(f"{name} row" for name in METHODS),
+    suggestions={
+        "Shift in the tail: averaging beats ridge": {"alignment": -1.0, "weight": 0.1},
+        "Shift along the head: ridge beats averaging": {"alignment": 1.0, "weight": 0.1},
+        "Forgetting is all that counts": {"weight": 10.0},
+    },
+    overlay=Overlay("16 methods, 4 × 8 tasks", replicate, 4, tuple(f"{name} row" for name in METHODS),
                     tuple(point for name, colour in zip(METHODS, itertools.cycle(OKABE)) for point in (
-                        Simulated("plane", f"{name} pretrain", f"{name} finetune", name, colour),
-                        Simulated("list", f"{name} criterion", f"{name} row", name, colour, sideways=True)))),
+                        Points("plane", f"{name} pretrain", f"{name} finetune", name, colour),
+                        Points("list", f"{name} criterion", f"{name} row", name, colour, sideways=True)))),
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """One pair of axes as a Bokeh figure: curves, frozen curves, marks, surface, simulated points."""
 
 import json
+from typing import Any
 
 import numpy as np
 from bokeh.document import Document
@@ -21,7 +22,7 @@ from bokeh.models import (
 from bokeh.palettes import cividis
 from bokeh.plotting import figure
 
-from figures.explorer.page import Line, Mark, Page, Plot, Surface, Tables
+from figures.explorer.page import Line, Map, Mark, Page, Plot, Table
 
 FRAME_HEIGHT, LEGEND_ROW = 285, 24
 """Pixels: a plot without legend, and what each row of it adds, so that all frames are equally high."""
@@ -102,7 +103,7 @@ class Sources:
         """The boxes of the plots, that of the first plot first."""
         self._put.args = {**self._put.args, "boxes": boxes}
 
-    def show(self, tables: Tables, readings: str) -> None:
+    def show(self, tables: dict[str, Table], readings: str) -> None:
         """Replace every curve, mark and surface, and the readings, in one message."""
         shown = {name: tables[name] for name in self.tables if name in tables}
         sizes = {name: {column: values.size for column, values in table.items()} for name, table in shown.items()}
@@ -117,7 +118,7 @@ class Sources:
             **{name: [image] for name, image in images.items()},
         }
 
-    def freeze(self, tables: Tables | None) -> None:
+    def freeze(self, tables: dict[str, Table] | None) -> None:
         """Keep these curves behind the moving ones; None takes them away."""
         for name, source in self.frozen.items():
             source.data = _empty(self._page, name) if tables is None else dict(tables[name])
@@ -139,7 +140,7 @@ class Sources:
         self.simulated.data = {name: [] for name in names}
 
 
-def _image(tables: Tables, surface: Surface) -> tuple[np.ndarray, dict[str, float]]:
+def _image(tables: dict[str, Table], surface: Map) -> tuple[np.ndarray, dict[str, float]]:
     """The map and where it lies, with the range of its colours: steep walls do not use them up."""
     table = tables[surface.table]
     x, y = np.unique(table[surface.x]), np.unique(table[surface.y])
@@ -158,22 +159,14 @@ def _empty(page: Page, table: str) -> dict[str, list]:
 
 def draw(page: Page, plot: Plot, sources: Sources, logarithmic: tuple[bool, bool]) -> figure:
     """The figure of a plot on axes (x, y) that are logarithmic or not."""
-    x_axis, y_axis = ("log" if on else "linear" for on in logarithmic)
+    legend_rows = -(-len([item for item in plot.items if item.label]) // 2)
     axes = figure(
-        name=f"{page.name}/plot/{plot.name}",
-        title=plot.title,
-        x_axis_label=plot.x_label,
-        y_axis_label=plot.y_label,
-        x_axis_type=x_axis,
-        y_axis_type=y_axis,
-        height=FRAME_HEIGHT + LEGEND_ROW * -(-(len(plot.lines) + len(plot.marks)) // 2),
-        min_width=280,
-        sizing_mode="stretch_width",
-        tools="pan,box_zoom,wheel_zoom,reset",
-        active_drag=None,  # a finger scrolls the page
-        active_scroll=None,
-        toolbar_location="right",
-    )
+        **dict(zip(("x_axis_type", "y_axis_type"), ("log" if on else "linear" for on in logarithmic))),
+        name=f"{page.name}/plot/{plot.name}", title=plot.title, x_axis_label=plot.x_label, y_axis_label=plot.y_label,
+        height=FRAME_HEIGHT + LEGEND_ROW * legend_rows, min_width=280, sizing_mode="stretch_width",
+        tools="pan,box_zoom,wheel_zoom,reset", toolbar_location="right",
+        active_drag=None, active_scroll=None,  # a finger scrolls the page
+    )  # fmt: skip
     axes.toolbar.logo = None
     axes.add_tools(SaveTool(filename=f"{page.name}_{plot.name}", description="Save as PNG"))
     axes.title.text_font_size = "14px"
@@ -187,94 +180,75 @@ def draw(page: Page, plot: Plot, sources: Sources, logarithmic: tuple[bool, bool
         axes.height += 60
     elif logarithmic[1]:
         axes.yaxis.ticker.update(desired_num_ticks=4, num_minor_ticks=0)
-    explained: list[tuple[str, GlyphRenderer, GlyphRenderer]] = []  # label, what is drawn, its sample in the legend
     if plot.surface is not None:
-        _draw_surface(axes, plot, sources)
-    for line in plot.lines:
-        glyph = _draw_line(axes, plot, line, sources)
-        if line.label:
-            style = {"color": line.colour, "line_width": LINE_WIDTH, "line_dash": line.dash}
-            explained.append((line.label, glyph, axes.line("x", "y", source=sources.samples, **style)))
-    for mark in plot.marks:
-        style = {"fill_color": mark.colour, "line_color": "black" if mark.colour == WHITE else mark.colour}
-        glyph = _draw_mark(axes, plot, mark, sources)
-        sample = axes.scatter("x", "y", source=sources.samples, marker=mark.marker, size=10, **style)
-        explained.append((mark.label, glyph, sample))
+        _draw_surface(axes, plot, plot.surface, sources)
+    drawn = [_draw_line(axes, line, sources) for line in plot.lines]
+    drawn += [_draw_mark(axes, mark, sources) for mark in plot.marks]
+    for item, glyph in zip(plot.items, drawn):
+        _hover(axes, glyph, item.label, plot, item.x, item.y)
     for point in page.overlay.points if page.overlay else ():
         if point.plot == plot.name:
             low, high = f"{point.measured}_low", f"{point.measured}_high"
             ends = (low, point.y, high, point.y) if point.sideways else (point.x, low, point.x, high)
-            axes.segment(*ends, source=sources.simulated, color=point.colour, line_width=2)
-            dots = axes.scatter(
-                point.x, point.y, source=sources.simulated, size=6, color=point.colour, line_color=WHITE
-            )
+            style = {"source": sources.simulated, "color": point.colour}
+            axes.segment(*ends, line_width=2, **style)
+            dots = axes.scatter(point.x, point.y, size=6, line_color=WHITE, **style)
             error = ("standard error", f"@{{{point.measured}_error}}{{0.0000}}")
-            _hover(axes, dots, point.label, plot, point.x, point.y, [error])
-    if explained:
-        axes.add_layout(_legend(explained), "below")
+            _hover(axes, dots, point.label, plot, point.x, point.y, error)
+    if legend_rows:
+        axes.add_layout(_legend(axes, plot, drawn, sources), "below")
     return axes
 
 
-def _legend(explained: list[tuple[str, GlyphRenderer, GlyphRenderer]]) -> Legend:
+def _legend(axes: figure, plot: Plot, drawn: list[GlyphRenderer], sources: Sources) -> Legend:
     """Samples with their labels; a click hides what they stand for."""
-    legend = Legend(
-        items=[(label, [sample]) for label, _, sample in explained],
-        ncols=2,
-        orientation="horizontal",
-        location="left",
-        click_policy="hide",
-    )
+    explained = [(item, glyph) for item, glyph in zip(plot.items, drawn) if item.label]
+    items = []
+    for item, _ in explained:
+        if isinstance(item, Line):
+            sample = axes.line("x", "y", source=sources.samples, **_line_style(item))
+        else:
+            outline = "black" if item.colour == WHITE else item.colour
+            style = {"marker": item.marker, "size": 10, "fill_color": item.colour, "line_color": outline}
+            sample = axes.scatter("x", "y", source=sources.samples, **style)
+        items.append((item.label, [sample]))
+    legend = Legend(items=items, ncols=2, orientation="horizontal", location="left", click_policy="hide")
     legend.update(label_text_font_size="12px", spacing=6, padding=2, margin=0, border_line_color=None)
-    legend.update(glyph_width=26, glyph_height=18, label_height=18, label_standoff=4)
-    drawn = [glyph for _, glyph, _ in explained]
-    legend.js_on_event(LegendItemClick, CustomJS(args={"legend": legend, "drawn": drawn}, code=HIDE))
+    legend.update(glyph_width=26, glyph_height=18, label_height=18, label_standoff=2)
+    hidden = [glyph for _, glyph in explained]
+    legend.js_on_event(LegendItemClick, CustomJS(args={"legend": legend, "drawn": hidden}, code=HIDE))
     return legend
 
 
-def _draw_line(axes: figure, plot: Plot, line: Line, sources: Sources):  # type: ignore[no-untyped-def]
-    axes.line(
-        line.x, line.y, source=sources.frozen[line.table], color=line.colour, line_width=5, line_alpha=0.28
-    )  # what was frozen: wide and pale behind the moving curve
-    glyph = axes.line(
-        line.x, line.y, source=sources.tables[line.table], color=line.colour, line_width=LINE_WIDTH, line_dash=line.dash
-    )
-    _hover(axes, glyph, line.label, plot, line.x, line.y)
-    return glyph
+def _line_style(line: Line) -> dict[str, Any]:
+    return {"color": line.colour, "line_width": LINE_WIDTH, "line_dash": line.dash}
 
 
-def _draw_mark(axes: figure, plot: Plot, mark: Mark, sources: Sources):  # type: ignore[no-untyped-def]
-    glyph = axes.scatter(
-        mark.x,
-        mark.y,
-        source=sources.tables[mark.table],
-        marker=mark.marker,
-        size=15 if mark.marker == "star" else 10,
-        fill_color=mark.colour,
-        line_color="black" if mark.colour == WHITE else WHITE,
-        line_width=1.2,
-    )
-    _hover(axes, glyph, mark.label, plot, mark.x, mark.y)
-    return glyph
+def _draw_line(axes: figure, line: Line, sources: Sources) -> GlyphRenderer:
+    """And, wide and pale behind it, what was frozen."""
+    frozen = {"source": sources.frozen[line.table], "color": line.colour}
+    axes.line(line.x, line.y, line_width=5, line_alpha=0.28, **frozen)
+    return axes.line(line.x, line.y, source=sources.tables[line.table], **_line_style(line))
 
 
-def _draw_surface(axes: figure, plot: Plot, sources: Sources) -> None:
-    surface, mapper = plot.surface, sources.mappers[plot.name]
-    assert surface is not None
-    image = axes.image(
-        "image", "x", "y", "dw", "dh", source=sources.images[plot.name], color_mapper=mapper, level="image"
-    )
+def _draw_mark(axes: figure, mark: Mark, sources: Sources) -> GlyphRenderer:
+    outline = "black" if mark.colour == WHITE else WHITE
+    style = {"marker": mark.marker, "fill_color": mark.colour, "line_color": outline, "line_width": 1.2}
+    size = 15 if mark.marker == "star" else 10
+    return axes.scatter(mark.x, mark.y, source=sources.tables[mark.table], size=size, **style)
+
+
+def _draw_surface(axes: figure, plot: Plot, surface: Map, sources: Sources) -> None:
+    mapper = sources.mappers[plot.name]
+    style = {"source": sources.images[plot.name], "color_mapper": mapper, "level": "image"}
+    image = axes.image("image", "x", "y", "dw", "dh", **style)
     axes.grid.visible = False
     axes.x_range.range_padding = axes.y_range.range_padding = 0
     axes.add_layout(ColorBar(color_mapper=mapper, width=10, ticker=BasicTicker(desired_num_ticks=5)), "right")
-    axes.add_tools(
-        HoverTool(
-            renderers=[image],
-            tooltips=[(plot.x_label, "$x{0.0000}"), (plot.y_label, "$y{0.000}"), (surface.label, "@image{0.0000}")],
-            visible=False,
-        )
-    )
+    rows = [(plot.x_label, "$x{0.0000}"), (plot.y_label, "$y{0.000}"), (surface.label, "@image{0.0000}")]
+    axes.add_tools(HoverTool(renderers=[image], tooltips=rows, visible=False))
 
 
-def _hover(axes, glyph, label, plot, x, y, more=()) -> None:  # type: ignore[no-untyped-def]
+def _hover(axes: figure, glyph: GlyphRenderer, label: str, plot: Plot, x: str, y: str, *more: tuple[str, str]) -> None:
     rows = [("", label), (plot.x_label, f"@{{{x}}}{{0.0000}}"), (plot.y_label, f"@{{{y}}}{{0.0000}}"), *more]
     axes.add_tools(HoverTool(renderers=[glyph], tooltips=rows, line_policy="nearest", visible=False))

@@ -1,4 +1,4 @@
-"""Slow work behind a fast hand: the latest request wins, results come back on the document's own loop."""
+"""Slow work behind quick sliders: the latest request wins, results come back on the document's own loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -60,7 +60,7 @@ class Latest:
 
 
 class Repeated:
-    """replicate(index, **parameters) over and over in the background; show(parameters, samples) after each.
+    """replicate(index, parameters), `replicates` times in the background; show(parameters, samples) after each.
 
     `start` begins again with other parameters, `stop` drops what is running; no result of earlier ones arrives later.
     """
@@ -73,7 +73,7 @@ class Repeated:
         show: Callable[[Any, list[dict]], None],
         fail: Callable[[Any, Exception], None],
     ):
-        self._document, self._replicate, self._replicates = document, replicate, replicates
+        self._document, self._replicate, self.replicates = document, replicate, replicates
         self._show, self._fail = show, fail
         self._generation = 0
 
@@ -88,11 +88,11 @@ class Repeated:
 
     async def _run(self, generation: int, parameters: dict) -> None:
         loop, samples = asyncio.get_running_loop(), []
-        for index in range(self._replicates):
+        for index in range(self.replicates):
             if generation != self._generation or not _open(self._document):
                 return
             try:
-                sample = await loop.run_in_executor(BACKGROUND, partial(self._replicate, index, **parameters))
+                sample = await loop.run_in_executor(BACKGROUND, partial(self._replicate, index, parameters))
             except Exception as error:
                 self._deliver(generation, partial(self._fail, parameters, error))
                 return

@@ -1,147 +1,126 @@
 """The page of the overtraining paper: features one after another, the perturbed loss, fine-tuning checkpoints."""
 
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Reading, Simulated, Slider, Suggestion
+from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, in_order, least
 from figures.style import COLOURS
-from theory.overtraining import (
-    FineTuning,
-    PerturbedLoss,
-    fine_tuning,
-    inflection_time,
-    mode_inflection_times,
-    perturbed_loss,
-    singular_values,
-)
+from sims.parameters import Parameter
+from theory.overtraining import fine_tuning, inflection_time, mode_inflection_times, perturbed_loss, singular_values
 
 MODES = 6
 TIMES = np.logspace(-0.5, 3, 106)
 GAMMAS = np.logspace(-2.5, -0.3, 45)
 STEPS = 100
+PAPER = "Springer et al., ICML 2025, arXiv 2503.19206"
 
 
-def targets_of(decay: float, stretch: float) -> tuple[np.ndarray, np.ndarray]:
-    """A has singular values a_i = i^−decay, i = 1 … 6; the fine-tuning target has `stretch` times these."""
-    a = np.arange(1.0, MODES + 1) ** -decay
-    return a, stretch * a
+class Parameters(NamedTuple):
+    """Of the page."""
+
+    time: Annotated[float, Slider("pretraining time t", Parameter(
+        "gradient flow of ½‖W₁W₂ − A‖²; learning rate × steps", low=0.3162, high=1000.0, scale="log",
+        unit="1 / singular value of A"), 0.05, PAPER)] = 31.62  # fmt: skip
+    gamma: Annotated[float, Slider("perturbation γ", Parameter(
+        "standard deviation of Gaussian noise added to every weight", low=0.003162, high=0.5012, scale="log",
+        unit="units of a weight"), 0.05, PAPER)] = 0.1  # fmt: skip
+    rate: Annotated[float, Slider("fine-tuning learning rate", Parameter(
+        "step size of 100 steps of gradient descent on ½‖W₁W₂ − B‖²", low=1e-4, high=0.2512, scale="log",
+        unit="1 / singular value of A"), 0.05, PAPER)] = 0.01  # fmt: skip
+    penalty: Annotated[float, Slider("penalty μ", Parameter(
+        "(μ/2)‖θ − θ_pre‖² during fine-tuning", low=0.0, high=2.0, unit="units of the singular values"), 0.05,
+        f"{PAPER} (regularized fine-tuning)")] = 0.5  # fmt: skip
+    decay: Annotated[float, Slider("spectrum of the target", Parameter(
+        "A has singular values i^−decay, i = 1 … 6: how unequal the features are", low=0.0, high=2.0), 0.05,
+        "Ours.")] = 1.0  # fmt: skip
+    stretch: Annotated[float, Slider("fine-tuning target B / A", Parameter(
+        "B has the features of A, this many times as strong", low=0.2, high=2.0), 0.05,
+        "Above 1 fine-tuning overshoots. Ours.")] = 1.5  # fmt: skip
+    initial: Annotated[float, Slider("initial singular value", Parameter(
+        "balanced, aligned start W₁ = W₂ᵀ with these singular values s₀", low=1e-6, high=0.01, scale="log",
+        unit="units of the singular values"), 0.25, "Ours (docs, §7).")] = 0.001  # fmt: skip
+    size: Annotated[int, Slider("width m = h = k", Parameter(
+        "sides of both layers: more weights, more sensitivity to noise on each", low=6, high=64, scale="whole"), 2,
+        "Ours.")] = 16  # fmt: skip
 
 
-class Predicted(NamedTuple):
-    """What theory says along pretraining."""
+def _target(at: Parameters) -> Array:
+    """Singular values of A, a_i = i^−decay, i = 1 … 6."""
+    return jnp.arange(1.0, MODES + 1) ** -at.decay
 
-    turn: Array
-    """When more pretraining starts to hurt, at each γ."""
-    own: Array
-    """The same of each mode alone, (γ, mode)."""
-    perturbed: PerturbedLoss
-    """At the turn, then at each time."""
-    modes: Array
-    """Singular values (time, mode)."""
-    tuned: FineTuning
-    """With the penalty and without, (2, time)."""
+
+def _modes(values: Array) -> Table:
+    """Columns of (…, mode)."""
+    return {f"mode_{i + 1}": values[:, i] for i in range(MODES)}
 
 
 @jax.jit
-def predict(
-    initial: Array, a: Array, b: Array, times: Array, gammas: Array, rate: Array, penalty: Array, size: int
-) -> Predicted:
-    """Inflections, perturbed loss at the first γ, singular values and fine-tuning (docs, N1–N4), in one kernel."""
-    shape = (size, size, size)
-    turn = inflection_time(initial, a, gammas, shape)
+def _tables(at: Parameters) -> dict[str, Table]:
+    """The slider comes first among times and among γ."""
+    a, shape = _target(at), (at.size, at.size, at.size)
+    times, gammas = jnp.append(at.time, TIMES), jnp.append(at.gamma, GAMMAS)
+    turn = inflection_time(at.initial, a, gammas, shape)
+    alone = mode_inflection_times(at.initial, a, gammas, shape)
+    turns = {name: jnp.where(time > 0, time, np.nan) for name, time in {"all": turn, **_modes(alone)}.items()}
     turning = jnp.clip(turn[:1], TIMES[0], TIMES[-1])
-    penalties = jnp.stack([penalty, 0.0])[:, None]
-    return Predicted(
-        turn,
-        mode_inflection_times(initial, a, gammas, shape),
-        perturbed_loss(initial, a, jnp.concatenate([turning, times]), gammas[0], shape),
-        singular_values(initial, a, times),
-        fine_tuning(initial, a, b, times, STEPS * rate, penalties, steps=STEPS),
+    perturbed = perturbed_loss(at.initial, a, jnp.append(turning, times), at.gamma, shape)
+    penalties = jnp.stack([at.penalty, 0.0])[:, None]
+    losses = fine_tuning(at.initial, a, at.stretch * a, times, STEPS * at.rate, penalties, steps=STEPS)
+    tuned, unpenalised = (losses.after.map(itemgetter(row)) for row in (0, 1))
+    over_time = {
+        "time": times,
+        **_modes(singular_values(at.initial, a, times)),
+        "loss": perturbed.loss[1:],
+        "sensitivity": perturbed.sensitivity[1:],
+        "perturbed": perturbed.total[1:],
+        "pretrain_before": jnp.broadcast_to(losses.before.pretrain, losses.after.pretrain.shape)[0],
+        "pretrain_after": tuned.pretrain,
+        "finetune_after": tuned.finetune,
+        "pretrain_after_unpenalised": unpenalised.pretrain,
+        "finetune_after_unpenalised": unpenalised.finetune,
+        "degradation": losses.degradation[0],
+    }
+    along_path = {name: values[1:] for name, values in over_time.items()}
+    return in_order(
+        {
+            "time": along_path,
+            "gamma": {"gamma": GAMMAS, **{name: values[1:] for name, values in turns.items()}},
+            "now": {name: values[:1] for name, values in over_time.items()},
+            "turn": {
+                "time": turn[:1],
+                "perturbed_time": turning,
+                "perturbed": perturbed.total[:1],
+                "gamma": gammas[:1],
+                "shown": turns["all"][:1],
+            },
+            "least_after": least(along_path, "pretrain_after"),
+        }
     )
 
 
-def curves(
-    *, time: float, gamma: float, rate: float, penalty: float, decay: float, stretch: float, initial: float, size: int
-) -> dict[str, dict[str, np.ndarray]]:
+def curves(at: Parameters) -> dict[str, Table]:
     """Singular values, perturbed loss and losses after fine-tuning along pretraining, in closed form (docs, N1–N4)."""
-    a, b = targets_of(decay, stretch)
-    times = np.concatenate([[time], TIMES])
-    gammas = np.concatenate([[gamma], GAMMAS])
-    turn, own, both, modes, (before, after) = jax.device_get(predict(initial, a, b, times, gammas, rate, penalty, size))
-    turning = np.clip(turn[:1], TIMES[0], TIMES[-1])
-    loss, perturbed, at_turn = both.loss[1:], both.total[1:], both.total[:1]
-    tuned, plain = (jax.tree.map(lambda losses, i=i: losses[i], after) for i in (0, 1))
-    worst = int(np.argmin(tuned.pretrain[1:]))
-    return {
-        "time": {
-            "time": TIMES,
-            **{f"mode_{i + 1}": modes[1:, i] for i in range(MODES)},
-            "loss": loss[1:],
-            "sensitivity": both.sensitivity[2:],
-            "perturbed": perturbed[1:],
-            "pretrain_before": before.pretrain[0, 1:],
-            "pretrain_after": tuned.pretrain[1:],
-            "finetune_after": tuned.finetune[1:],
-            "pretrain_after_unpenalised": plain.pretrain[1:],
-            "finetune_after_unpenalised": plain.finetune[1:],
-        },
-        "gamma": {
-            "gamma": GAMMAS,
-            "all": np.where(turn[1:] > 0, turn[1:], np.nan),
-            **{f"mode_{i + 1}": np.where(own[1:, i] > 0, own[1:, i], np.nan) for i in range(MODES)},
-        },
-        "now": {
-            "time": times[:1],
-            **{f"mode_{i + 1}": modes[:1, i] for i in range(MODES)},
-            "loss": loss[:1],
-            "perturbed": perturbed[:1],
-            "pretrain_after": tuned.pretrain[:1],
-            "finetune_after": tuned.finetune[:1],
-            "gamma": gammas[:1],
-        },
-        "turn": {
-            "time": turn[:1],
-            "perturbed_time": turning,
-            "perturbed": at_turn,
-            "gamma": gammas[:1],
-            "shown": np.where(turn[:1] > 0, turn[:1], np.nan),
-            "least_after_time": TIMES[[worst]],
-            "least_after": tuned.pretrain[1:][[worst]],
-            "degradation": tuned.pretrain[:1] - before.pretrain[0, :1],
-        },
-    }
+    return jax.device_get(_tables(at))
 
 
-def draws(
-    index: int,
-    *,
-    time: float,
-    gamma: float,
-    rate: float,
-    penalty: float,
-    decay: float,
-    stretch: float,
-    initial: float,
-    size: int,
-) -> dict[str, np.ndarray]:
-    """Perturbed loss of full matrices: 32 Gaussian draws on both layers, averaged, at every tenth time (seed 0)."""
-    a, _ = targets_of(decay, stretch)
-    times = TIMES[::10]
-    target, layers = np.zeros((size, size)), np.zeros((times.size, size, size))
+def replicate(index: int, at: Parameters) -> Table:
+    """Perturbed loss of full matrices: 32 Gaussian samples on both layers, averaged, at every tenth time (seed 0)."""
+    a, times = _target(at), TIMES[::10]
+    target, layers = np.zeros((at.size, at.size)), np.zeros((times.size, at.size, at.size))
     diagonal = np.arange(MODES)
     target[diagonal, diagonal] = a
-    layers[:, diagonal, diagonal] = np.sqrt(np.asarray(singular_values(initial, a, times)))
+    layers[:, diagonal, diagonal] = np.sqrt(np.asarray(singular_values(at.initial, a, times)))
     key = jax.random.fold_in(jax.random.key(0), index)
-    noise = gamma * np.asarray(jax.random.normal(key, (32, 2, size, size)))
+    noise = at.gamma * np.asarray(jax.random.normal(key, (32, 2, at.size, at.size)))
     losses = [((layers + one) @ (layers + two) - target) ** 2 for one, two in noise]
     return {"time": times, "perturbed": np.sum(losses, axis=(2, 3)).mean(axis=0) / 2}
 
 
-PAPER = "Springer et al., ICML 2025, arXiv 2503.19206"
 SHADES = ("#D55E00", "#E69F00", "#009E73", "#56B4E9", "#0072B2", "#CC79A7")
 
 PAGE = Page(
@@ -153,23 +132,7 @@ PAGE = Page(
         "the more a perturbation of its weights hurts: the perturbed loss falls, then <b>rises again</b> (triangle). Fine-tuning "
         "can do the same: more pretraining, then worse."
     ),
-    controls=(
-        Slider("time", "pretraining time t", f"Gradient flow of ½‖W₁W₂ − A‖²; learning rate × steps. In units of 1/(singular value of A). {PAPER}.",
-               -0.5, 3, 0.05, 31.62, True),
-        Slider("gamma", "perturbation γ", f"Standard deviation of Gaussian noise added to every weight, in units of a weight. {PAPER}.",
-               -2.5, -0.3, 0.05, 0.1, True),
-        Slider("rate", "fine-tuning learning rate", f"Step size of 100 steps of gradient descent on ½‖W₁W₂ − B‖². {PAPER}.",
-               -4, -0.6, 0.05, 0.01, True),
-        Slider("penalty", "penalty μ", f"(μ/2)‖θ − θ_pre‖² during fine-tuning, in units of the singular values. {PAPER} (regularized fine-tuning).",
-               0, 2, 0.05, 0.5),
-        Slider("decay", "spectrum of the target", "A has singular values i^−decay, i = 1 … 6: how unequal the features are. No unit. Ours.",
-               0, 2, 0.05, 1.0),
-        Slider("stretch", "fine-tuning target B / A", "B has the features of A, this many times as strong. Above 1 fine-tuning overshoots. No unit. Ours.",
-               0.2, 2, 0.05, 1.5),
-        Slider("initial", "initial singular value", "Balanced, aligned start W₁ = W₂ᵀ with these singular values s₀. Ours (docs, §7).",
-               -6, -2, 0.25, 0.001, True),
-        Slider("size", "width m = h = k", "Sides of both layers: more weights, more sensitivity to noise on each. Ours.", 6, 64, 2, 16),
-    ),
+    parameters=Parameters,
     curves=curves,
     plots=(
         Plot("modes", "Features are learned one after another", "pretraining time t", "singular value of W₁W₂",
@@ -188,7 +151,7 @@ PAGE = Page(
                     Line("time", "time", "finetune_after_unpenalised", "fine-tuning loss, μ = 0", COLOURS["ridge + ensemble"], "dotted"),
                     Line("time", "time", "pretrain_before", "pretraining loss before", "#777777", "dotted")),
              marks=(Mark("now", "time", "pretrain_after", "t of the slider", COLOURS["fine-tuned"]),
-                    Mark("turn", "least_after_time", "least_after", "least", COLOURS["fine-tuned"], "inverted_triangle")), x_logarithmic=True),
+                    Mark("least_after", "time", "pretrain_after", "least", COLOURS["fine-tuned"], "inverted_triangle")), x_logarithmic=True),
         Plot("inflection", "When more pretraining starts to hurt", "perturbation γ", "inflection time",
              lines=(Line("gamma", "gamma", "all", "all features", COLOURS["pretrained"]),
                     *(Line("gamma", "gamma", f"mode_{i + 1}", f"feature {i + 1} alone", SHADES[i], "dashed") for i in range(0, MODES, 2))),
@@ -198,14 +161,14 @@ PAGE = Page(
         Reading("inflection time", "Pretraining time of least perturbed loss (docs, N3); finite as soon as γ > 0.", "turn", "time"),
         Reading("perturbed loss there", "Expected loss of the perturbed network.", "turn", "perturbed"),
         Reading("now", "Perturbed loss at the time of the slider.", "now", "perturbed"),
-        Reading("fine-tuning costs", "Pretraining loss after fine-tuning minus before, at the time of the slider (docs, N4).", "turn", "degradation"),
-        Reading("best time to fine-tune from", "Of least pretraining loss after fine-tuning, on a grid of 106 times.", "turn", "least_after_time"),
+        Reading("fine-tuning costs", "Pretraining loss after fine-tuning minus before, at the time of the slider (docs, N4).", "now", "degradation"),
+        Reading("best time to fine-tune from", "Of least pretraining loss after fine-tuning, on a grid of 106 times.", "least_after", "time"),
     ),
-    suggestions=(
-        Suggestion("Halve the noise: the turn comes later", {"gamma": 0.05}),
-        Suggestion("A larger learning rate: fine-tuning overshoots", {"rate": 0.05, "penalty": 0.0}),
-        Suggestion("A task that shrinks the features: no turn", {"stretch": 0.5}),
-    ),
-    overlay=Overlay("8 × 32 random perturbations", draws, 8, ("time",),
-                    (Simulated("perturbed", "time", "perturbed", "perturbed, measured", COLOURS["total"]),)),
+    suggestions={
+        "Halve the noise: the turn comes later": {"gamma": 0.05},
+        "A larger learning rate: fine-tuning overshoots": {"rate": 0.05, "penalty": 0.0},
+        "A task that shrinks the features: no turn": {"stretch": 0.5},
+    },
+    overlay=Overlay("8 × 32 random perturbations", replicate, 8, ("time",),
+                    (Points("perturbed", "time", "perturbed", "perturbed, measured", COLOURS["total"]),)),
 )  # fmt: skip

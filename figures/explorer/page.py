@@ -1,41 +1,75 @@
 """What a page of the explorer is made of: plain descriptions, and one pure function from parameters to numbers.
 
-The function returns tables, {table: {column: (rows,) array}}. Plots, readings, CSV and the script of "copy as Python" all
+A page states its parameters once, as a NamedTuple whose fields are annotated with their controls. The function takes
+them and returns tables, {table: {column: (rows,) array}}. Plots, readings, CSV and the script of "copy as Python" all
 draw on these tables and on nothing else, so that they cannot disagree.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple, get_type_hints
 
+import jax.numpy as jnp
 import numpy as np
 
-Parameters = dict[str, float | int | str]
-Tables = dict[str, dict[str, np.ndarray]]
+from sims.parameters import Parameter
+
+__all__ = ["Choice", "Line", "Map", "Mark", "Overlay", "Page", "Plot", "Points", "Reading", "Slider", "Table"]
+
+Values = dict[str, float | int | str]
+"""Parameters by name, as links and widgets carry them."""
+Table = dict[str, Any]
+"""Columns (rows,) by name: numpy arrays; inside a kernel, traced ones too."""
 
 
 class Slider(NamedTuple):
     """A number. A logarithmic slider moves in log₁₀ of it; `start`, `end` and `step` are in units of the position."""
 
-    name: str
     label: str
-    help: str
-    """What the symbol means, its unit, and where it comes from."""
-    start: float
-    end: float
+    parameter: Parameter
+    """What it means, its unit, range and scale; the default of a page is that of its own parameters."""
     step: float
-    value: float
-    logarithmic: bool = False
+    source: str = ""
+    """Where it comes from, and what else there is to say."""
+    name: str = ""
+    value: float = 0.0
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether it moves in powers of ten."""
+        return self.parameter.scale == "log"
+
+    @property
+    def start(self) -> float:
+        """The lowest position; on a logarithmic slider a whole number of steps from 1."""
+        return self._end(self.parameter.low)
+
+    @property
+    def end(self) -> float:
+        """The highest position."""
+        return self._end(self.parameter.high)
+
+    def _end(self, value: float) -> float:
+        return round(round(math.log10(value) / self.step) * self.step, 10) if self.logarithmic else value
+
+    @property
+    def help(self) -> str:
+        """What the symbol means, its unit, and where it comes from."""
+        meaning = self.parameter.help
+        unit = "no unit" if self.parameter.unit == "1" else self.parameter.unit
+        return f"{meaning[:1].upper()}{meaning[1:]} ({unit}). {self.source}".strip()
 
     def value_at(self, position: float) -> float | int:
-        """The parameter at a position of the slider: four digits on a logarithmic one, whole where the step is."""
+        """The parameter at a position of the slider: four digits on a logarithmic one, whole for a count."""
         steps = round((position - self.start) / self.step)
         position = min(max(self.start + steps * self.step, self.start), self.end)
         if self.logarithmic:
             return float(f"{10**position:.4g}")
-        return int(position) if float(self.step).is_integer() else float(f"{position:.10g}")
+        return int(position) if self.parameter.scale == "whole" else float(f"{position:.10g}")
 
-    def position_of(self, value: float) -> float:
+    def position_of(self, value: str | int | float) -> float:
         """Where the slider stands for a value; ValueError if that is not a number within its range."""
         number = float(value)
         position = math.log10(number) if self.logarithmic and number > 0 else number
@@ -59,21 +93,21 @@ class Slider(NamedTuple):
 class Choice(NamedTuple):
     """One of a few values, words or numbers."""
 
-    name: str
     label: str
     help: str
     options: tuple
-    value: str | int | float
     sliding: bool = False
     """Whether it is a slider over the options rather than a list of them."""
+    name: str = ""
+    value: str | int | float = 0
 
     @property
     def labels(self) -> list[str]:
         """The options in words."""
         return [f"{option:.4g}" if isinstance(option, float) else str(option) for option in self.options]
 
-    def label_of(self, value: str | int | float) -> str:
-        """The option in words."""
+    def position_of(self, value: str | int | float) -> str:
+        """The option in words, which is what its widget holds."""
         return self.labels[self.options.index(value)]
 
     def parse(self, text: str) -> str | int | float:
@@ -82,6 +116,18 @@ class Choice(NamedTuple):
             if text in (str(option), label):
                 return option
         raise ValueError(f"{self.name} must be one of {', '.join(self.labels)}, got {text[:40]!r}")
+
+    def value_at(self, position: str) -> str | int | float:
+        """The option at a position of the widget."""
+        return self.parse(position)
+
+
+@cache
+def _controls_of(parameters: type) -> tuple[Slider | Choice, ...]:
+    """The controls that annotate the fields of a NamedTuple, under the names of the fields and at their defaults."""
+    fields = get_type_hints(parameters, include_extras=True)
+    defaults = parameters._field_defaults  # type: ignore[attr-defined]
+    return tuple(field.__metadata__[0]._replace(name=name, value=defaults[name]) for name, field in fields.items())
 
 
 class Line(NamedTuple):
@@ -106,7 +152,7 @@ class Mark(NamedTuple):
     marker: str = "circle"
 
 
-class Surface(NamedTuple):
+class Map(NamedTuple):
     """A map of z over x and y, three columns of one table, row by row in y; evenly spaced on their axes."""
 
     table: str
@@ -116,7 +162,7 @@ class Surface(NamedTuple):
     label: str
 
 
-class Simulated(NamedTuple):
+class Points(NamedTuple):
     """Points with error bars from the finite-sample overlay, drawn in a plot: x and y ± y_error, or x ± x_error and y."""
 
     plot: str
@@ -142,7 +188,7 @@ class Plot(NamedTuple):
     y_label: str
     lines: tuple[Line, ...] = ()
     marks: tuple[Mark, ...] = ()
-    surface: Surface | None = None
+    surface: Map | None = None
     x_logarithmic: bool = False
     y_logarithmic: bool = False
     y_names: tuple[str, ...] = ()
@@ -163,59 +209,91 @@ class Reading(NamedTuple):
     column: str
 
 
-class Suggestion(NamedTuple):
-    """Something to try: a button that sets some parameters."""
-
-    label: str
-    values: Parameters
-
-
 class Overlay(NamedTuple):
-    """A finite-sample experiment, repeated: replicate(index, **parameters) → {column: array}.
+    """A finite-sample experiment, repeated: replicate(index, parameters) → {column: array}.
 
     Columns are averaged over replicates; those in `axes` are the same in all of them.
     """
 
     label: str
-    replicate: Callable[..., dict[str, np.ndarray]]
+    replicate: Callable[[int, Any], Table]
     replicates: int
     axes: tuple[str, ...]
-    points: tuple[Simulated, ...]
+    points: tuple[Points, ...]
     readings: tuple[tuple[str, str], ...] = ()
     """(label, column) of averages to be read as numbers."""
 
 
 class Page(NamedTuple):
-    """A tab: its controls, the function behind it, and how its tables are shown."""
+    """A tab: its controls, the function behind it, and how its tables are shown.
+
+    >>> from typing import Annotated, NamedTuple
+    >>> import numpy as np
+    >>> from figures.explorer.page import Line, Page, Plot, Slider, Table
+    >>> from sims.parameters import TAU
+    >>> class Parameters(NamedTuple):
+    ...     tau: Annotated[float, Slider("ensemble coefficient τ", TAU, step=0.02)] = 0.6
+    >>> page = Page("mine", "Mine", parameters=Parameters, curves=lambda at: {"now": {"x": np.array([at.tau])}}, plots=())
+    >>> page.compute({"tau": 0.5})
+    {'now': {'x': array([0.5])}}
+    """
 
     name: str
     title: str
-    source: str
-    """The paper, and what in it is ours."""
-    introduction: str
-    controls: tuple[Slider | Choice, ...]
-    curves: Callable[..., Tables]
+    curves: Callable[..., dict[str, Table]]
     plots: tuple[Plot, ...]
-    readings: tuple[Reading, ...]
-    suggestions: tuple[Suggestion, ...]
+    parameters: type = dict
+    """A NamedTuple with a control and a default for each field: what `curves` and `overlay.replicate` take."""
+    choices: tuple[Slider | Choice, ...] = ()
+    """The controls of a page whose parameters are a dict."""
+    source: str = ""
+    """The paper, and what in it is ours."""
+    introduction: str = ""
+    readings: tuple[Reading, ...] = ()
+    suggestions: Mapping[str, Values] = {}
+    """Things to try: buttons that set some parameters."""
     overlay: Overlay | None = None
     data: Any = None
     """Handed to `curves` as its first argument, where a page shows a user's own."""
     data_source: str = ""
     """How a script gets them, as Python."""
 
-    def defaults(self) -> Parameters:
+    @property
+    def controls(self) -> tuple[Slider | Choice, ...]:
+        """What moves the parameters, in order."""
+        return self.choices or _controls_of(self.parameters)
+
+    def defaults(self) -> Values:
         """The parameters of the first screen."""
         return {control.name: control.value for control in self.controls}
 
-    def compute(self, parameters: Parameters) -> Tables:
+    def compute(self, values: Values) -> dict[str, Table]:
         """The tables at these parameters."""
-        return self.curves(**parameters) if self.data is None else self.curves(self.data, **parameters)
+        parameters = self.parameters(**values)
+        return self.curves(parameters) if self.data is None else self.curves(self.data, parameters)
+
+    def replicate(self, index: int, values: Values) -> Table:
+        """One replicate of the overlay at these parameters."""
+        assert self.overlay is not None
+        return self.overlay.replicate(index, self.parameters(**values))
 
 
-def average(samples: list[dict[str, np.ndarray]], axes: tuple[str, ...]) -> dict[str, np.ndarray]:
+def in_order(tables: Mapping[str, Table]) -> dict[str, Table]:
+    """The same tables for a kernel to return: JAX sorts the names of a plain dict."""
+    return OrderedDict((name, OrderedDict(table)) for name, table in tables.items())
+
+
+def least(table: Table, column: str) -> Table:
+    """The row of a table where the column is least; also of traced numbers."""
+    row = jnp.argmin(table[column])
+    return {name: jnp.take(values, row)[None] for name, values in table.items()}
+
+
+def average(samples: list[Table], axes: tuple[str, ...]) -> Table:
     """Mean and standard error (column, column_error) over replicates; columns in `axes` as they are.
 
+    >>> import numpy as np
+    >>> from figures.explorer.page import average
     >>> average([{"x": np.array([1.0]), "y": np.array([1.0])}, {"x": np.array([1.0]), "y": np.array([3.0])}], ("x",))
     {'x': array([1.]), 'y': array([2.]), 'y_error': array([1.])}
     """

@@ -1,134 +1,114 @@
 """The page of the S3FT paper in its linear form: shares of targets, what is learned and what is forgotten."""
 
 from functools import partial
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Reading, Simulated, Slider, Suggestion
+from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, in_order
 from figures.style import COLOURS
 from linfit import MinNorm, sample_design
-from theory.s3ft import (
-    SUPERVISED,
-    Coefficients,
-    Expectation,
-    Procedure,
-    VectorProblem,
-    coefficients,
-    conditional,
-    population,
-)
+from sims.parameters import NOISE, RISK, N, Parameter
+from theory.s3ft import SUPERVISED, Procedure, VectorProblem, coefficients, conditional, population
 
 TOLERANCES = np.linspace(0, 6, 61)
 TAUS = np.linspace(0, 1, 51)
 CONTENT = 2
+PAPER = "Gupta et al., NAACL Findings 2025, arXiv 2502.08130"
+ERROR = Parameter("probability; the error rate of the judge", low=0.0, high=1.0)
 
 
-def problem_of(style_dimension: int, style_signal: Array | float, noise_variance: Array | float) -> VectorProblem:
+class Parameters(NamedTuple):
+    """Of the page."""
+
+    tolerance: Annotated[float, Slider("judge's tolerance c", Parameter(
+        "an answer is right if its content misses gold by at most c", low=0.0, high=6.0, unit="units of y"), 0.1,
+        f"The judge is {PAPER}'s; the distance is ours.")] = 1.0  # fmt: skip
+    false_accept: Annotated[float, Slider("judge accepts wrong answers", ERROR, 0.02, "Ours.")] = 0.0
+    false_reject: Annotated[float, Slider("judge rejects right answers", ERROR, 0.02, "Ours.")] = 0.0
+    paraphrase: Annotated[float, Slider("paraphrase succeeds", Parameter(
+        "probability that the model can reword a gold answer it did not find", low=0.0, high=1.0), 0.02,
+        f"{PAPER} (method); the probability is ours.")] = 0.8  # fmt: skip
+    style_dimension: Annotated[int, Slider("style dimension", Parameter(
+        "outputs that do not count for correctness; two others do", low=0, high=16, scale="whole"), 1,
+        "Ours.")] = 4  # fmt: skip
+    style_signal: Annotated[float, Slider("style shift", Parameter(
+        "how far gold's style is from the model's, in every style output; content has 1", low=0.0, high=4.0, unit=RISK),
+        0.1, "Ours.")] = 1.0  # fmt: skip
+    noise_std: Annotated[float, Slider("label noise σ", NOISE, 0.02, "On gold's content.")] = 0.7
+    sampling_std: Annotated[float, Slider("answer spread s", Parameter(
+        "standard deviation of own answers around the prediction (temperature)", low=0.0, high=2.0, unit="units of y"),
+        0.05, "Ours.")] = 0.0  # fmt: skip
+    n: Annotated[int, Slider("samples n (overlay only)", N.within(50, 2000), 50,
+        "Of each design of the overlay; the curves have unlimited data.")] = 300  # fmt: skip
+
+
+def _problem(at: Parameters, style_dimension: int) -> VectorProblem:
     """Two outputs of content, each with signal 1, others of style; Σ₁ = Σ₂ = I, a feature for each output."""
-    outputs = CONTENT + style_dimension
-    content, flat = np.arange(outputs) < CONTENT, np.ones(outputs)
-    size = jnp.where(content, 1.0, style_signal**0.5)
-    return VectorProblem(flat, flat, jnp.diag(size), content, noise_variance**0.5, 0.0)
+    content, flat = np.arange(CONTENT + style_dimension) < CONTENT, np.ones(CONTENT + style_dimension)
+    size = jnp.where(content, 1.0, at.style_signal**0.5)
+    return VectorProblem(flat, flat, jnp.diag(size), content, at.noise_std, style_noise_std=0.0)
 
 
-def procedure_of(
-    tolerance: Array | np.ndarray,
-    false_accept: Array | float,
-    false_reject: Array | float,
-    paraphrase: Array | float,
-    sampling_std: Array | float,
-) -> Procedure:
-    """How targets are made, for one tolerance or many."""
-    return Procedure(tolerance, paraphrase, false_accept, false_reject, sampling_std)
+def _procedure(at: Parameters, tolerances: Array | np.ndarray) -> Procedure:
+    return Procedure(tolerances, at.paraphrase, at.false_accept, at.false_reject, at.sampling_std)
 
 
 @partial(jax.jit, static_argnames="style_dimension")
-def predict(
-    procedure: Procedure, style_dimension: int, style_signal: Array, noise_variance: Array
-) -> tuple[Expectation, Expectation, Expectation, Coefficients]:
-    """Outcome of the procedure, of the same without paraphrases and of supervised fine-tuning, and coefficients."""
-    problem = problem_of(style_dimension, style_signal, noise_variance)
-    return (
-        population(problem, procedure),
-        population(problem, procedure._replace(paraphrase_success=0.0)),
-        population(problem, SUPERVISED),
-        coefficients(procedure, CONTENT, (1 + noise_variance) ** 0.5),
-    )
-
-
-def curves(
-    *,
-    tolerance: float,
-    false_accept: float,
-    false_reject: float,
-    paraphrase: float,
-    style_dimension: int,
-    style_signal: float,
-    noise_variance: float,
-    sampling_std: float,
-    n: int,
-) -> dict[str, dict[str, np.ndarray]]:
-    """Shares, coefficients and risks with unlimited data (docs, T2; ours)."""
-    tolerances = np.concatenate([[tolerance], TOLERANCES])
-    procedure = procedure_of(tolerances, false_accept, false_reject, paraphrase, sampling_std)
-    outcome, without, supervised, learned = jax.device_get(
-        predict(procedure, style_dimension, style_signal, noise_variance)
-    )
+def _tables(at: Parameters, style_dimension: int) -> dict[str, Table]:
+    """The tolerance of the slider comes first."""
+    tolerances = jnp.append(at.tolerance, TOLERANCES)
+    problem, procedure = _problem(at, style_dimension), _procedure(at, tolerances)
+    outcome, supervised = population(problem, procedure), population(problem, SUPERVISED)
+    without = population(problem, procedure._replace(paraphrase_success=0.0))
     columns = {
+        "tolerance": tolerances,
         **outcome.shares._asdict(),
-        "content": learned.content,
-        "style": learned.style,
+        **coefficients(procedure, CONTENT, (1 + at.noise_std**2) ** 0.5)._asdict(),
         "content_risk": outcome.content_risk,
         "style_drift": outcome.style_drift,
         "forgetting": outcome.forgetting,
         "content_risk_without": without.content_risk,
         "forgetting_without": without.forgetting,
     }
-    forgotten = supervised.forgetting
-    return {
-        "tolerance": {"tolerance": TOLERANCES, **{name: values[1:] for name, values in columns.items()}},
-        "now": {"tolerance": tolerances[:1], **{name: values[:1] for name, values in columns.items()}},
-        "averaging": {"tau": TAUS, "content_risk": CONTENT * (1 - TAUS) ** 2, "forgetting": TAUS**2 * forgotten},
-        "supervised": {
-            "tolerance": TOLERANCES[[0, -1]],
-            "forgetting": np.full(2, forgotten),
-            "content_risk": np.full(2, supervised.content_risk),
-        },
-    }
+    return in_order(
+        {
+            "tolerance": {name: values[1:] for name, values in columns.items()},
+            "now": {name: values[:1] for name, values in columns.items()},
+            "averaging": {
+                "tau": TAUS,
+                "content_risk": CONTENT * (1 - TAUS) ** 2,
+                "forgetting": TAUS**2 * supervised.forgetting,
+            },
+            "supervised": {
+                "tolerance": TOLERANCES[[0, -1]],
+                "forgetting": jnp.full(2, supervised.forgetting),
+                "content_risk": jnp.full(2, supervised.content_risk),
+            },
+        }
+    )
 
 
-def design(
-    index: int,
-    *,
-    tolerance: float,
-    false_accept: float,
-    false_reject: float,
-    paraphrase: float,
-    style_dimension: int,
-    style_signal: float,
-    noise_variance: float,
-    sampling_std: float,
-    n: int,
-) -> dict[str, np.ndarray]:
+def curves(at: Parameters) -> dict[str, Table]:
+    """Shares, coefficients and risks with unlimited data (docs, T2; ours)."""
+    return jax.device_get(_tables(at, at.style_dimension))
+
+
+def replicate(index: int, at: Parameters) -> Table:
     """The same conditional on one design of n samples (docs, T2; seed 0), averaged exactly over noise and judge."""
-    problem = problem_of(style_dimension, style_signal, noise_variance)
-    tolerances = TOLERANCES[::5]
-    X = sample_design(jax.random.fold_in(jax.random.key(0), index), problem.finetune_covariance, n)
-    procedure = procedure_of(tolerances, false_accept, false_reject, paraphrase, sampling_std)
-    outcome = conditional(X, problem, procedure, MinNorm())
+    problem, tolerances = _problem(at, at.style_dimension), TOLERANCES[::5]
+    X = sample_design(jax.random.fold_in(jax.random.key(0), index), problem.finetune_covariance, at.n)
+    outcome = conditional(X, problem, _procedure(at, tolerances), MinNorm())
+    columns = {name: getattr(outcome, name) for name in ("content_risk", "forgetting", "style_drift")}
     return {
         "tolerance": tolerances,
-        **{name: np.asarray(share) for name, share in outcome.shares._asdict().items()},
-        "content_risk": np.asarray(outcome.content_risk),
-        "forgetting": np.asarray(outcome.forgetting),
-        "style_drift": np.asarray(outcome.style_drift),
+        **{name: np.asarray(values) for name, values in {**outcome.shares._asdict(), **columns}.items()},
     }
 
 
-PAPER = "Gupta et al., NAACL Findings 2025, arXiv 2502.08130"
 OWN, REWORDED, GOLD = COLOURS["early stopping"], COLOURS["variance"], COLOURS["fine-tuned"]
 
 PAGE = Page(
@@ -140,20 +120,7 @@ PAGE = Page(
         "model's own style where that works, and on the <b>gold answer</b> only otherwise. So it learns the content and leaves "
         "the style alone: less forgetting at the same task risk."
     ),
-    controls=(
-        Slider("tolerance", "judge's tolerance c", f"An answer is right if its content misses gold by at most c, in units of y. The judge is {PAPER}'s; the distance is ours.",
-               0, 6, 0.1, 1.0),
-        Slider("false_accept", "judge accepts wrong answers", "Probability; the error rate of the judge. Ours.", 0, 1, 0.02, 0.0),
-        Slider("false_reject", "judge rejects right answers", "Probability; the error rate of the judge. Ours.", 0, 1, 0.02, 0.0),
-        Slider("paraphrase", "paraphrase succeeds", f"Probability that the model can reword a gold answer it did not find. {PAPER} (method); the probability is ours.",
-               0, 1, 0.02, 0.8),
-        Slider("style_dimension", "style dimension", "Outputs that do not count for correctness; two others do. Ours.", 0, 16, 1, 4),
-        Slider("style_signal", "style shift", "How far gold's style is from the model's, in every style output; content has 1. Squared units of y. Ours.",
-               0, 4, 0.1, 1.0),
-        Slider("noise_variance", "label noise σ²", "Variance of the noise on gold's content, in squared units of y.", 0, 2, 0.05, 0.5),
-        Slider("sampling_std", "answer spread s", "Standard deviation of own answers around the prediction (temperature), in units of y. Ours.", 0, 2, 0.05, 0.0),
-        Slider("n", "samples n (overlay only)", "Samples of each drawn design of the overlay; the curves have unlimited data.", 50, 2000, 50, 300),
-    ),
+    parameters=Parameters,
     curves=curves,
     plots=(
         Plot("trade", "Trade-off: forgetting and task risk", "pretraining risk (forgetting)", "content risk (the task)",
@@ -185,12 +152,12 @@ PAGE = Page(
         Reading("forgetting", "Pretraining risk, all outputs.", "now", "forgetting"),
         Reading("SFT forgets", "Pretraining risk of supervised fine-tuning.", "supervised", "forgetting"),
     ),
-    suggestions=(
-        Suggestion("Paraphrases always succeed: style is left alone", {"paraphrase": 1.0}),
-        Suggestion("A gullible judge: nothing is learned from some", {"false_accept": 0.5}),
-        Suggestion("No style at all: S3FT is averaging", {"style_dimension": 0, "paraphrase": 0.0}),
-    ),
-    overlay=Overlay("exact risk on 8 drawn designs", design, 8, ("tolerance",),
-                    (Simulated("shares", "tolerance", "own", "own answer, designs", OWN), Simulated("shares", "tolerance", "gold", "gold answer, designs", GOLD),
-                     Simulated("risks", "tolerance", "forgetting", "forgetting, designs", COLOURS["pretrained"]), Simulated("risks", "tolerance", "content_risk", "content risk, designs", COLOURS["fine-tuned"]))),
+    suggestions={
+        "Paraphrases always succeed: style is left alone": {"paraphrase": 1.0},
+        "A gullible judge: nothing is learned from some": {"false_accept": 0.5},
+        "No style at all: S3FT is averaging": {"style_dimension": 0, "paraphrase": 0.0},
+    },
+    overlay=Overlay("exact risk on 8 sampled designs", replicate, 8, ("tolerance",),
+                    (Points("shares", "tolerance", "own", "own answer, designs", OWN), Points("shares", "tolerance", "gold", "gold answer, designs", GOLD),
+                     Points("risks", "tolerance", "forgetting", "forgetting, designs", COLOURS["pretrained"]), Points("risks", "tolerance", "content_risk", "content risk, designs", COLOURS["fine-tuned"]))),
 )  # fmt: skip

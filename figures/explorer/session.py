@@ -6,12 +6,13 @@ from importlib import import_module
 from urllib.parse import urlencode
 
 from bokeh.document import Document
-from bokeh.models import Column, ColumnDataSource, CustomJS, Div, TabPanel, Tabs
+from bokeh.models import Column, ColumnDataSource, CustomJS, TabPanel, Tabs
 from jinja2 import Template
 
 from figures.explorer.page import Page
 from figures.explorer.upload import UploadView
-from figures.explorer.view import TEXT_CSS, PageView
+from figures.explorer.view import PageView
+from figures.explorer.widgets import text
 
 MODULES = ("overadaptation", "overtraining", "flow", "s3ft", "compare")
 
@@ -42,6 +43,7 @@ def app(
     Raises ValueError for parameters that do not exist or make no sense.
 
     >>> from bokeh.document import Document
+    >>> from figures.explorer import app
     >>> document = Document()
     >>> app({"tau": 0.3})(document)
     >>> document.get_model_by_name("overadaptation/tau").value
@@ -74,14 +76,12 @@ class Session:
             state |= {name: values[-1].decode("utf-8", "replace") for name, values in arguments.items()}
 
         self._address = ColumnDataSource({"query": [""]}, name="address")
-        self._message = Div(text="", name="message", visible=False, stylesheets=[TEXT_CSS], sizing_mode="stretch_width")
-        header = Div(
-            text="<b style='font-size:19px'>linfit explore</b> &nbsp;theory of fine-tuning in linear models: move a slider, "
-            "the curves follow.",
-            stylesheets=[TEXT_CSS],
-            sizing_mode="stretch_width",
+        self._message = text(name="message", visible=False)
+        header = text(
+            "<b style='font-size:19px'>linfit explore</b> &nbsp;theory of fine-tuning in linear models: move a slider, "
+            "the curves follow."
         )
-        self._boxes = [Column(Div(text="&nbsp;"), sizing_mode="stretch_width") for _ in shown]
+        self._boxes = [Column(text("&nbsp;"), sizing_mode="stretch_width") for _ in shown]
         panels = [TabPanel(child=box, title=page.title) for box, page in zip(self._boxes, shown)]
         self._upload = UploadView(document, self._changed)
         panels.append(TabPanel(child=self._upload.layout, title="Your features"))

@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from figures.explorer.page import Choice, Line, Page, Plot, Suggestion
+from figures.explorer.page import Choice, Line, Page, Plot, Table, Values
 from sims.sweep.store import read, read_sweep
 
 SHADES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
 
 
-def curves(data: xr.Dataset, *, along: str, **at: float | int | str) -> dict[str, dict[str, np.ndarray]]:
-    """Mean and one standard error either way of every output along one axis, the other axes held at `at`."""
-    held = {axis: value for axis, value in at.items() if axis != along}
+def curves(data: xr.Dataset, at: Values) -> dict[str, Table]:
+    """Mean and one standard error either way of every output along the axis at["along"], the others held at `at`."""
+    along = str(at["along"])
+    held = {axis: value for axis, value in at.items() if axis not in ("along", along)}
     values = data[along].values
     table = {"x": values if np.issubdtype(values.dtype, np.number) else np.arange(float(values.size))}
     for name in data.data_vars:
@@ -66,17 +67,16 @@ def store_page(path: Path) -> Page:
         title="Sweep",
         source=f"{sweep.seeds} replicates of every point, seed {sweep.seed}; what is not finished is left out.",
         introduction=f"A sweep of the experiment {html.escape(sweep.experiment.name)}, {html.escape(path.name)}. {meanings}.",
-        controls=(
-            Choice("along", "along", "The axis to draw along.", tuple(axes), axes[-1]),
+        choices=(
+            Choice("along", "The axis to draw along.", tuple(axes), name="along", value=axes[-1]),
             *(
-                Choice(axis, axis, helps.get(axis, "Point of the Sobol design."), options(axis), options(axis)[0], True)
-                for axis in axes
+                Choice(axis, helps.get(axis, "Point of the Sobol design."), values, True, axis, values[0])
+                for axis, values in zip(axes, map(options, axes))
             ),
         ),
         curves=curves,
         plots=plots,
-        readings=(),
-        suggestions=tuple(Suggestion(f"along {axis}", {"along": axis}) for axis in axes[:3]),
+        suggestions={f"along {axis}": {"along": axis} for axis in axes[:3]},
         data=data,
         data_source=f"from pathlib import Path\n\nfrom sims.sweep import read\n\ndata = read(Path({str(path)!r}))[{keep!r}]",
     )

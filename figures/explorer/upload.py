@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 from bokeh.document import Document
-from bokeh.models import Column, CustomJS, Div, FileInput
+from bokeh.models import Column, CustomJS, FileInput
 
 from figures.explorer.latest import Latest
-from figures.explorer.page import Choice, Line, Mark, Page, Plot, Reading, Slider, Suggestion, Surface
-from figures.explorer.view import TEXT_CSS, PageView
+from figures.explorer.page import Choice, Line, Map, Mark, Page, Plot, Reading, Slider, Table, Values
+from figures.explorer.view import PageView
+from figures.explorer.widgets import text
 from figures.selection import load_arrays
 from figures.style import COLOURS
 from linfit import Selection, select
+from sims.parameters import PENALTY, TAU
 
 LIMIT = 32 * 2**20
 """Largest file, in bytes."""
@@ -28,16 +30,13 @@ SAMPLE_LIMIT = 3000
 """Rows: the kernel matrix is decomposed, and the surface is kept for every row."""
 
 REFUSE_LARGE_FILES = """
-const view_type = input.constructor.prototype.default_view.prototype;
-if (!view_type.linfit_limit) {
-  view_type.linfit_limit = true;
-  const load = view_type.load_files;
-  view_type.load_files = async function (files) {
-    if (files.length > 0 && files[0].size > limit)
-      message.setv({text: "<div class='warning'>The file is larger than " + limit / 2 ** 20 + " MB.</div>", visible: true});
-    else await load.call(this, files);
-  };
-}
+addEventListener("input", (event) => { // comes before "change", on which Bokeh reads the file
+  const path = event.composedPath(), input = path[0];
+  if (input.files?.[0]?.size > limit && path.some((element) => element.classList?.contains("linfit-upload"))) {
+    input.value = "";
+    message.setv({text: "<div class='warning'>The file is larger than " + limit / 2 ** 20 + " MB.</div>", visible: true});
+  }
+}, true);
 """
 """Before anything is sent: too large a message would end the connection instead of in an answer."""
 
@@ -71,9 +70,11 @@ def read_upload(name: str, content: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def curves(data: Selection, *, penalty: float, tau: float) -> dict[str, dict[str, np.ndarray]]:
+def curves(data: Selection, at: Values) -> dict[str, Table]:
     """Exact leave-one-out error of θ₁ + τ(θ̂_λ − θ₁) (docs, S5), over both, along τ, and along λ."""
-    row, column = int(np.argmin(abs(data.penalties - penalty))), int(np.argmin(abs(data.taus - tau)))
+    row, column = (
+        int(np.argmin(abs(grid - at[name]))) for grid, name in ((data.penalties, "penalty"), (data.taus, "tau"))
+    )
     mean, error = data.mean_squared_error, data.standard_error
     positive = data.penalties > 0
     return {
@@ -122,11 +123,10 @@ def features_page(name: str, selection: Selection) -> Page:
             f"<b>{shown}</b>: the leave-one-out error of every average of your pretrained head with a ridge fine-tuned one. "
             "It includes the label noise, and its minimum over many (λ, τ) is slightly optimistic."
         ),
-        controls=(
-            Choice("penalty", "penalty λ", "Ridge towards the pretrained head. In units of the eigenvalues of XXᵀ/n.",
-                   tuple(float(value) for value in selection.penalties), float(closest), True),
-            Slider("tau", "ensemble coefficient τ", "0 is the pretrained head, 1 the fine-tuned one. No unit.",
-                   float(selection.taus[0]), float(selection.taus[-1]), step, tau),
+        choices=(
+            Choice("penalty λ", f"{PENALTY.help}, in units of the eigenvalues of XXᵀ/n.".capitalize(),
+                   tuple(selection.penalties.tolist()), sliding=True, name="penalty", value=float(closest)),
+            Slider("ensemble coefficient τ", TAU.within(*selection.taus[[0, -1]].tolist()), step, name="tau", value=tau),
         ),
         curves=curves,
         plots=(
@@ -136,7 +136,7 @@ def features_page(name: str, selection: Selection) -> Page:
                  marks=(Mark("now", "tau", "error", "sliders", COLOURS["ridge"]), Mark("best", "tau", "error", "best", COLOURS["ridge"], "star"))),
             Plot("surface", "Error over λ and τ", "penalty λ", "ensemble coefficient τ",
                  marks=(Mark("now", "penalty", "tau", "sliders", "#ffffff"), Mark("best", "shown_penalty", "tau", "best pair", "#ffffff", "star")),
-                 surface=Surface("surface", "penalty", "tau", "error", "leave-one-out error"), x_logarithmic=True),
+                 surface=Map("surface", "penalty", "tau", "error", "leave-one-out error"), x_logarithmic=True),
             Plot("penalty", "Error along the penalty", "penalty λ", "leave-one-out error (units of y²)",
                  lines=(Line("penalty", "penalty", "full", "τ = 1", COLOURS["fine-tuned"]), Line("penalty", "penalty", "at_tau", "τ of the slider", COLOURS["ridge"], "dashed"),
                         Line("penalty", "penalty", "at_best_tau", "best τ at each λ", COLOURS["ensemble"], "dotdash")), x_logarithmic=True),
@@ -150,10 +150,10 @@ def features_page(name: str, selection: Selection) -> Page:
             Reading("gain over τ = 1", "At the best λ; positive is overadaptation.", "best", "gain"),
             Reading("± one standard error", "Of the gain, paired over samples.", "best", "gain_error"),
         ),
-        suggestions=(Suggestion("Fine-tune fully: λ = 0, τ = 1", {"penalty": 0.0, "tau": 1.0}), Suggestion("Do not fine-tune", {"tau": 0.0})),
+        suggestions={"Fine-tune fully: λ = 0, τ = 1": {"penalty": 0.0, "tau": 1.0}, "Do not fine-tune": {"tau": 0.0}},
         data=selection,
         data_source=(
-            "from linfit import select\n\n"
+            "import numpy as np\n\nfrom linfit import select\n\n"
             f"arrays = np.load({Path(name).name!r})\n"
             'data = select(arrays["X"], arrays["y"], arrays["theta_1"])'
         ),
@@ -166,20 +166,18 @@ class UploadView:
     def __init__(self, document: Document, changed: Callable[[], None]):
         self._document, self._changed = document, changed
         self.view: PageView | None = None
-        self._message = Div(name="data/message", visible=False, stylesheets=[TEXT_CSS], sizing_mode="stretch_width")
-        self._input = FileInput(title="an .npz file", accept=".npz", name="data/file")
+        self._message = text(name="data/message", visible=False)
+        self._input = FileInput(title="an .npz file", accept=".npz", name="data/file", css_classes=["linfit-upload"])
         self._input.on_change("value", lambda _, __, value: self._given(value))
-        guard = CustomJS(args={"input": self._input, "message": self._message, "limit": LIMIT}, code=REFUSE_LARGE_FILES)
+        guard = CustomJS(args={"message": self._message, "limit": LIMIT}, code=REFUSE_LARGE_FILES)
         document.js_on_event("document_ready", guard)
-        text = Div(
-            text="The last-layer features of your fine-tuning set, the targets and the pretrained head, as <code>linfit select</code> "
+        introduction = text(
+            "The last-layer features of your fine-tuning set, the targets and the pretrained head, as <code>linfit select</code> "
             f"takes them: an .npz with X (n, p), y (n,) and theta_1 (p,), at most {LIMIT // 2**20} MB and {SAMPLE_LIMIT} rows. "
-            "It is read by the machine that serves this page, without pickle, and forgotten with the session.",
-            stylesheets=[TEXT_CSS],
-            sizing_mode="stretch_width",
+            "It is read by the machine that serves this page, without pickle, and forgotten with the session."
         )
-        self._box = Column(Div(visible=False), sizing_mode="stretch_width")
-        self.layout = Column(text, self._input, self._message, self._box, sizing_mode="stretch_width")
+        self._box = Column(text(visible=False), sizing_mode="stretch_width")
+        self.layout = Column(introduction, self._input, self._message, self._box, sizing_mode="stretch_width")
         self._latest = Latest(document, self._select, self._show, self._fail)
 
     # The name of the file arrives just after its content.
