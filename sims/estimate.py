@@ -12,6 +12,8 @@ import xarray as xr
 from jax import Array
 from rich.console import Console
 
+__all__ = ["mean_and_error", "progress", "replicate", "standardised_gap"]
+
 Tree = TypeVar("Tree")
 Item = TypeVar("Item")
 
@@ -45,3 +47,11 @@ def mean_and_error(samples: np.ndarray, dims: tuple[str, ...], name: str) -> dic
     count = len(samples)
     error = samples.std(axis=0, ddof=1) / count**0.5
     return {name: xr.Variable(dims, samples.mean(axis=0)), f"{name}_error": xr.Variable(dims, error)}
+
+
+def standardised_gap(measured: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Mean of measured − exact over replicates, in its standard errors (not below rounding, 1e-12 of the risk)."""
+    difference = measured - exact
+    error = difference.std(axis=0, ddof=1) / len(difference) ** 0.5
+    rounding = 1e-12 * np.abs(exact).mean(axis=0) + np.finfo(exact.dtype).tiny
+    return difference.mean(axis=0) / np.maximum(error, rounding)
