@@ -1,7 +1,7 @@
 """Overadaptation measured from raw data: sample X, the shift and the noise, fit, average with θ₁, measure.
 
 Nothing here uses the risk forms to produce an estimate; they are evaluated on the same designs beside it, so that
-measured and exact risk can be compared in standard errors. The maps and curves below are exact risks of sampled designs.
+measured and exact risk can be compared in standard errors. The maps and curves are exact risks of sampled designs.
 """
 
 from collections.abc import Mapping

@@ -80,7 +80,7 @@ def claim(
     """A decorator that makes a `Claim` of a function (normal, **values) → (predicted, measured).
 
     >>> from sims.parameters import PENALTY
-    >>> @claim("X", "Squares are not negative.", "x^2 \\ge 0", source="ours", kind="inequality",
+    >>> @claim("X", "Squares are not negative.", R"x^2 \\ge 0", source="ours", kind="inequality",
     ...        parameters={"scale": PENALTY.within(0.1, 1.0)})
     ... def squares(normal, scale):
     ...     return 0.0, (scale * normal(5)) ** 2
