@@ -23,7 +23,8 @@ from linfit import (
     sample_design,
 )
 from sims.claims import flow as flow_claims
-from sims.verify import select, verify
+from sims.verify import claims_named as select
+from sims.verify import verify
 from tests.oracles import matrix_of, random_matrix
 from theory import flow
 from theory.frontier import pareto
