@@ -47,8 +47,10 @@ def write_picture(picture: Picture, out: Path) -> str:
         with whole_file(out / f"{picture.name}.{ending}") as path:
             metadata = {"CreationDate": None} if ending == "pdf" else None
             figure.savefig(path, format=ending, dpi=200, metadata=metadata)
+    # NetCDF 3 has integers of 32 bits; a seed may need 33.
+    large = {name: float(n) for name, n in picture.data.attrs.items() if isinstance(n, int) and abs(n) >= 2**31}
     with whole_file(out / f"{picture.name}.nc") as path:
-        picture.data.assign_attrs(title=picture.title, caption=caption).to_netcdf(path, engine="scipy")
+        picture.data.assign_attrs(large, title=picture.title, caption=caption).to_netcdf(path, engine="scipy")
     return caption
 
 

@@ -151,6 +151,7 @@ def _bonferroni(p_values: np.ndarray) -> float:
 def points(claim: Claim, count: int, key: Array) -> list[Values]:
     """`count` quasi-random points of the assumed parameter space: Sobol' points, shifted at random.
 
+    >>> from sims.parameters import TAU
     >>> ranges = {"x": TAU.within(0, 1), "y": TAU.within(2)}
     >>> claim = Claim("C", "", "", "ours", "identity", ranges, lambda normal, x, y: (x, y))
     >>> [0 <= point["x"] <= 1 and point["y"] == 2 for point in points(claim, 3, jax.random.key(0))]
