@@ -15,6 +15,8 @@ from jax import Array
 from linfit.covariance import Covariance, as_covariance, trace_of_product
 from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array, same_size
 
+__all__ = ["FixedShift", "Pair", "RandomShift", "TwoTaskProblem", "aligned_problem"]
+
 T = TypeVar("T")
 U = TypeVar("U")
 

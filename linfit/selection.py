@@ -21,6 +21,8 @@ from linfit.internal.checks import ArrayLike, broadcastable, non_negative, real_
 from linfit.internal.linear_algebra import eigh, gram, rank_cutoff
 from linfit.solve import check_data
 
+__all__ = ["Selection", "default_penalties", "leave_one_out", "select"]
+
 
 def leave_one_out(X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, penalty: ArrayLike, tau: ArrayLike) -> Array:
     """Exact leave-one-out residuals y_i − x_iᵀθ_τ^{(−i)}, the penalty nλ held fixed (docs, S5; ours).
@@ -38,11 +40,11 @@ def leave_one_out(X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, penalty: Array
     penalty, tau = non_negative("penalty", penalty), real_array("tau", tau)
     broadcastable("tau", tau.shape, "penalty", penalty.shape)
     residual = y - X @ theta_1
-    learned = leave_one_out_path(X, residual)(penalty)
+    learned = _leave_one_out_path(X, residual)(penalty)
     return residual - tau[(..., *[None] * residual.ndim)] * learned
 
 
-def leave_one_out_path(X: Array, residual: Array) -> Callable[[Array], Array]:
+def _leave_one_out_path(X: Array, residual: Array) -> Callable[[Array], Array]:
     """λ ↦ d(λ) = r − (Gr)_i/G_ii, (…, n) or (…, n, k), factored once."""
     n = X.shape[0]
     if n < 2:
@@ -66,7 +68,7 @@ def leave_one_out_path(X: Array, residual: Array) -> Callable[[Array], Array]:
     return learned
 
 
-def validation_path(X: Array, residual: Array, X_val: Array) -> Callable[[Array], Array]:
+def _validation_path(X: Array, residual: Array, X_val: Array) -> Callable[[Array], Array]:
     """λ ↦ X_val(θ̂_λ − θ₁), (…, n_val), factored once."""
     n = X.shape[0]
     s, U = eigh(gram(X) / n)
@@ -151,9 +153,9 @@ def select(
 
     residual = y - X @ theta_1
     if validation is None:
-        return _minimise(residual, leave_one_out_path(X, residual), penalties, taus)
+        return _minimise(residual, _leave_one_out_path(X, residual), penalties, taus)
     X_val, y_val = _check_validation(validation, theta_1)
-    path = validation_path(X, residual, X_val)
+    path = _validation_path(X, residual, X_val)
     return _minimise(y_val - X_val @ theta_1, path, penalties, taus)
 
 

@@ -12,6 +12,8 @@ from linfit.filters import Filter
 from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
 from linfit.internal.linear_algebra import eigh, gram
 
+__all__ = ["fine_tune", "gradient_descent", "interpolate"]
+
 Tree = TypeVar("Tree")
 
 

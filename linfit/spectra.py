@@ -14,6 +14,8 @@ from jax import Array
 
 from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive
 
+__all__ = ["bilevel", "exponential", "isotropic", "power_law", "spiked"]
+
 
 def _normalised(eigenvalues: Array, trace: ArrayLike | None) -> Array:
     eigenvalues = eigenvalues.astype(jnp.result_type(float))

@@ -87,7 +87,7 @@ def test_effective_regularization_in_closed_form():
             half = (1 - p / n - penalty) / 2
             roots = -half + np.array([1, -1]) * np.sqrt(half**2 + penalty + 0j)
             right = roots[np.argmax(roots.real)] if np.isreal(penalty) else roots[roots.imag * penalty.imag > 0][0]
-            got = complex(effective_regularization(penalty, np.ones(p), n))
+            got = complex(effective_regularization(penalty, Spectrum([1.0], [p]), n))
             assert abs(got - right) < 1e-11 * abs(right), (p, n, penalty)
 
 
@@ -329,9 +329,9 @@ def test_optimal_tau_is_the_minimum():
 @pytest.mark.parametrize("p", [30, 60, 90])
 def test_min_norm_on_both_sides_of_the_peak(p):
     """Isotropic: known in closed form; infinite variance at p = n."""
-    n, ones = 60, np.ones(p)
-    problem = TwoTaskProblem(ones, ones, RandomShift(ones / p), 1.0)
-    result = risk(problem, n, MinNorm()).finetune
+    n = 60
+    problem = TwoTaskProblem([1.0], [1.0], RandomShift([1 / p]), 1.0)  # one atom of multiplicity p
+    result = risk(problem, n, MinNorm(), multiplicities=[p]).finetune
     ratio = p / n
     if p == n:
         assert np.isinf(float(result.variance))
@@ -340,7 +340,7 @@ def test_min_norm_on_both_sides_of_the_peak(p):
     variance = ratio / (1 - ratio) if ratio < 1 else 1 / (ratio - 1)
     assert float(result.variance) == pytest.approx(variance, rel=1e-11)
     assert float(result.bias) == pytest.approx(max(0, 1 - 1 / ratio), rel=1e-11)
-    late = risk(problem, n, GradientFlow(1e7)).finetune
+    late = risk(problem, n, GradientFlow(1e7), multiplicities=[p]).finetune
     assert float(late.total) == pytest.approx(float(result.total), rel=1e-6)
 
 

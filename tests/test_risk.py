@@ -28,7 +28,7 @@ from linfit import (
     sample_design,
     sample_task,
 )
-from linfit.design import label_design
+from linfit.design import _label_design
 from tests.oracles import brute_force_risk, fitted_operator, problems, random_matrix
 
 N, P = 11, 24
@@ -283,7 +283,7 @@ def predicted(X, problem, transform=lambda forms: forms):
 def monte_carlo_on_a_design(key, X, problem):
     """Measured risks (draws, 2, filters, taus), X fixed: shift and noise are sampled."""
     keys = jax.random.split(key, (DRAWS, 2))
-    return jax.vmap(lambda pair: measured(label_design(X, pair[0], pair[1], problem), problem))(keys)
+    return jax.vmap(lambda pair: measured(_label_design(X, pair[0], pair[1], problem), problem))(keys)
 
 
 @partial(jax.jit, static_argnames=("law", "n"))

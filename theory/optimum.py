@@ -8,6 +8,8 @@ import optimistix
 from jax import Array
 from jax.typing import ArrayLike
 
+__all__ = ["Minimum", "minimise_over_logarithm"]
+
 GRID = 64
 
 

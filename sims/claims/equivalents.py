@@ -81,7 +81,7 @@ RESOLVENT_PARAMETERS = DESIGN_PARAMETERS | {
 
 
 class _Resolvents(NamedTuple):
-    """Designs of one size; two complex penalties and the effective ones; weights S and M of trace 1, commuting with Σ."""
+    """Designs of one size; complex penalties and the effective ones; weights S and M of trace 1 that commute with Σ."""
 
     n: int
     X: np.ndarray
