@@ -36,9 +36,14 @@ LAWS: dict[str, Callable[[Array, tuple[int, ...], jnp.dtype], Array]] = {
 
 
 def sample_design(key: Array, covariance: Covariance | ArrayLike, n: int, law: str = "gaussian") -> Array:
-    """n independent rows x = Σ^{1/2}z, shape (n, p), E xxᵀ = Σ; `law` of z is a key of `linfit.design.LAWS`.
+    """n independent rows x = Σ^{1/2}z, shape (n, p), E xxᵀ = Σ.
 
-    The covariance is eigenvalues (p,), a matrix (p, p), or a covariance such as `linfit.Empirical(features)`.
+    Args:
+        key: of the sample.
+        covariance: eigenvalues (p,), a matrix (p, p), or a covariance such as `linfit.Empirical(features)`.
+        n: rows.
+        law: of the coordinates z, a key of `linfit.design.LAWS`.
+
     Raises ValueError for n < 1 or an unknown law.
 
     >>> from linfit import Diagonal, sample_design
@@ -53,7 +58,7 @@ def sample_design(key: Array, covariance: Covariance | ArrayLike, n: int, law: s
 
 
 def sample_designs(key: Array, covariance: Covariance | ArrayLike, n: int, count: int, law: str = "gaussian") -> Array:
-    """A stack of independent designs (count, n, p); design i depends on `fold_in(key, i)` alone.
+    """A stack of `count` independent designs (count, n, p); design i is `sample_design(fold_in(key, i), …)`.
 
     >>> from linfit import Diagonal, sample_designs
     >>> sample_designs(jax.random.key(0), Diagonal([4.0, 1.0]), 3, count=5).shape
@@ -76,7 +81,7 @@ class Task(NamedTuple):
 
 
 def sample_task(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian") -> Task:
-    """Sample X, the shift (if random) and the labels; θ₁* = 0, so θ₂* = δ and θ₁ = u.
+    """Sample X, the shift (if random) and the labels; arguments as for `sample_design`. θ₁* = 0, so θ₂* = δ, θ₁ = u.
 
     >>> from linfit import FixedShift, TwoTaskProblem, sample_task
     >>> problem = TwoTaskProblem([1.0, 1.0], [1.0, 1.0], FixedShift([3.0, 0.0]), noise_std=0.0)
