@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -80,9 +80,9 @@ def _draw_tiles(data: xr.Dataset) -> Figure:
     axis.set(xlim=(0, COLUMNS), ylim=(rows, -0.3))
     axis.axis("off")
     for index in range(data.claim.size):
-        claim = {name: values.item() for name, values in data.isel(claim=index).variables.items()}
+        claim = {name: values.values.item() for name, values in data.isel(claim=index).variables.items()}
         _draw_tile(axis, index % COLUMNS, index // COLUMNS, claim)
-    edge = {"edgecolor": "#777777", "linewidth": 0.4}
+    edge: dict[str, Any] = {"edgecolor": "#777777", "linewidth": 0.4}
     patches = [Rectangle((0, 0), 1, 1, facecolor=colour, **edge) for colour in TILES.values()]
     names = ["from a paper", "ours", "known before", "fails"]
     axis.legend(patches, names, ncols=4, loc="upper left", bbox_to_anchor=(0, 1.0), fontsize=6.5)

@@ -1,6 +1,6 @@
 """Deterministic equivalents beside simulation: the risk of every filter without sampling a design (docs, D1–D5)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from figures.style import COLOURS, Picture, canvas, panel_letters, seed_of
 from linfit import (
+    Filter,
     GradientDescent,
     GradientFlow,
     MinNorm,
@@ -85,13 +86,14 @@ def _growing_problem(n: int) -> TwoTaskProblem:
 def _predicted_and_averaged(key: Array, setting: _Setting) -> xr.Dataset:
     """Risks of each family: predicted on a fine grid, averaged over designs of each law on a coarse one."""
     problem = aligned_problem(spectra.power_law(setting.p), alignment=-0.5, noise_std=0.5**0.5, pretrain_risk=0.05)
-    families = {
+
+    def whole(count: int) -> np.ndarray:
+        return np.unique(np.round(np.logspace(0, 4, count)))
+
+    families: dict[str, tuple[Callable[[np.ndarray], Filter], np.ndarray, np.ndarray]] = {
         "ridge": (Ridge, np.logspace(-5, 1, 81), np.logspace(-5, 1, 7)),
         "gradient_flow": (GradientFlow, np.logspace(0, 5, 81), np.logspace(0, 5, 8)),
-        "gradient_descent": (
-            lambda steps: GradientDescent(STEP_SIZE, steps),
-            *(np.unique(np.round(np.logspace(0, 4, count))) for count in (81, 8)),
-        ),
+        "gradient_descent": (lambda steps: GradientDescent(STEP_SIZE, steps), whole(81), whole(8)),
     }
     variables: dict[str, xr.DataArray] = {}
     for name, (make, fine, coarse) in families.items():

@@ -191,7 +191,7 @@ def _draw_trade_off(data: xr.Dataset) -> Figure:
     axis.plot(*data.oracle_frontier, color=COLOURS["oracle"], linestyle="--", label=label)
     for name, offset, side in (("pretrained", (6, 2), "left"), ("fine-tuned", (-5, 4), "right")):
         axis.plot(*data[name], "o", color=COLOURS[name])
-        axis.annotate(name, data[name].values, offset, textcoords="offset points", ha=side, fontsize=7)
+        axis.annotate(name, tuple(data[name].values), offset, textcoords="offset points", ha=side, fontsize=7)
     axis.set_xlabel(R"forgetting: pretraining risk $R_\mathrm{pre}$")
     axis.set_ylabel(R"fine-tuning risk $R_\mathrm{ft}$")
     axis.legend(loc="upper right")

@@ -127,7 +127,7 @@ def _draw(results: dict[str, Selection]) -> Figure:
         left.contour(
             penalties, selection.taus, plausible, levels=[0.5], colors="white", linestyles="--", linewidths=1.2
         )
-    star = {"fmt": "*", "color": "white", "markeredgecolor": "black", "markersize": 9, "capsize": 2}
+    star: dict[str, Any] = {"fmt": "*", "color": "white", "markeredgecolor": "black", "markersize": 9, "capsize": 2}
     left.errorbar(max(selection.best_penalty, penalties[0]), selection.best_tau, selection.best_tau_error, **star)
     left.set(xscale="log", xlabel=R"penalty $\lambda$", ylabel=R"ensemble coefficient $\tau$")
     left.set_ylim(selection.taus[0], selection.taus[-1])

@@ -58,8 +58,7 @@ class Covariance(eqx.Module):
 
     def ratio_to(self, other: "Covariance | Product") -> float | None:
         """c if Σ = c·other can be seen from concrete values of one kind, else None."""
-        same_kind = isinstance(other, Covariance) and type(other) is type(self)
-        return _ratio(self._array, other._array) if same_kind else None
+        return _ratio(self._array, other._array) if isinstance(other, type(self)) else None
 
     def dot(self, a: Array, b: Array) -> Array:
         """⟨a, b⟩_Σ = aᵀΣb over the last axis (p) of two arrays that broadcast."""

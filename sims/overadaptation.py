@@ -163,7 +163,7 @@ def trade_off(forms: Pair[RiskForm], best: Mapping[str, Optimum]) -> xr.Dataset:
     `oracle_frontier`, the spectral filters of least R_ft + κR_pre. `pretrained` and `fine-tuned` (min-norm) are points.
     """
     tau, both = jnp.linspace(0, 1, 61), best["ridge + ensemble"]
-    paths = {
+    paths: dict[str, tuple[Filter, Array | float]] = {
         "early stopping": (GradientFlow(jnp.logspace(-3, 6, 91)), 1.0),
         "ridge": (Ridge(jnp.logspace(-6, 3, 91)), 1.0),
         "min-norm + ensemble": (MinNorm(), tau),
@@ -173,13 +173,13 @@ def trade_off(forms: Pair[RiskForm], best: Mapping[str, Optimum]) -> xr.Dataset:
     }
     variables = {}
     for name, (filter, coefficient) in paths.items():
-        finetune, pretrain = _mean_along(forms, filter).map(lambda parabola, at=coefficient: parabola(at).total)
+        finetune, pretrain = (parabola(coefficient).total for parabola in _mean_along(forms, filter))
         points = np.stack([pretrain, finetune])
         variables[name.replace(" ", "_")] = (("risk", f"{name}_point")[: points.ndim], points)
     frontier = []
     for weight in jnp.concatenate([jnp.zeros(1), jnp.logspace(-3, 3, 60)]):
         oracle = combined(forms, weight).oracle_filter()
-        finetune, pretrain = forms.map(lambda form, oracle=oracle: form(oracle).total.mean())
+        finetune, pretrain = (form(oracle).total.mean() for form in forms)
         frontier.append((pretrain, finetune))
     variables["oracle_frontier"] = (("risk", "kappa_point"), np.transpose(frontier))
     return xr.Dataset(variables, {"risk": ["pretrain", "finetune"]})

@@ -55,8 +55,7 @@ def test_coordinates_are_standardised_and_have_the_law(law, seed):
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("kind", ["diagonal", "dense", "empirical"])
+@pytest.mark.parametrize(("kind", "law"), [("diagonal", "uniform"), ("dense", "rademacher"), ("empirical", "gaussian")])
 def test_rows_have_the_covariance_whatever_the_law(kind, law, seed, generator):
     sigma = covariance(kind, generator)
     X = np.asarray(sample_design(jax.random.key(seed), sigma, 4_000, law), np.float64)

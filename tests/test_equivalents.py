@@ -171,11 +171,7 @@ def test_effective_ranks_by_definition():
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_spectral_edge_bounds_a_sample(name):
-    X = sample_design(
-        jax.random.key(0),
-        TwoTaskProblem(SPECTRA[name], SPECTRA[name], RandomShift(SPECTRA[name]), 0.1).finetune_covariance,
-        250,
-    )
+    X = sample_design(jax.random.key(0), SPECTRA[name], 250)
     largest = np.linalg.eigvalsh(np.asarray(X @ X.T) / 250)[-1]
     edge = float(spectral_edge(SPECTRA[name], 250))
     assert 0.75 * edge < largest < 1.05 * edge
@@ -317,13 +313,6 @@ def test_ensembles_and_broadcasting():
     untouched = risk(problem, 40, MinNorm(), 0.0)
     np.testing.assert_allclose(a.pretrain.total[:, 0], untouched.pretrain.total, rtol=1e-12)
     assert float(untouched.finetune.variance) == 0
-
-
-def test_optimal_tau_is_the_minimum():
-    form = along(two_tasks(150, "fixed"), 40, Ridge(0.05)).finetune
-    best = float(form.optimal_tau)
-    assert float(form.optimal_risk) == pytest.approx(float(form(best).total), rel=1e-12)
-    assert float(form(best).total) < min(float(form(best + step).total) for step in (-1e-3, 1e-3))
 
 
 @pytest.mark.parametrize("p", [30, 60, 90])
@@ -470,21 +459,19 @@ def is_float(x) -> bool:
 # Against averaged exact risk
 
 
-def averaged(
-    problem: TwoTaskProblem, n: int, filters, draws: int, tau=1.0, law: str = "gaussian", seed: int = 0
-) -> np.ndarray:
+def averaged(problem: TwoTaskProblem, n: int, filters, draws: int, tau=1.0, seed: int = 0) -> np.ndarray:
     """Exact total risks (draws, domains, filters…)."""
     rows = []
     for key in jax.random.split(jax.random.key(seed), draws):
-        forms = risk_forms(sample_design(key, problem.finetune_covariance, n, law), problem)
+        forms = risk_forms(sample_design(key, problem.finetune_covariance, n), problem)
         rows.append([[np.asarray(form(filter, tau).total) for filter in filters] for form in forms])
     return np.array(rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("name", ["exponential", "spiked"])
 def test_within_one_percent_at_250_by_1000(name):
-    """Times from 1 to 1e5, τ in {0.3, 0.7, 1, 1.3}, ridge, min-norm and descent; both domains."""
+    """Times from 1 to 1e5, τ in {0.3, 0.7, 1, 1.3}, ridge and descent; both domains. (Power laws: claims D3, D4.)"""
     s, n = SPECTRA[name], 250
     problem = TwoTaskProblem(s, s, RandomShift(spectra.isotropic(1000, 1 / float(s.sum()))), 0.5)
     taus = jnp.array([0.3, 0.7, 1.0, 1.3])[:, None]
@@ -503,11 +490,10 @@ def test_within_one_percent_at_250_by_1000(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law", ["gaussian", "rademacher", "student"])
-def test_other_laws_with_a_fixed_shift_and_error(law):
+def test_a_fixed_shift_and_error():
     problem = two_tasks(800, "fixed")
     filters = [MinNorm(), Ridge(0.05), GradientFlow(20.0), GradientDescent(0.3, 20)]
-    totals = averaged(problem, 250, filters, 16, 0.8, law)
+    totals = averaged(problem, 250, filters, 16, 0.8)
     mean, error = totals.mean(0), totals.std(0, ddof=1) / 16**0.5
     predicted = np.array([[float(result.total) for result in risk(problem, 250, filter, 0.8)] for filter in filters]).T
     assert (np.abs(predicted - mean) < 4 * error + 0.01 * mean).all()

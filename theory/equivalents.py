@@ -393,22 +393,24 @@ def along(
             )
         )
     population = _population(problem, n, multiplicities)
-    dtype = population.n.dtype
-    if isinstance(filter, MinNorm):
-        evaluate, hyperparameters = _ridge, (jnp.zeros((), dtype),)
-    elif isinstance(filter, Ridge):
-        evaluate, hyperparameters = _ridge, (filter.penalty,)
+
+    def flat(values: Array) -> Array:
+        return values.ravel().astype(population.n.dtype)
+
+    if isinstance(filter, MinNorm | Ridge):
+        penalty = filter.penalty if isinstance(filter, Ridge) else jnp.zeros(())
+        forms, shape = _ridge(population, flat(penalty)), penalty.shape
     elif isinstance(filter, GradientFlow):
-        evaluate, hyperparameters = _gradient_flow, (filter.time,)
+        forms, shape = _gradient_flow(population, flat(filter.time)), filter.time.shape
     elif isinstance(filter, GradientDescent):
-        evaluate, hyperparameters = _gradient_descent, jnp.broadcast_arrays(filter.steps, filter.step_size)
+        steps, step_size = jnp.broadcast_arrays(filter.steps, filter.step_size)
+        forms, shape = _gradient_descent(population, flat(steps), flat(step_size)), steps.shape
     else:
         raise ValueError(
             "filter must be MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them: "
             f"no equivalent for {type(filter).__name__}"
         )
-    forms = evaluate(population, *(values.ravel().astype(dtype) for values in hyperparameters))
-    return jax.tree.map(lambda field: field.reshape(hyperparameters[0].shape), forms)
+    return jax.tree.map(lambda field: field.reshape(shape), forms)
 
 
 class _Population(NamedTuple):

@@ -174,7 +174,7 @@ def best_linear_map(problem: TwoTaskProblem, X: np.ndarray) -> np.ndarray:
     return m.second @ X.T @ np.linalg.inv(X @ m.second @ X.T + m.noise_std**2 * np.eye(len(X)))
 
 
-def parabola_through(risk: Callable[[float], Any]) -> tuple[Any, Any, Any]:
+def parabola_through(risk: Callable[..., Any]) -> tuple[Any, Any, Any]:
     """(c, b, a) of R(τ) = c − 2bτ + aτ² from its values at τ = 0, ½ and 1; the vertex is at b/a."""
     start, half, end = (risk(tau) for tau in (0.0, 0.5, 1.0))
     return start, (3 * start - 4 * half + end) / 2, 2 * (end - 2 * half + start)
