@@ -79,12 +79,7 @@ def spiked(p: int, spikes: ArrayLike = (10.0,), bulk: ArrayLike = 1.0, *, trace:
 
 
 def bilevel(
-    p: int,
-    head_size: int = 1,
-    head: ArrayLike = 10.0,
-    tail: ArrayLike = 1.0,
-    *,
-    trace: ArrayLike | None = None,
+    p: int, head_size: int = 1, head: ArrayLike = 10.0, tail: ArrayLike = 1.0, *, trace: ArrayLike | None = None
 ) -> Array:
     """Two levels: `head_size` eigenvalues equal to `head`, the other p − head_size equal to `tail`.
 

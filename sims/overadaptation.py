@@ -111,13 +111,7 @@ def monte_carlo(
 
 
 def phase_diagram(
-    key: Array,
-    n: int,
-    p: int,
-    decay: float,
-    alignments: np.ndarray,
-    noise_stds: np.ndarray,
-    designs: int,
+    key: Array, n: int, p: int, decay: float, alignments: np.ndarray, noise_stds: np.ndarray, designs: int
 ) -> xr.Dataset:
     """The best fine-tuning risk of every method over shift alignment × label noise (docs, O4; ours).
 

@@ -202,10 +202,7 @@ TABLE = [
     *each(
         GradientDescent,
         {"step_size": 0.1, "steps": 3},
-        {
-            "step_size": {**NEGATIVE, "zero": 0.0},
-            "steps": {**NEGATIVE, "fraction": 2.5, "some fraction": [1, 1.5]},
-        },
+        {"step_size": {**NEGATIVE, "zero": 0.0}, "steps": {**NEGATIVE, "fraction": 2.5, "some fraction": [1, 1.5]}},
     ),
     *case(lambda value: GradientDescent([0.1, 0.2], value), "steps", {"not broadcasting": [1, 2, 3]}),
     *case(
@@ -373,8 +370,7 @@ INTEGER_CALLS = {
     "ensemble": lambda number: (number([1, 2]) * MinNorm())(number([0, 3])),
     "risk": lambda number: risk_forms(number(X), PROBLEM).finetune(Ridge(number(2)), number([1, 2])).total,
     "problem": lambda number: risk_forms(
-        number(X),
-        TwoTaskProblem(number(FLAT), number(np.eye(P)), FixedShift(number(FLAT)), number(1), number(FLAT)),
+        number(X), TwoTaskProblem(number(FLAT), number(np.eye(P)), FixedShift(number(FLAT)), number(1), number(FLAT))
     ).pretrain.oracle_risk(),
     "fine_tune": lambda number: fine_tune(number(X), number(Y), number(2 * FLAT), MinNorm(), number(Y)),
     "gradient_descent": lambda number: gradient_descent(

@@ -20,12 +20,7 @@ from linfit.design import _BLOCK_COLUMNS, _STUDENT_FREEDOM, LAWS, _label_design
 from tests.oracles import matrix_of, random_matrix
 
 P = 6
-FOURTH_MOMENT = {
-    "gaussian": 3,
-    "rademacher": 1,
-    "uniform": 9 / 5,
-    "student": 3 + 6 / (_STUDENT_FREEDOM - 4),
-}
+FOURTH_MOMENT = {"gaussian": 3, "rademacher": 1, "uniform": 9 / 5, "student": 3 + 6 / (_STUDENT_FREEDOM - 4)}
 
 
 def covariance(kind, generator):

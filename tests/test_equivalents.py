@@ -389,11 +389,7 @@ def test_descent_tends_to_flow_and_is_exact_for_one_step():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "points"),
-    [
-        (Ridge, [0.01, 0.5]),
-        (GradientFlow, [0.3, 40.0]),
-        (lambda x: GradientDescent(x, 30), [0.01, 0.2]),
-    ],
+    [(Ridge, [0.01, 0.5]), (GradientFlow, [0.3, 40.0]), (lambda x: GradientDescent(x, 30), [0.01, 0.2])],
     ids=["ridge", "flow", "descent"],
 )
 def test_jit_vmap_and_gradients(make, points):
@@ -440,11 +436,7 @@ def test_new_values_do_not_recompile():
 def test_single_precision():
     problem = two_tasks(150, "fixed")
     low = jax.tree.map(lambda x: x.astype(jnp.float32) if is_float(x) else x, problem)
-    for filter in (
-        MinNorm(),
-        Ridge(np.float32(0.1)),
-        GradientFlow(np.array([0.5, 30.0], np.float32)),
-    ):
+    for filter in (MinNorm(), Ridge(np.float32(0.1)), GradientFlow(np.array([0.5, 30.0], np.float32))):
         for a, b in zip(
             jax.tree.leaves(risk(low, 60, filter, np.float32(0.7))), jax.tree.leaves(risk(problem, 60, filter, 0.7))
         ):

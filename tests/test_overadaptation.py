@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from linfit import (
-    GradientFlow,
-    MinNorm,
-    Ridge,
-    aligned_problem,
-    risk_forms,
-    sample_design,
-    sample_designs,
-    spectra,
-)
+from linfit import GradientFlow, MinNorm, Ridge, aligned_problem, risk_forms, sample_design, sample_designs, spectra
 from sims.estimate import CHUNK, replicate, standardised_gap
 from sims.overadaptation import monte_carlo, phase_diagram, trade_off
 from theory.optimum import minimise_over_logarithm

@@ -68,8 +68,7 @@ def test_noise_brings_overadaptation_and_leave_one_out_sees_it():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [({"n": 1}, "n must be"), ({"n_pretrain": 1700}, "n_pretrain"), ({"p": 0}, "p must be")],
+    ("change", "message"), [({"n": 1}, "n must be"), ({"n_pretrain": 1700}, "n_pretrain"), ({"p": 0}, "p must be")]
 )
 def test_bad_sizes(change, message):
     with pytest.raises(ValueError, match=message):

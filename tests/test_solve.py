@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge as SklearnRidge
 
-from linfit import (
-    GradientDescent,
-    GradientFlow,
-    MinNorm,
-    Ridge,
-    fine_tune,
-    gradient_descent,
-    interpolate,
-)
+from linfit import GradientDescent, GradientFlow, MinNorm, Ridge, fine_tune, gradient_descent, interpolate
 from linfit.filters import Tabulated
 
 SHAPES = {"wide": (7, 20), "square": (9, 9), "tall": (20, 7)}

@@ -29,11 +29,7 @@ from theory.equivalents import degrees_of_freedom, effective_ranks, effective_re
 
 SIZES, REPLICATES = (40, 160), 24
 
-LAWS = (
-    lambda latent: latent,
-    np.sign,
-    lambda latent: 12**0.5 * (scipy.stats.norm.cdf(latent) - 0.5),
-)
+LAWS = (lambda latent: latent, np.sign, lambda latent: 12**0.5 * (scipy.stats.norm.cdf(latent) - 0.5))
 """Gaussian, Rademacher and uniform coordinates from standard normals."""
 
 DESIGN_PARAMETERS = {
@@ -98,13 +94,7 @@ class _Resolvents(NamedTuple):
 
 
 def _resolvents(
-    normal: Normal,
-    penalty: float,
-    other_penalty: float,
-    phase: float,
-    other_phase: float,
-    weight: float,
-    **values: Any,
+    normal: Normal, penalty: float, other_penalty: float, phase: float, other_phase: float, weight: float, **values: Any
 ) -> Iterator[_Resolvents]:
     relative = np.array([penalty * np.exp(1j * phase), other_penalty * np.exp(1j * other_phase)])
     for n, X, s in _designs(normal, **values):

@@ -164,9 +164,7 @@ def o2_bias(normal: Normal, adversarial: float, **values: float) -> Sides:
     direction = np.linalg.eigh(harm + harm.T)[1][:, 0]
     direction = direction / np.sqrt(direction @ finetune @ direction)
     problem = replace(
-        problem,
-        shift=RandomShift((1 - adversarial) * np.diag(spread)),
-        pretrain_error=adversarial**0.5 * direction,
+        problem, shift=RandomShift((1 - adversarial) * np.diag(spread)), pretrain_error=adversarial**0.5 * direction
     )
     start, slope, _ = parabola_through(lambda tau: risk_by_algebra(problem, X, tau * A)[0, 0])
     return 0.0, float(slope / start)
