@@ -80,43 +80,38 @@ def verdict_text(verdict: Verdict) -> str:
 
 def _print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
     """One line for each claim, then what went wrong where something did."""
-    table = Table(title="claims")
-    for name in ("claim", "source", "instances", "worst", "verdict", "s"):
-        table.add_column(name, no_wrap=name == "claim", justify="right" if name in ("instances", "s") else "left")
+    table = _table("claims", ("claim", "source", "instances", "worst", "verdict", "s"))
     for verdict in verdicts:
-        claim = verdict.claim
-        table.add_row(
-            claim.id,
-            claim.source,
-            str(len(verdict.instances)),
-            worst_text(claim, verdict.worst),
-            verdict_text(verdict),
-            f"{verdict.seconds:.1f}",
-            style=None if verdict.holds else "bold red",
-        )
+        claim, count = verdict.claim, str(len(verdict.instances))
+        cells = (claim.id, claim.source, count, worst_text(claim, verdict.worst), verdict_text(verdict))
+        table.add_row(*cells, f"{verdict.seconds:.1f}", style=None if verdict.holds else "bold red")
     console.print(table)
     for verdict in verdicts:
         if not verdict.holds:
             values = ", ".join(f"{name} = {value:.6g}" for name, value in verdict.worst.values.items())
-            console.print(
-                f"{verdict.claim.id}: {verdict.claim.statement}\n  fails at {values}", style="red", highlight=False
-            )
+            text = f"{verdict.claim.id}: {verdict.claim.statement}\n  fails at {values}"
+            console.print(text, style="red", highlight=False)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, no_wrap=name == "claim", justify="right" if name in ("instances", "s") else "left")
+    return table
 
 
 def _print_attacks(console: Console, attacks: Sequence[Attack]) -> None:
     """The worst instance inside the assumptions, and what happens outside."""
-    table = Table(title="attacks: the worst instance inside the assumptions; outside, one assumption at a time")
-    for name in ("claim", "worst inside", "verdict", "outside", "s"):
-        table.add_column(name, no_wrap=name == "claim", justify="right" if name == "s" else "left")
+    title = "attacks: the worst instance inside the assumptions; outside, one assumption at a time"
+    table = _table(title, ("claim", "worst inside", "verdict", "outside", "s"))
     for attack in attacks:
-        table.add_row(
+        cells = (
             attack.claim.id,
             worst_text(attack.claim, attack.worst),
             _attack_text(attack),
             _boundaries_text(attack),
-            f"{attack.seconds:.1f}",
-            style=None if attack.holds else "bold red",
         )
+        table.add_row(*cells, f"{attack.seconds:.1f}", style=None if attack.holds else "bold red")
     console.print(table)
 
 
@@ -152,14 +147,8 @@ def _boundary_text(claim: Claim, boundary: Boundary) -> str:
 
 def _as_record(verdict: Verdict) -> dict[str, Any]:
     """A verdict as plain JSON values."""
-    claim = verdict.claim
-    return {
-        "id": claim.id,
-        "statement": claim.statement,
-        "formula": claim.formula,
-        "source": claim.source,
-        "kind": claim.kind,
-        "tolerance": claim.tolerance,
+    fields = ("id", "statement", "formula", "source", "kind", "tolerance")
+    return {name: getattr(verdict.claim, name) for name in fields} | {
         "instances": len(verdict.instances),
         "worst": _instance_record(verdict.worst),
         "share": verdict.share,

@@ -1,7 +1,7 @@
 """§3 as claims: predictions without sampling, and how fast they become exact (docs, D1–D5)."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -76,31 +76,15 @@ RESOLVENT_PARAMETERS = DESIGN_PARAMETERS | {
 }
 
 
-class _Resolvents(NamedTuple):
-    """Designs of one size; complex penalties and the effective ones; weights S and M of trace 1 that commute with Σ."""
-
-    n: int
-    X: np.ndarray
-    s: np.ndarray
-    penalties: np.ndarray
-    kappa: np.ndarray
-    S: np.ndarray
-    M: np.ndarray
-
-    @property
-    def inverses(self) -> list[np.ndarray]:
-        """(XXᵀ/n + λ)⁻¹ for each penalty."""
-        return [np.linalg.inv(_gram(self.X) + penalty * np.eye(self.n)) for penalty in self.penalties]
-
-
 def _resolvents(
     normal: Normal, penalty: float, other_penalty: float, phase: float, other_phase: float, weight: float, **values: Any
-) -> Iterator[_Resolvents]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]]:
+    """For each size: X, s, two complex effective penalties κ, (XXᵀ/n + λ)⁻¹ at each λ, and S ∝ Σ^weight of trace 1."""
     relative = np.array([penalty * np.exp(1j * phase), other_penalty * np.exp(1j * other_phase)])
     for n, X, s in _designs(normal, **values):
         penalties, S = relative * s.sum() / n, s**weight
         kappa = np.asarray(effective_regularization(penalties, _padded(s), n))
-        yield _Resolvents(n, X, s, penalties, kappa, S / S.sum(), s / s.sum())
+        yield X, s, kappa, [np.linalg.inv(_gram(X) + at * np.eye(n)) for at in penalties], S / S.sum()
 
 
 def _real(value: np.ndarray) -> np.ndarray:
@@ -121,10 +105,9 @@ def _real(value: np.ndarray) -> np.ndarray:
 def d1(normal: Normal, **values: Any) -> Sides:
     """κ tr S(Σ+κ)⁻¹ and λ tr S(Σ̂+λ)⁻¹, the latter through the kernel."""
     predicted, measured = [], []
-    for at in _resolvents(normal, **values):
-        inverse, _ = at.inverses
-        predicted.append(_real(at.kappa[0] * np.sum(at.S / (at.s + at.kappa[0]))))
-        measured.append(_real(at.S.sum() - np.einsum("rij,rji->r", inverse, _gram(at.X, at.S))))
+    for X, s, kappa, (inverse, _), S in _resolvents(normal, **values):
+        predicted.append(_real(kappa[0] * np.sum(S / (s + kappa[0]))))
+        measured.append(_real(S.sum() - np.einsum("rij,rji->r", inverse, _gram(X, S))))
     return predicted, measured
 
 
@@ -140,14 +123,13 @@ def d1(normal: Normal, **values: Any) -> Sides:
     sizes=SIZES,
 )
 def d2(normal: Normal, **values: Any) -> Sides:
-    """κ₁κ₂ tr S(Σ+κ₁)⁻¹[M + aΣ](Σ+κ₂)⁻¹ and λ₁λ₂ tr S(Σ̂+λ₁)⁻¹M(Σ̂+λ₂)⁻¹, the latter through the kernel."""
+    """κ₁κ₂ tr S(Σ+κ₁)⁻¹[M + aΣ](Σ+κ₂)⁻¹ and λ₁λ₂ tr S(Σ̂+λ₁)⁻¹M(Σ̂+λ₂)⁻¹ (M = Σ/tr Σ), the latter through the kernel."""
     predicted, measured = [], []
-    for at in _resolvents(normal, **values):
-        s, S, M, X = at.s, at.S, at.M, at.X
-        both = 1 / ((s + at.kappa[0]) * (s + at.kappa[1]))
-        a = np.sum(M * s * both) / at.n / (1 - np.sum(s**2 * both) / at.n)
-        predicted.append(_real(at.kappa[0] * at.kappa[1] * np.sum(S * both * (M + a * s))))
-        first, second = at.inverses
+    for X, s, kappa, (first, second), S in _resolvents(normal, **values):
+        n, M = X.shape[1], s / s.sum()
+        both = 1 / ((s + kappa[0]) * (s + kappa[1]))
+        a = np.sum(M * s * both) / n / (1 - np.sum(s**2 * both) / n)
+        predicted.append(_real(kappa[0] * kappa[1] * np.sum(S * both * (M + a * s))))
         single = np.einsum("rij,rji->r", first + second, _gram(X, S * M))
         double = np.einsum("rij,rji->r", _gram(X, S) @ first, _gram(X, M) @ second)
         measured.append(_real(np.sum(S * M) - single + double))
