@@ -20,7 +20,9 @@ import matplotlib as mpl
 from figures.style import SETTINGS, Picture
 from linfit.internal.files import whole_file
 
-STYLE = """
+__all__ = ["Entry", "draw_figures", "prepare_folder", "write_picture", "write_report"]
+
+_STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
 figure { margin: 2.5rem 0 } img { max-width: 100%; height: auto }
 figcaption { font-size: .9rem; color: #333 } h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-bottom: .3rem }
@@ -45,8 +47,10 @@ def write_picture(picture: Picture, out: Path) -> str:
         with whole_file(out / f"{picture.name}.{ending}") as path:
             metadata = {"CreationDate": None} if ending == "pdf" else None
             figure.savefig(path, format=ending, dpi=200, metadata=metadata)
+    # NetCDF 3 has integers of 32 bits; a seed may need 33.
+    large = {name: float(n) for name, n in picture.data.attrs.items() if isinstance(n, int) and abs(n) >= 2**31}
     with whole_file(out / f"{picture.name}.nc") as path:
-        picture.data.assign_attrs(title=picture.title, caption=caption).to_netcdf(path, engine="scipy")
+        picture.data.assign_attrs(large, title=picture.title, caption=caption).to_netcdf(path, engine="scipy")
     return caption
 
 
@@ -58,7 +62,7 @@ class Entry(NamedTuple):
     caption: str
 
 
-def draw_room(module: str, seed: int, quick: bool, out: Path) -> list[Entry]:
+def _draw_module(module: str, seed: int, quick: bool, out: Path) -> list[Entry]:
     """Draw and write every picture of one module, saying so as they are done."""
     start, entries = time.perf_counter(), []
     with mpl.rc_context(SETTINGS):
@@ -69,15 +73,24 @@ def draw_room(module: str, seed: int, quick: bool, out: Path) -> list[Entry]:
     return entries
 
 
-def draw_rooms(modules: Sequence[str], seed: int, quick: bool, out: Path) -> list[Entry]:
-    """The pictures of several modules in their order, each module in a process of its own, as many as there are cores."""
+def draw_figures(modules: Sequence[str], seed: int, quick: bool, out: Path) -> list[Entry]:
+    """Write the pictures of several modules, each in a process of its own, as many at once as there are cores.
+
+    Args:
+        modules: each has `pictures(key, quick)`, an iterator of `Picture`.
+        seed: of the key.
+        quick: small sizes.
+        out: an existing folder.
+
+    Entries come in the order of the modules.
+    """
     if len(modules) == 1:
-        return draw_room(modules[0], seed, quick, out)
+        return _draw_module(modules[0], seed, quick, out)
     workers = min(len(modules), os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, initializer=_quit_on_interrupt) as pool:
-        rooms = [pool.submit(draw_room, module, seed, quick, out) for module in modules]
-        return [entry for room in rooms for entry in room.result()]
+        drawn = [pool.submit(_draw_module, module, seed, quick, out) for module in modules]
+        return [entry for module in drawn for entry in module.result()]
 
 
 def _quit_on_interrupt() -> None:
@@ -99,7 +112,7 @@ def write_report(entries: Iterable[Entry], out: Path, command: str) -> Path:
         )
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width"><title>linfit report</title><style>{STYLE}</style></head><body>'
+        f'content="width=device-width"><title>linfit report</title><style>{_STYLE}</style></head><body>'
         f"<h1>linfit: fine-tuning in linear models</h1><p>Made by <code>{html.escape(command)}</code>.</p>"
         f"<nav>{''.join(links)}</nav>{''.join(sections)}</body></html>\n"
     )

@@ -14,6 +14,8 @@ from figures.style import COLOURS, SETTINGS, canvas
 from linfit import Selection, select
 from linfit.internal.files import whole_file
 
+__all__ = ["load_arrays", "report_selection"]
+
 ARRAYS, VALIDATION = ("X", "y", "theta_1"), ("X_val", "y_val")
 ENDINGS = (".png", ".pdf", ".svg")
 
@@ -34,13 +36,21 @@ def load_arrays(file: Path) -> dict[str, np.ndarray]:
     missing = [name for name in ARRAYS if name not in arrays]
     if missing:
         raise ValueError(f"{file} must hold {', '.join(ARRAYS)}; {', '.join(missing)} missing, found {found}")
-    if len([name for name in VALIDATION if name in arrays]) == 1:
+    if ("X_val" in arrays) != ("y_val" in arrays):
         raise ValueError(f"{file} must hold both X_val and y_val or neither")
     return arrays
 
 
 def report_selection(file: Path, out: Path | None, json: bool) -> None:
-    """Select (τ, λ) for the arrays in `file`; print a table or JSON, and write the picture."""
+    """Select (τ, λ) for a user's arrays; print a table or JSON, and write the picture.
+
+    Args:
+        file: an .npz of X, y, theta_1 and perhaps X_val, y_val.
+        out: the picture; `file` with the ending .select.png if None.
+        json: print JSON.
+
+    Raises ValueError for another file, arrays that do not fit, or another ending of `out`.
+    """
     out = file.with_suffix(".select.png") if out is None else out
     if out.suffix not in ENDINGS:
         raise ValueError(f"--out must end in {', '.join(ENDINGS)}, got {out.name}")
@@ -51,17 +61,21 @@ def report_selection(file: Path, out: Path | None, json: bool) -> None:
         results["validation"] = select(X, y, theta_1, validation=(arrays["X_val"], arrays["y_val"]))
     prepare_folder(out.parent)
     with whole_file(out) as path, mpl.rc_context(SETTINGS):
-        draw(results).savefig(path, format=out.suffix[1:])
+        _draw(results).savefig(path, format=out.suffix[1:])
     if json:
-        summaries = {name: summary(selection) for name, selection in results.items()}
+        summaries = {name: _summary(selection) for name, selection in results.items()}
         print(json_format.dumps({"file": str(file), "picture": str(out), **summaries}, indent=2))
     else:
-        print_table(results, out)
+        _print_table(results, out)
 
 
-def summary(selection: Selection) -> dict[str, Any]:
+def _summary(selection: Selection) -> dict[str, Any]:
     """The minimum and its error bars, as plain numbers."""
     plausible = selection.indistinguishable
+
+    def ends(values: np.ndarray) -> list[float] | None:
+        return [float(values.min()), float(values.max())] if values.size else None
+
     return {
         "penalty": selection.best_penalty,
         "tau": selection.best_tau,
@@ -69,8 +83,8 @@ def summary(selection: Selection) -> dict[str, Any]:
         "mean_squared_error": selection.best_mean_squared_error,
         "mean_squared_error_standard_error": selection.best_standard_error,
         "within_one_standard_error": {
-            "penalty": _range(selection.penalties[plausible.any(axis=1)]),
-            "tau": _range(selection.taus[plausible.any(axis=0)]),
+            "penalty": ends(selection.penalties[plausible.any(axis=1)]),
+            "tau": ends(selection.taus[plausible.any(axis=0)]),
         },
         "gain_over_full_fine_tuning": selection.gain_over_full,
         "gain_over_full_fine_tuning_standard_error": selection.gain_over_full_error,
@@ -78,11 +92,7 @@ def summary(selection: Selection) -> dict[str, Any]:
     }
 
 
-def _range(values: np.ndarray) -> list[float] | None:
-    return [float(values.min()), float(values.max())] if values.size else None
-
-
-def print_table(results: dict[str, Selection], out: Path) -> None:
+def _print_table(results: dict[str, Selection], out: Path) -> None:
     """The result for people."""
     from rich.console import Console
     from rich.table import Table
@@ -103,7 +113,7 @@ def print_table(results: dict[str, Selection], out: Path) -> None:
     console.print(f"picture: {out}", highlight=False)
 
 
-def draw(results: dict[str, Selection]) -> Figure:
+def _draw(results: dict[str, Selection]) -> Figure:
     """The leave-one-out surface over (λ, τ), and the error along τ at the best λ."""
     selection = results["leave-one-out"]
     figure, (left, right) = canvas(2, height=2.8)
@@ -117,10 +127,8 @@ def draw(results: dict[str, Selection]) -> Figure:
         left.contour(
             penalties, selection.taus, plausible, levels=[0.5], colors="white", linestyles="--", linewidths=1.2
         )
-    left.errorbar(
-        max(selection.best_penalty, penalties[0]), selection.best_tau, selection.best_tau_error,
-        fmt="*", color="white", markeredgecolor="black", markersize=9, capsize=2,
-    )  # fmt: skip
+    star: dict[str, Any] = {"fmt": "*", "color": "white", "markeredgecolor": "black", "markersize": 9, "capsize": 2}
+    left.errorbar(max(selection.best_penalty, penalties[0]), selection.best_tau, selection.best_tau_error, **star)
     left.set(xscale="log", xlabel=R"penalty $\lambda$", ylabel=R"ensemble coefficient $\tau$")
     left.set_ylim(selection.taus[0], selection.taus[-1])
     left.set_title("leave-one-out error\n(star: best; dashed: within one standard error)")
@@ -130,14 +138,8 @@ def draw(results: dict[str, Selection]) -> Figure:
         mean, error = result.mean_squared_error[row], result.standard_error[row]
         right.plot(result.taus, mean, color=colour, label=Rf"{name}, $\lambda$ = {result.penalties[row]:.3g}")
         right.fill_between(result.taus, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
-        right.errorbar(
-            result.best_tau,
-            result.best_mean_squared_error,
-            xerr=result.best_tau_error,
-            fmt="o",
-            color=colour,
-            capsize=2,
-        )
+        best = result.best_tau, result.best_mean_squared_error
+        right.errorbar(*best, xerr=result.best_tau_error, fmt="o", color=colour, capsize=2)
     right.set(xlabel=R"ensemble coefficient $\tau$", ylabel="mean squared error")
     right.set_title("along $\\tau$ at the best $\\lambda$\n(band and bar: one standard error)")
     right.legend()

@@ -3,12 +3,27 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib as mpl
 import xarray as xr
+from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+__all__ = [
+    "COLOURS",
+    "COLUMN",
+    "MARKERS",
+    "PAGE",
+    "SETTINGS",
+    "Picture",
+    "canvas",
+    "panel_letters",
+    "readable_ticks",
+    "seed_of",
+]
 
 COLUMN, PAGE = 3.4, 7.0
 """Widths of one column and of the page, in inches."""
@@ -28,6 +43,7 @@ COLOURS = {
     "variance": "#E69F00",
     "total": "#D55E00",
 }
+"""Of every method and quantity, in every figure."""
 
 MARKERS = {"min-norm": "o", "ridge": "s", "early stopping": "^"}
 
@@ -65,10 +81,19 @@ class Picture(NamedTuple):
     """Plain text: what is shown, the setting, the seed, the agreement between theory and simulation."""
 
 
+def seed_of(key: Array) -> int:
+    """The seed that `jax.random.key` made the key of.
+
+    >>> seed_of(jax.random.key(7))
+    7
+    """
+    return int(jax.random.key_data(key).ravel()[-1])
+
+
 def canvas(
     columns: int = 1, rows: int = 1, *, width: float = PAGE, height: float = 2.4, **kwargs: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure in the house style and its axes, row by row; no display is needed."""
+    """A figure in the common style and its axes, row by row; no display is needed."""
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(width, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **kwargs)

@@ -7,6 +7,7 @@ multiple of another one, so that a Gram matrix already at hand is not computed a
 from abc import abstractmethod
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -14,24 +15,30 @@ from jax import Array
 from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array
 from linfit.internal.linear_algebra import gram
 
+__all__ = ["Covariance", "Dense", "Diagonal", "Empirical"]
+
 
 class Covariance(eqx.Module):
-    """A positive semi-definite operator on R^p."""
+    """A positive semi-definite operator on R^p, stored as one array whose last axis has size p."""
 
     @property
-    @abstractmethod
+    def _array(self) -> Array:
+        return jax.tree.leaves(self)[0]
+
+    @property
     def size(self) -> int:
         """p."""
+        return self._array.shape[-1]
 
     @property
-    @abstractmethod
     def latent_size(self) -> int:
         """Number of independent coordinates z behind one sample x = Σ^{1/2}z."""
+        return self.size
 
     @property
-    @abstractmethod
     def dtype(self) -> jnp.dtype:
         """Floating dtype of the stored values."""
+        return self._array.dtype
 
     @abstractmethod
     def diagonal(self) -> Array:
@@ -49,9 +56,9 @@ class Covariance(eqx.Module):
     def colour(self, latent: Array) -> Array:
         """latent·Σ^{1/2}, shape (…, p), for rows (…, latent_size) with identity covariance."""
 
-    @abstractmethod
     def ratio_to(self, other: "Covariance | Product") -> float | None:
-        """c if Σ = c·other can be seen from concrete values, else None."""
+        """c if Σ = c·other can be seen from concrete values of one kind, else None."""
+        return _ratio(self._array, other._array) if isinstance(other, type(self)) else None
 
     def dot(self, a: Array, b: Array) -> Array:
         """⟨a, b⟩_Σ = aᵀΣb over the last axis (p) of two arrays that broadcast."""
@@ -93,18 +100,6 @@ class Diagonal(Covariance):
     def __init__(self, eigenvalues: ArrayLike):
         self.eigenvalues = non_negative("eigenvalues", eigenvalues, ndim=1)
 
-    @property
-    def size(self) -> int:
-        return self.eigenvalues.shape[-1]
-
-    @property
-    def latent_size(self) -> int:
-        return self.size
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.eigenvalues.dtype
-
     def diagonal(self) -> Array:
         return self.eigenvalues
 
@@ -116,9 +111,6 @@ class Diagonal(Covariance):
 
     def colour(self, latent: Array) -> Array:
         return latent * jnp.sqrt(self.eigenvalues)
-
-    def ratio_to(self, other: "Covariance | Product") -> float | None:
-        return _ratio(self.eigenvalues, other.eigenvalues) if isinstance(other, Diagonal) else None
 
 
 class Dense(Covariance):
@@ -140,18 +132,6 @@ class Dense(Covariance):
         if is_concrete(self.matrix):
             _require_positive_semidefinite(np.asarray(self.matrix))
 
-    @property
-    def size(self) -> int:
-        return self.matrix.shape[-1]
-
-    @property
-    def latent_size(self) -> int:
-        return self.size
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.matrix.dtype
-
     def diagonal(self) -> Array:
         return jnp.diagonal(self.matrix)
 
@@ -164,9 +144,6 @@ class Dense(Covariance):
     def colour(self, latent: Array) -> Array:
         eigenvalues, vectors = jnp.linalg.eigh(self.matrix)
         return (latent @ vectors) * jnp.sqrt(jnp.maximum(eigenvalues, 0)) @ vectors.T
-
-    def ratio_to(self, other: "Covariance | Product") -> float | None:
-        return _ratio(self.matrix, other.matrix) if isinstance(other, Dense) else None
 
 
 def _require_positive_semidefinite(matrix: np.ndarray) -> None:
@@ -193,16 +170,8 @@ class Empirical(Covariance):
         self.features = real_array("features", features, ndim=2)
 
     @property
-    def size(self) -> int:
-        return self.features.shape[-1]
-
-    @property
     def latent_size(self) -> int:
         return self.features.shape[-2]
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.features.dtype
 
     def diagonal(self) -> Array:
         return jnp.mean(self.features**2, axis=-2)
@@ -217,9 +186,7 @@ class Empirical(Covariance):
         return latent @ self.features / self.latent_size**0.5
 
     def ratio_to(self, other: "Covariance | Product") -> float | None:
-        if not isinstance(other, Empirical):
-            return None
-        root = _ratio(self.features, other.features)
+        root = super().ratio_to(other)
         return None if root is None else root**2
 
 

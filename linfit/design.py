@@ -1,4 +1,4 @@
-"""Drawing designs X, tasks and labels from a problem (explicit key in, nothing hidden).
+"""Sampling designs X, tasks and labels from a problem (explicit key in, nothing hidden).
 
 A design has rows x = Σ₂^{1/2}z with independent, standardised coordinates z. The law of z is not part of the
 theory, so several are offered: predictions that rest on the covariance alone must agree for all of them.
@@ -16,11 +16,13 @@ from linfit.covariance import Covariance, Diagonal, as_covariance
 from linfit.internal.checks import ArrayLike, count
 from linfit.problem import TwoTaskProblem
 
-STUDENT_DEGREES_OF_FREEDOM = 8
+__all__ = ["LAWS", "Task", "column_blocks", "sample_design", "sample_designs", "sample_task"]
+
+_STUDENT_FREEDOM = 8
 
 
 def _student(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    freedom = STUDENT_DEGREES_OF_FREEDOM
+    freedom = _STUDENT_FREEDOM
     return jax.random.t(key, freedom, shape, dtype) * ((freedom - 2) / freedom) ** 0.5
 
 
@@ -34,9 +36,14 @@ LAWS: dict[str, Callable[[Array, tuple[int, ...], jnp.dtype], Array]] = {
 
 
 def sample_design(key: Array, covariance: Covariance | ArrayLike, n: int, law: str = "gaussian") -> Array:
-    """n independent rows x = Σ^{1/2}z, shape (n, p), E xxᵀ = Σ; `law` of z is a key of `linfit.design.LAWS`.
+    """n independent rows x = Σ^{1/2}z, shape (n, p), E xxᵀ = Σ.
 
-    The covariance is eigenvalues (p,), a matrix (p, p), or a covariance such as `linfit.Empirical(features)`.
+    Args:
+        key: of the sample.
+        covariance: eigenvalues (p,), a matrix (p, p), or a covariance such as `linfit.Empirical(features)`.
+        n: rows.
+        law: of the coordinates z, a key of `linfit.design.LAWS`.
+
     Raises ValueError for n < 1 or an unknown law.
 
     >>> from linfit import Diagonal, sample_design
@@ -51,7 +58,7 @@ def sample_design(key: Array, covariance: Covariance | ArrayLike, n: int, law: s
 
 
 def sample_designs(key: Array, covariance: Covariance | ArrayLike, n: int, count: int, law: str = "gaussian") -> Array:
-    """A stack of independent designs (count, n, p); design i depends on `fold_in(key, i)` alone.
+    """A stack of `count` independent designs (count, n, p); design i is `sample_design(fold_in(key, i), …)`.
 
     >>> from linfit import Diagonal, sample_designs
     >>> sample_designs(jax.random.key(0), Diagonal([4.0, 1.0]), 3, count=5).shape
@@ -61,7 +68,7 @@ def sample_designs(key: Array, covariance: Covariance | ArrayLike, n: int, count
 
 
 class Task(NamedTuple):
-    """One draw of what fine-tuning meets, with θ₁* = 0."""
+    """What fine-tuning meets, with θ₁* = 0."""
 
     X: Array
     """Design (n, p)."""
@@ -74,7 +81,7 @@ class Task(NamedTuple):
 
 
 def sample_task(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian") -> Task:
-    """Draw X, the shift (if random) and the labels; θ₁* = 0, so θ₂* = δ and θ₁ = u.
+    """Sample X, the shift (if random) and the labels; arguments as for `sample_design`. θ₁* = 0, so θ₂* = δ, θ₁ = u.
 
     >>> from linfit import FixedShift, TwoTaskProblem, sample_task
     >>> problem = TwoTaskProblem([1.0, 1.0], [1.0, 1.0], FixedShift([3.0, 0.0]), noise_std=0.0)
@@ -84,11 +91,11 @@ def sample_task(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussia
     """
     design_key, shift_key, noise_key = jax.random.split(key, 3)
     X = sample_design(design_key, problem.finetune_covariance, n, law)
-    return label_design(X, shift_key, noise_key, problem)
+    return _label_design(X, shift_key, noise_key, problem)
 
 
-def label_design(X: Array, shift_key: Array, noise_key: Array, problem: TwoTaskProblem) -> Task:
-    """A task on a given design: the shift (if random) and the noise are drawn."""
+def _label_design(X: Array, shift_key: Array, noise_key: Array, problem: TwoTaskProblem) -> Task:
+    """A task on a given design: the shift (if random) and the noise are sampled."""
     if problem.gap_covariance is None:
         theta_2_star = problem.shift.vector  # type: ignore[union-attr]
     else:
@@ -99,13 +106,13 @@ def label_design(X: Array, shift_key: Array, noise_key: Array, problem: TwoTaskP
     return Task(X, X @ theta_2_star + noise, theta_1, theta_2_star)
 
 
-BLOCK_COLUMNS = 4096
+_BLOCK_COLUMNS = 4096
 
 
 def column_blocks(key: Array, problem: TwoTaskProblem, n: int) -> Iterator[np.ndarray]:
     """A Gaussian design of n rows in blocks of 4,096 columns (the last one shorter), never held whole.
 
-    For `risk_forms(column_blocks(key, problem, n), problem)` at p = 10⁶ and beyond. Drawn by numpy's SFC64 on the
+    For `risk_forms(column_blocks(key, problem, n), problem)` at p = 10⁶ and beyond. Sampled by numpy's SFC64 on the
     host, a stream per block: the same key gives the same design on every backend (but not the one of
     `sample_design`). The fine-tuning covariance must be diagonal.
 
@@ -120,12 +127,12 @@ def column_blocks(key: Array, problem: TwoTaskProblem, n: int) -> Iterator[np.nd
         raise ValueError(f"column_blocks needs a diagonal finetune_covariance (p,), got {type(covariance).__name__}")
     root = np.sqrt(np.asarray(covariance.eigenvalues))
     seed = [int(word) for word in np.ravel(jax.random.key_data(key))]
-    return _draw_blocks(seed, root, count("n", n))
+    return _blocks(seed, root, count("n", n))
 
 
-def _draw_blocks(seed: list[int], root: np.ndarray, n: int) -> Iterator[np.ndarray]:
-    for index, start in enumerate(range(0, root.size, BLOCK_COLUMNS)):
-        scale = root[start : start + BLOCK_COLUMNS]
+def _blocks(seed: list[int], root: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    for index, start in enumerate(range(0, root.size, _BLOCK_COLUMNS)):
+        scale = root[start : start + _BLOCK_COLUMNS]
         generator = np.random.Generator(np.random.SFC64([*seed, index]))
         block = generator.standard_normal((n, scale.size), dtype=root.dtype.type)
         block *= scale

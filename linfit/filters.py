@@ -19,6 +19,8 @@ from jax import Array
 from linfit.internal.checks import ArrayLike, broadcastable, is_concrete, non_negative, positive, real_array
 from linfit.internal.linear_algebra import rank_cutoff
 
+__all__ = ["Ensemble", "Filter", "GradientDescent", "GradientFlow", "MinNorm", "Ridge", "Several", "Tabulated"]
+
 
 class Filter(eqx.Module):
     """A spectral filter g; `tau * filter` is the ensemble θ_τ = (1−τ)θ₁ + τθ̂."""

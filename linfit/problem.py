@@ -15,6 +15,8 @@ from jax import Array
 from linfit.covariance import Covariance, as_covariance, trace_of_product
 from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array, same_size
 
+__all__ = ["FixedShift", "Pair", "RandomShift", "TwoTaskProblem", "aligned_problem"]
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -78,8 +80,12 @@ class FixedShift(eqx.Module):
 class TwoTaskProblem(eqx.Module):
     """Pretraining (Σ₁, θ₁*), fine-tuning (Σ₂, θ₂*, σ) and the shift between their optima.
 
-    Covariances are eigenvalues (p,), matrices (p, p), or `linfit.Empirical(features)`; `shift` is a
-    `RandomShift` or `FixedShift`; `noise_std` is σ ≥ 0; `pretrain_error` is u = θ₁ − θ₁* (p,), zero if None.
+    Args:
+        pretrain_covariance: Σ₁: eigenvalues (p,), a matrix (p, p), or `linfit.Empirical(features)`.
+        finetune_covariance: Σ₂, likewise.
+        shift: `RandomShift` or `FixedShift`.
+        noise_std: σ ≥ 0, in units of y.
+        pretrain_error: u = θ₁ − θ₁* (p,), zero if not given.
 
     Risks are excess risks: R_ft(θ) = ‖θ−θ₂*‖²_{Σ₂}, R_pre(θ) = ‖θ−θ₁*‖²_{Σ₁}, in squared units of y.
     Raises ValueError for sizes that differ, NaN or Inf, or a negative σ.

@@ -26,6 +26,8 @@ from linfit.internal.linear_algebra import eigh, gram, on_host
 from linfit.problem import Pair, TwoTaskProblem
 from linfit.risk import RiskForm
 
+__all__ = ["risk_forms"]
+
 
 def risk_forms(X: ArrayLike | Iterator[ArrayLike], problem: TwoTaskProblem) -> Pair[RiskForm]:
     """Exact risk on both domains of every spectral filter fitted on the design X (docs, S2; ours).

@@ -22,6 +22,8 @@ from linfit.internal.checks import ArrayLike, broadcastable, is_concrete, non_ne
 from linfit.internal.linear_algebra import solve_semidefinite
 from linfit.problem import Pair, TwoTaskProblem
 
+__all__ = ["Parabola", "Risk", "RiskForm", "excess_risks"]
+
 
 class Risk(NamedTuple):
     """Excess risk, in squared units of y; the fields share one shape."""

@@ -21,13 +21,21 @@ from linfit.internal.checks import ArrayLike, broadcastable, non_negative, real_
 from linfit.internal.linear_algebra import eigh, gram, rank_cutoff
 from linfit.solve import check_data
 
+__all__ = ["Selection", "default_penalties", "leave_one_out", "select"]
+
 
 def leave_one_out(X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, penalty: ArrayLike, tau: ArrayLike) -> Array:
     """Exact leave-one-out residuals y_i − x_iᵀθ_τ^{(−i)}, the penalty nλ held fixed (docs, S5; ours).
 
-    X (n, p), y (n,), theta_1 (p,); `penalty` λ ≥ 0 and `tau` broadcast → (…, n). λ = 0 is the minimum-norm fit, exact
-    also for dependent rows and for n > p. With k outputs, y (n, k) → (…, n, k). The mean square estimates the
-    prediction error R_ft + σ². Raises ValueError for shapes that do not fit, NaN or Inf, λ < 0, or n < 2.
+    Args:
+        X: design (n, p).
+        y: labels (n,), or (n, k) for k outputs.
+        theta_1: pretrained weights (p,) or (p, k).
+        penalty: λ ≥ 0; 0 is the minimum-norm fit, exact also for dependent rows and for n > p.
+        tau: broadcasts against λ, in front of the residuals.
+
+    The mean square estimates the prediction error R_ft + σ². Raises ValueError for shapes that do not fit, NaN or Inf,
+    λ < 0, or n < 2.
 
     >>> from linfit import leave_one_out
     >>> leave_one_out([[1.0, 0.0], [1.0, 1.0]], [1.0, 3.0], [0.0, 0.0], penalty=0.0, tau=[0.0, 1.0])
@@ -38,11 +46,11 @@ def leave_one_out(X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, penalty: Array
     penalty, tau = non_negative("penalty", penalty), real_array("tau", tau)
     broadcastable("tau", tau.shape, "penalty", penalty.shape)
     residual = y - X @ theta_1
-    learned = leave_one_out_path(X, residual)(penalty)
+    learned = _leave_one_out_path(X, residual)(penalty)
     return residual - tau[(..., *[None] * residual.ndim)] * learned
 
 
-def leave_one_out_path(X: Array, residual: Array) -> Callable[[Array], Array]:
+def _leave_one_out_path(X: Array, residual: Array) -> Callable[[Array], Array]:
     """λ ↦ d(λ) = r − (Gr)_i/G_ii, (…, n) or (…, n, k), factored once."""
     n = X.shape[0]
     if n < 2:
@@ -66,7 +74,7 @@ def leave_one_out_path(X: Array, residual: Array) -> Callable[[Array], Array]:
     return learned
 
 
-def validation_path(X: Array, residual: Array, X_val: Array) -> Callable[[Array], Array]:
+def _validation_path(X: Array, residual: Array, X_val: Array) -> Callable[[Array], Array]:
     """λ ↦ X_val(θ̂_λ − θ₁), (…, n_val), factored once."""
     n = X.shape[0]
     s, U = eigh(gram(X) / n)
@@ -127,9 +135,13 @@ def select(
 ) -> Selection:
     """The error surface over (λ, τ) and its minimum, by leave-one-out or on validation data (docs, S5; ours).
 
-    X (n, p), y (n,), theta_1 (p,). Defaults: `default_penalties(X)` and 101 values of τ in [0, 1.25].
-    `validation = (X_val, y_val)` measures on those samples instead, the fit using all of X. Selection among many
-    (λ, τ) makes the minimum itself slightly optimistic. Raises ValueError as `leave_one_out`.
+    Args:
+        X, y, theta_1: the fine-tuning data (n, p), (n,) and the pretrained weights (p,).
+        penalties: λ ≥ 0, increasing; `default_penalties(X)` if not given.
+        taus: 101 values in [0, 1.25] if not given.
+        validation: (X_val, y_val) to measure on instead, the fit using all of X.
+
+    Selection among many (λ, τ) makes the minimum itself slightly optimistic. Raises ValueError as `leave_one_out`.
 
     >>> import jax
     >>> from linfit import FixedShift, TwoTaskProblem, sample_task, select, spectra
@@ -151,9 +163,9 @@ def select(
 
     residual = y - X @ theta_1
     if validation is None:
-        return _minimise(residual, leave_one_out_path(X, residual), penalties, taus)
+        return _minimise(residual, _leave_one_out_path(X, residual), penalties, taus)
     X_val, y_val = _check_validation(validation, theta_1)
-    path = validation_path(X, residual, X_val)
+    path = _validation_path(X, residual, X_val)
     return _minimise(y_val - X_val @ theta_1, path, penalties, taus)
 
 
@@ -196,18 +208,22 @@ def _minimise(residual: Array, learned: Callable[[Array], Array], penalties: Arr
     best_squares, full_squares = best_residual**2, (residual - d) ** 2
     paired = squares - best_squares
     moved = float(d @ d)
+    best_mean, best_error = _mean_and_error(best_squares)
+    gain, gain_error = _mean_and_error(full_squares - best_squares)
     return Selection(
-        np.asarray(penalties),
-        np.asarray(taus),
-        np.asarray(squares.mean(-1)),
-        np.asarray(squares.std(-1, ddof=1) / n**0.5),
-        np.asarray(paired.mean(-1) <= paired.std(-1, ddof=1) / n**0.5),
-        best_penalty,
-        best_tau,
-        float(jnp.sqrt(jnp.sum(d**2 * best_squares))) / moved if moved > 0 else float("inf"),
-        *_mean_and_error(best_squares),
-        float(jnp.mean(residual**2)),
-        *_mean_and_error(full_squares - best_squares),
+        penalties=np.asarray(penalties),
+        taus=np.asarray(taus),
+        mean_squared_error=np.asarray(squares.mean(-1)),
+        standard_error=np.asarray(squares.std(-1, ddof=1) / n**0.5),
+        indistinguishable=np.asarray(paired.mean(-1) <= paired.std(-1, ddof=1) / n**0.5),
+        best_penalty=best_penalty,
+        best_tau=best_tau,
+        best_tau_error=float(jnp.sqrt(jnp.sum(d**2 * best_squares))) / moved if moved > 0 else float("inf"),
+        best_mean_squared_error=best_mean,
+        best_standard_error=best_error,
+        pretrained_mean_squared_error=float(jnp.mean(residual**2)),
+        gain_over_full=gain,
+        gain_over_full_error=gain_error,
     )
 
 

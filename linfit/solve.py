@@ -12,6 +12,8 @@ from linfit.filters import Filter
 from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
 from linfit.internal.linear_algebra import eigh, gram
 
+__all__ = ["fine_tune", "gradient_descent", "interpolate"]
+
 Tree = TypeVar("Tree")
 
 
@@ -42,10 +44,14 @@ def fine_tune(
 ) -> Array:
     """Fine-tuned weights in closed form: θ̂ = θ₁ + (1/n)XᵀU diag(g(s)) Uᵀ(y − Xθ₁) (docs, S1).
 
-    X (n, p), y (n,), theta_1 (p,) → (…, p), hyperparameter axes of the filter in front. With k outputs, y (n, k)
-    and theta_1 (p, k) → (…, p, k). `sample_weights` w ≥ 0 (n,) enter as the loss (1/2n) Σ w_i r_i², not
-    normalised: X and y become W^{1/2}X, W^{1/2}y and s the eigenvalues of W^{1/2}XXᵀW^{1/2}/n. A `Tabulated` filter is
-    tied to the n eigenvalues of its design and needs n ≤ p.
+    Args:
+        X: design (n, p).
+        y: labels (n,), or (n, k) for k outputs.
+        theta_1: pretrained weights (p,) or (p, k).
+        filter: hyperparameter axes come in front of the result, (…, p) or (…, p, k). A `Tabulated` filter is tied to
+            the n eigenvalues of its design and needs n ≤ p.
+        sample_weights: w ≥ 0 (n,) of the loss (1/2n) Σ w_i r_i², not normalised: X and y become W^{1/2}X, W^{1/2}y and
+            s the eigenvalues of W^{1/2}XXᵀW^{1/2}/n.
 
     Raises ValueError for shapes that do not fit, NaN or Inf, negative weights.
 
@@ -83,8 +89,12 @@ def gradient_descent(
 
         θ ← θ + (η/n) Xᵀ W (y − Xθ)
 
-    Shapes as in `fine_tune`, whose closed form with `GradientDescent(step_size, steps)` it equals. η > 0 is a
-    scalar in units of 1/s. Raises ValueError if η·s_max ≥ 2, where the iteration does not converge.
+    Args:
+        X, y, theta_1, sample_weights: as in `fine_tune`, whose closed form with `GradientDescent` this equals.
+        step_size: η > 0, a number in units of 1/s.
+        steps: k ≥ 0.
+
+    Raises ValueError if η·s_max ≥ 2, where the iteration does not converge.
 
     >>> from linfit import gradient_descent
     >>> gradient_descent([[2.0, 0.0]], [3.0], [1.0, 5.0], step_size=0.125, steps=1)
@@ -119,7 +129,11 @@ def _require_stable(rows: np.ndarray, step_size: float) -> None:
 def interpolate(theta_1: Tree, theta_2: Tree, tau: ArrayLike) -> Tree:
     """θ_τ = (1−τ)θ₁ + τθ₂ on any pytree of arrays; τ = 0 is theta_1, τ = 1 is theta_2, both exactly.
 
-    τ is a finite scalar, inside or outside [0, 1]. Raises ValueError if structures or shapes differ.
+    Args:
+        theta_1, theta_2: pytrees of one structure and shapes.
+        tau: a finite number, inside or outside [0, 1].
+
+    Raises ValueError if structures or shapes differ.
 
     >>> from linfit import interpolate
     >>> interpolate({"head": jnp.array([0.0, 2.0])}, {"head": jnp.array([1.0, 4.0])}, 0.25)

@@ -14,6 +14,8 @@ from jax import Array
 
 from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive
 
+__all__ = ["bilevel", "exponential", "isotropic", "power_law", "spiked"]
+
 
 def _normalised(eigenvalues: Array, trace: ArrayLike | None) -> Array:
     eigenvalues = eigenvalues.astype(jnp.result_type(float))
@@ -77,12 +79,7 @@ def spiked(p: int, spikes: ArrayLike = (10.0,), bulk: ArrayLike = 1.0, *, trace:
 
 
 def bilevel(
-    p: int,
-    head_size: int = 1,
-    head: ArrayLike = 10.0,
-    tail: ArrayLike = 1.0,
-    *,
-    trace: ArrayLike | None = None,
+    p: int, head_size: int = 1, head: ArrayLike = 10.0, tail: ArrayLike = 1.0, *, trace: ArrayLike | None = None
 ) -> Array:
     """Two levels: `head_size` eigenvalues equal to `head`, the other p − head_size equal to `tail`.
 

@@ -12,11 +12,11 @@ import numpy as np
 import xarray as xr
 from jax import Array
 
-from linfit import Filter, TwoTaskProblem, risk_forms, sample_design
+from linfit import Filter, Pair, TwoTaskProblem, risk_forms, sample_design
 from sims.estimate import mean_and_error, replicate
 from theory.equivalents import risk
 
-DOMAINS = ("finetune", "pretrain")
+__all__ = ["averaged_risk", "convergence"]
 
 
 def averaged_risk(
@@ -31,7 +31,17 @@ def averaged_risk(
 ) -> xr.Dataset:
     """Exact total risk of an array of filters, averaged over designs, and its prediction.
 
-    Dimensions (tau, hyperparameter), the latter labelling the filters. For "finetune" and "pretrain": the mean,
+    Args:
+        key: of the designs.
+        problem: with diagonal covariances.
+        n: fine-tuning samples.
+        filter: holds the array.
+        hyperparameters: labels of its members in the dataset.
+        tau: ensemble coefficients (T,).
+        designs: how many are averaged.
+        law: of their coordinates, a key of `linfit.design.LAWS`.
+
+    Dimensions (tau, hyperparameter). For "finetune" and "pretrain": the mean,
     `…_error` its standard error, `…_predicted` the deterministic equivalent, `…_gap` the relative gap between them.
 
     >>> from linfit import Ridge, aligned_problem, spectra
@@ -43,15 +53,15 @@ def averaged_risk(
     """
     column = jnp.asarray(tau)[:, None]
 
-    def measure(design_key: Array) -> tuple[Array, Array]:
+    def measure(design_key: Array) -> Pair[Array]:
         forms = risk_forms(sample_design(design_key, problem.finetune_covariance, n, law), problem)
-        return forms.finetune(filter, column).total, forms.pretrain(filter, column).total
+        return forms.map(lambda form: form(filter, column).total)
 
     samples = replicate(measure, key, designs, f"designs, n = {n}")
     predicted = risk(problem, n, filter, column)
     dims = ("tau", "hyperparameter")
     variables: dict[str, xr.Variable] = {}
-    for name, sample, prediction in zip(DOMAINS, samples, predicted, strict=True):
+    for name, sample, prediction in zip(Pair._fields, samples, predicted, strict=True):
         total = np.asarray(prediction.total)
         variables |= mean_and_error(np.asarray(sample), dims, name)
         variables[f"{name}_predicted"] = xr.Variable(dims, total)
@@ -69,7 +79,13 @@ def convergence(
 ) -> xr.Dataset:
     """Relative gap between averaged exact risk and prediction as n and p grow together.
 
-    `problem_of(n)` is the problem at n samples, `designs(n)` how many designs to average; each filter is a single one.
+    Args:
+        key: of the designs.
+        problem_of: the problem at n samples.
+        sizes: n.
+        filters: single ones, by name.
+        designs: how many are averaged at n samples.
+
     Dimensions (filter, n): `gap` = mean / prediction − 1 of the fine-tuning risk and `gap_error`, its standard error.
     Over n: `slope` of log|gap| against log n, by least squares weighted with the errors, and `slope_error`.
     """
@@ -86,7 +102,7 @@ def convergence(
         gaps.append(relative.mean(axis=0))
         errors.append(relative.std(axis=0, ddof=1) / len(relative) ** 0.5)
     gap, error = np.transpose(gaps), np.transpose(errors)
-    fits = [power_of_n(np.asarray(sizes), *row) for row in zip(gap, error, strict=True)]
+    fits = [_power_of_n(np.asarray(sizes), *row) for row in zip(gap, error, strict=True)]
     slope, slope_error = np.transpose(fits)
     dims = ("filter", "n")
     return xr.Dataset(
@@ -101,10 +117,10 @@ def convergence(
     )
 
 
-def power_of_n(n: np.ndarray, gap: np.ndarray, error: np.ndarray) -> tuple[float, float]:
+def _power_of_n(n: np.ndarray, gap: np.ndarray, error: np.ndarray) -> tuple[float, float]:
     """b and its standard error in |gap| ≈ C·n^b, each point weighted by its accuracy.
 
-    >>> power_of_n(np.array([10, 100, 1000]), np.array([0.5, 0.05, 0.005]), np.array([0.01, 0.001, 0.0001]))[0]
+    >>> _power_of_n(np.array([10, 100, 1000]), np.array([0.5, 0.05, 0.005]), np.array([0.01, 0.001, 0.0001]))[0]
     -1.0
     """
     weights = np.abs(gap) / error  # one over the error of log|gap|

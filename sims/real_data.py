@@ -15,13 +15,14 @@ import scipy.ndimage
 import xarray as xr
 from jax import Array
 
-from linfit import MinNorm, Ridge, fine_tune, leave_one_out
+from linfit import Diagonal, MinNorm, Parabola, Ridge, fine_tune, leave_one_out
 from linfit.internal.checks import count, non_negative
 from linfit.selection import default_penalties
 from sims.estimate import mean_and_error, progress
 
+__all__ = ["CLASSES", "Split", "digits_along_tau", "digits_split", "leave_one_out_penalty"]
+
 CLASSES = 10
-PIXELS = 64
 BANDWIDTH = 2.0
 """Length scale of the Gaussian kernel that the features approximate, for pixels scaled to [0, 1]."""
 
@@ -35,7 +36,7 @@ class Split(NamedTuple):
     finetune_test: tuple[Array, Array]
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Images (1797, 8, 8) scaled to [0, 1] and their classes (1797,). Needs the extra `data`."""
     try:
         from sklearn import datasets
@@ -45,12 +46,12 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return digits.images / 16.0, digits.target
 
 
-def random_fourier_features(key: Array, images: np.ndarray, p: int) -> Array:
+def _random_fourier_features(key: Array, images: np.ndarray, p: int) -> Array:
     """φ(x) = √(2/p) cos(Wx + b), W ~ N(0, 1/bandwidth²), b uniform: (m, p) for images (m, …).
 
     Inner products approximate the Gaussian kernel exp(−‖x−x'‖²/(2·bandwidth²)).
 
-    >>> features = random_fourier_features(jax.random.key(0), np.zeros((2, 64)), 4000)
+    >>> features = _random_fourier_features(jax.random.key(0), np.zeros((2, 64)), 4000)
     >>> bool(abs(features[0] @ features[1] - 1) < 0.1)
     True
     """
@@ -62,11 +63,18 @@ def random_fourier_features(key: Array, images: np.ndarray, p: int) -> Array:
 
 
 def digits_split(key: Array, p: int = 2048, n: int = 150, n_pretrain: int = 700, angle: float = 45.0) -> Split:
-    """A random division of the digits into the two tasks, fine-tuning images turned by `angle` degrees.
+    """A random division of the digits into the two tasks; what neither fits is for testing, half of it turned.
 
-    n fine-tuning and n_pretrain pretraining images; the rest are for testing, half upright and half turned.
+    Args:
+        key: of the division and the features.
+        p: random Fourier features.
+        n: fine-tuning images.
+        n_pretrain: pretraining images.
+        angle: by which the images of the fine-tuning task are turned, in degrees.
+
+    Needs the extra `data`. Raises ValueError if too few images are left for testing.
     """
-    images, classes = load_digits()
+    images, classes = _load_digits()
     n, n_pretrain = count("n", n, minimum=2), count("n_pretrain", n_pretrain, minimum=2)
     if n + n_pretrain + 2 > len(images):
         raise ValueError(
@@ -76,8 +84,8 @@ def digits_split(key: Array, p: int = 2048, n: int = 150, n_pretrain: int = 700,
     order = np.asarray(jax.random.permutation(order_key, len(images)))
     turned = np.clip(scipy.ndimage.rotate(images, angle, axes=(1, 2), reshape=False, order=1), 0, 1)
     targets = jnp.asarray(np.eye(CLASSES)[classes])
-    upright_features = random_fourier_features(feature_key, images, p)
-    turned_features = random_fourier_features(feature_key, turned, p)
+    upright_features = _random_fourier_features(feature_key, images, p)
+    turned_features = _random_fourier_features(feature_key, turned, p)
     middle = n + n_pretrain + (len(images) - n - n_pretrain) // 2
     finetune, pretrain, pretrain_test, finetune_test = np.split(order, [n, n + n_pretrain, middle])
     return Split(
@@ -88,24 +96,22 @@ def digits_split(key: Array, p: int = 2048, n: int = 150, n_pretrain: int = 700,
     )
 
 
-def leave_one_out_penalty(X: Array, targets: Array) -> float:
-    """The ridge penalty with the smallest leave-one-out error, fitted from zero weights."""
+def leave_one_out_penalty(X: Array, targets: Array, theta_1: Array | None = None) -> float:
+    """The ridge penalty of least leave-one-out error, fitted from θ₁ (p, classes), zero if not given."""
     penalties = default_penalties(X)
-    start = jnp.zeros((X.shape[1], targets.shape[1]))
+    start = jnp.zeros((X.shape[1], targets.shape[1])) if theta_1 is None else theta_1
     errors = jnp.mean(leave_one_out(X, targets, start, penalties, 1.0) ** 2, axis=(-2, -1))
     return float(penalties[int(jnp.argmin(errors))])
 
 
-def error_along_tau(data: tuple[Array, Array], theta_1: Array, theta: Array, tau: Array) -> Array:
+def _error_along_tau(data: tuple[Array, Array], theta_1: Array, theta: Array, tau: Array) -> Array:
     """Squared error per image, summed over classes, of θ_τ for every τ: (taus,)."""
     features, targets = data
-    residual = targets - features @ theta_1
-    moved = features @ (theta - theta_1)
-    terms = [jnp.sum(a * b) / len(features) for a, b in ((residual, residual), (residual, moved), (moved, moved))]
-    return terms[0] - 2 * tau * terms[1] + tau**2 * terms[2]
+    start, step = (features @ theta_1 - targets).ravel(), (features @ (theta - theta_1)).ravel()
+    return Parabola.of_steps(Diagonal(jnp.full(start.size, 1 / len(features))), start, step)(tau).total
 
 
-def accuracy_along_tau(data: tuple[Array, Array], theta_1: Array, theta: Array, tau: Array) -> Array:
+def _accuracy_along_tau(data: tuple[Array, Array], theta_1: Array, theta: Array, tau: Array) -> Array:
     """Share of images whose largest output is the right class, for every τ: (taus,)."""
     features, targets = data
     start, moved = features @ theta_1, features @ (theta - theta_1)
@@ -113,7 +119,7 @@ def accuracy_along_tau(data: tuple[Array, Array], theta_1: Array, theta: Array, 
     return jnp.stack([jnp.mean((start + t * moved).argmax(-1) == right) for t in tau])
 
 
-def measure_split(key: Array, noise_levels: np.ndarray, tau: Array, **sizes: int) -> dict[str, np.ndarray]:
+def _measure_split(key: Array, noise_levels: np.ndarray, tau: Array, **sizes: int) -> dict[str, np.ndarray]:
     """One split and one noise draw: test errors along τ for min-norm and ridge, and the leave-one-out choices.
 
     Arrays (noise level, filter, …); the label noise is the same draw scaled to each level.
@@ -128,15 +134,14 @@ def measure_split(key: Array, noise_levels: np.ndarray, tau: Array, **sizes: int
     results: dict[str, list] = {name: [] for name in ("finetune", "pretrain", "accuracy", "loo", "loo_tau", "test_tau")}
     for level in noise_levels:
         y = targets + level * noise
-        residual = leave_one_out(X, y, theta_1, default_penalties(X), 1.0)
-        penalty = default_penalties(X)[int(jnp.argmin(jnp.mean(residual**2, axis=(-2, -1))))]
+        penalty = leave_one_out_penalty(X, y, theta_1)
         for filter, loo_penalty in ((MinNorm(), 0.0), (Ridge(penalty), penalty)):
             theta = fine_tune(X, y, theta_1, filter)
             loo = jnp.sum(leave_one_out(X, y, theta_1, loo_penalty, tau) ** 2, axis=-1).mean(-1)
-            finetune = error_along_tau(split.finetune_test, theta_1, theta, tau)
+            finetune = _error_along_tau(split.finetune_test, theta_1, theta, tau)
             results["finetune"].append(finetune)
-            results["pretrain"].append(error_along_tau(split.pretrain_test, theta_1, theta, tau))
-            results["accuracy"].append(accuracy_along_tau(split.finetune_test, theta_1, theta, tau))
+            results["pretrain"].append(_error_along_tau(split.pretrain_test, theta_1, theta, tau))
+            results["accuracy"].append(_accuracy_along_tau(split.finetune_test, theta_1, theta, tau))
             results["loo"].append(loo)
             results["loo_tau"].append(tau[jnp.argmin(loo)])
             results["test_tau"].append(tau[jnp.argmin(finetune)])
@@ -146,7 +151,14 @@ def measure_split(key: Array, noise_levels: np.ndarray, tau: Array, **sizes: int
 
 
 def digits_along_tau(key: Array, noise_levels: np.ndarray, tau: np.ndarray, splits: int, **sizes: int) -> xr.Dataset:
-    """Both test errors along τ on the digits, averaged over random splits, features and noise draws.
+    """Both test errors along τ on the digits, averaged over random splits, features and noise.
+
+    Args:
+        key: of the splits, split i `fold_in(key, i)`.
+        noise_levels: standard deviations of the noise on the fine-tuning labels.
+        tau: ensemble coefficients (T,).
+        splits: how many, at least 2.
+        sizes: arguments of `digits_split`.
 
     Dimensions (noise_std, filter, tau), filter "min-norm" or "ridge" (its λ by leave-one-out at τ = 1). Variables with
     standard errors over splits: `finetune` and `pretrain` (squared error summed over classes, noise-free test labels),
@@ -156,7 +168,7 @@ def digits_along_tau(key: Array, noise_levels: np.ndarray, tau: np.ndarray, spli
     """
     levels = np.asarray(non_negative("noise_levels", noise_levels, ndim=1))
     runs = [
-        measure_split(jax.random.fold_in(key, i), levels, jnp.asarray(tau), **sizes)
+        _measure_split(jax.random.fold_in(key, i), levels, jnp.asarray(tau), **sizes)
         for i in progress(range(count("splits", splits, minimum=2)), "digits")
     ]
     samples = {name: np.stack([run[name] for run in runs]) for name in runs[0]}

@@ -17,8 +17,7 @@ from linfit import Filter, MinNorm, Ridge, fine_tune, interpolate, s3ft_targets,
 from linfit.covariance import Covariance
 from linfit.internal.checks import count, non_negative
 from linfit.targets import Source, Targets, content_within, noisy
-from sims.estimate import means_and_errors, progress, replicate
-from sims.overadaptation import standardised_gap
+from sims.estimate import means_and_errors, progress, replicate, standardised_gap
 from sims.real_data import CLASSES, Split, digits_split, leave_one_out_penalty
 from theory.s3ft import SUPERVISED, Expectation, Procedure, VectorProblem, conditional
 

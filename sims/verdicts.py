@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sims.claims import Claim
-from sims.verify import LEVEL, Attack, Boundary, Effort, Outcome, Verdict, falsify, select, side_by_side, verify
+from sims.verify import LEVEL, Attack, Boundary, Effort, Instance, Verdict, claims_named, falsify, side_by_side, verify
+
+__all__ = ["run", "verdict_text", "worst_text"]
 
 FULL, QUICK = 32, 4
 """Instances of each claim."""
@@ -18,8 +20,17 @@ FULL_EFFORT, QUICK_EFFORT = Effort(points=32, refinements=32, walks=4), Effort(p
 
 
 def run(ids: Sequence[str], instances: int | None, seed: int, *, json: bool, attack: bool, quick: bool) -> bool:
-    """Verify, attack if asked to, print; whether every claim held."""
-    claims = select(ids)
+    """What `linfit verify` does: whether every claim held.
+
+    Args:
+        ids: which claims, as for `claims_named`.
+        instances: of each claim; None for 32, or 4 if `quick`.
+        seed: of every key.
+        json: print JSON instead of tables.
+        attack: also search for the worst instance, and walk out of the assumptions.
+        quick: few instances and short searches.
+    """
+    claims = claims_named(ids)
     start = time.perf_counter()
     verdicts = verify(claims, instances or (QUICK if quick else FULL), seed)
     effort = QUICK_EFFORT if quick else FULL_EFFORT
@@ -28,15 +39,15 @@ def run(ids: Sequence[str], instances: int | None, seed: int, *, json: bool, att
     holds = all(verdict.holds for verdict in verdicts) and all(attack.holds for attack in attacks)
     if json:
         summary = {"holds": holds, "seed": seed, "level": LEVEL, "seconds": round(seconds, 1)}
-        parts = {"claims": [as_record(verdict) for verdict in verdicts]}
+        parts = {"claims": [_as_record(verdict) for verdict in verdicts]}
         if attacks:
-            parts["attacks"] = [attack_record(attack) for attack in attacks]
+            parts["attacks"] = [_attack_record(attack) for attack in attacks]
         print(json_format.dumps(summary | parts, indent=2, allow_nan=False))
     else:
         console = Console()
-        print_verdicts(console, verdicts)
+        _print_verdicts(console, verdicts)
         if attacks:
-            print_attacks(console, attacks)
+            _print_attacks(console, attacks)
         console.print(
             f"{sum(v.holds for v in verdicts)} of {len(verdicts)} claims hold; seed {seed}, {seconds:.0f} s. "
             f"True claims fail for one seed in {1 / LEVEL:,.0f} (Holm's correction over all instances).",
@@ -45,7 +56,7 @@ def run(ids: Sequence[str], instances: int | None, seed: int, *, json: bool, att
     return holds
 
 
-def worst_text(claim: Claim, worst: Outcome) -> str:
+def worst_text(claim: Claim, worst: Instance) -> str:
     """The worst instance in the unit of its kind."""
     if worst.error is not None:
         return worst.error
@@ -67,67 +78,62 @@ def verdict_text(verdict: Verdict) -> str:
     return "holds" if verdict.slope is None else f"holds, N^{verdict.slope:.1f}"
 
 
-def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
+def _print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
     """One line for each claim, then what went wrong where something did."""
-    table = Table(title="claims")
-    for name in ("claim", "source", "instances", "worst", "verdict", "s"):
-        table.add_column(name, no_wrap=name == "claim", justify="right" if name in ("instances", "s") else "left")
+    table = _table("claims", ("claim", "source", "instances", "worst", "verdict", "s"))
     for verdict in verdicts:
-        claim = verdict.claim
-        table.add_row(
-            claim.id,
-            claim.source,
-            str(len(verdict.outcomes)),
-            worst_text(claim, verdict.worst),
-            verdict_text(verdict),
-            f"{verdict.seconds:.1f}",
-            style=None if verdict.holds else "bold red",
-        )
+        claim, count = verdict.claim, str(len(verdict.instances))
+        cells = (claim.id, claim.source, count, worst_text(claim, verdict.worst), verdict_text(verdict))
+        table.add_row(*cells, f"{verdict.seconds:.1f}", style=None if verdict.holds else "bold red")
     console.print(table)
     for verdict in verdicts:
         if not verdict.holds:
             values = ", ".join(f"{name} = {value:.6g}" for name, value in verdict.worst.values.items())
-            console.print(
-                f"{verdict.claim.id}: {verdict.claim.statement}\n  fails at {values}", style="red", highlight=False
-            )
+            text = f"{verdict.claim.id}: {verdict.claim.statement}\n  fails at {values}"
+            console.print(text, style="red", highlight=False)
 
 
-def print_attacks(console: Console, attacks: Sequence[Attack]) -> None:
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, no_wrap=name == "claim", justify="right" if name in ("instances", "s") else "left")
+    return table
+
+
+def _print_attacks(console: Console, attacks: Sequence[Attack]) -> None:
     """The worst instance inside the assumptions, and what happens outside."""
-    table = Table(title="attacks: the worst instance inside the assumptions; outside, one assumption at a time")
-    for name in ("claim", "worst inside", "verdict", "outside", "s"):
-        table.add_column(name, no_wrap=name == "claim", justify="right" if name == "s" else "left")
+    title = "attacks: the worst instance inside the assumptions; outside, one assumption at a time"
+    table = _table(title, ("claim", "worst inside", "verdict", "outside", "s"))
     for attack in attacks:
-        table.add_row(
+        cells = (
             attack.claim.id,
             worst_text(attack.claim, attack.worst),
-            attack_text(attack),
-            boundaries_text(attack),
-            f"{attack.seconds:.1f}",
-            style=None if attack.holds else "bold red",
+            _attack_text(attack),
+            _boundaries_text(attack),
         )
+        table.add_row(*cells, f"{attack.seconds:.1f}", style=None if attack.holds else "bold red")
     console.print(table)
 
 
-def attack_text(attack: Attack) -> str:
+def _attack_text(attack: Attack) -> str:
     """In one word."""
     if attack.claim.kind == "existence":
         return "has a witness" if attack.holds else "NO WITNESS"
     return "survives" if attack.holds else "BROKEN"
 
 
-def boundaries_text(attack: Attack) -> str:
+def _boundaries_text(attack: Attack) -> str:
     """Where the claim stops holding."""
     if not attack.boundaries:
         return "no assumption to leave"
-    broken = dict.fromkeys(boundary_text(attack.claim, b) for b in attack.boundaries if b.fails_at is not None)
+    broken = dict.fromkeys(_boundary_text(attack.claim, b) for b in attack.boundaries if b.fails_at is not None)
     walked = ", ".join(f"{b.parameter} to {b.end:g}" for b in attack.boundaries if b.fails_at is None)
     if not broken:
         return f"no boundary found ({walked})"
     return "\n".join([*broken, *([f"no boundary: {walked}"] if walked else [])])
 
 
-def boundary_text(claim: Claim, boundary: Boundary) -> str:
+def _boundary_text(claim: Claim, boundary: Boundary) -> str:
     """One boundary as a sentence."""
     parameter = claim.parameters[boundary.parameter]
     share = "" if boundary.share == 1 else f" ({boundary.share:.0%} of walks)"
@@ -139,18 +145,12 @@ def boundary_text(claim: Claim, boundary: Boundary) -> str:
     return f"{boundary.parameter} {where}{share}{why}"
 
 
-def as_record(verdict: Verdict) -> dict[str, Any]:
+def _as_record(verdict: Verdict) -> dict[str, Any]:
     """A verdict as plain JSON values."""
-    claim = verdict.claim
-    return {
-        "id": claim.id,
-        "statement": claim.statement,
-        "formula": claim.formula,
-        "source": claim.source,
-        "kind": claim.kind,
-        "tolerance": claim.tolerance,
-        "instances": len(verdict.outcomes),
-        "worst": outcome_record(verdict.worst),
+    fields = ("id", "statement", "formula", "source", "kind", "tolerance")
+    return {name: getattr(verdict.claim, name) for name in fields} | {
+        "instances": len(verdict.instances),
+        "worst": _instance_record(verdict.worst),
         "share": verdict.share,
         "slope": verdict.slope,
         "verdict": "holds" if verdict.holds else "fails",
@@ -158,21 +158,21 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def outcome_record(outcome: Outcome) -> dict[str, Any]:
+def _instance_record(instance: Instance) -> dict[str, Any]:
     """Severity null if nothing could be measured."""
     return {
-        "values": outcome.values,
-        "severity": outcome.severity if np.isfinite(outcome.severity) else None,
-        "p_value": outcome.p_value,
-        "error": outcome.error,
+        "values": instance.values,
+        "severity": instance.severity if np.isfinite(instance.severity) else None,
+        "p_value": instance.p_value,
+        "error": instance.error,
     }
 
 
-def attack_record(attack: Attack) -> dict[str, Any]:
+def _attack_record(attack: Attack) -> dict[str, Any]:
     """An attack as plain JSON values."""
     return {
         "id": attack.claim.id,
-        "worst": outcome_record(attack.worst),
+        "worst": _instance_record(attack.worst),
         "verdict": "survives" if attack.holds else "broken",
         "boundaries": [boundary._asdict() for boundary in attack.boundaries],
         "boundary_found": any(boundary.fails_at is not None for boundary in attack.boundaries),

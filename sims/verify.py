@@ -1,6 +1,6 @@
 """Claims held against measurement: random instances inside the assumptions, searches for the worst one, walks outside.
 
-A claim's parameters are drawn quasi-randomly; a key gives its normals. Every instance yields a p-value: that of a test
+A claim's parameters are sampled quasi-randomly; a key gives its normals. Every instance has a p-value: that of a test
 for what is sampled, 0 or 1 for what is exact. Holm's correction over all instances of all claims keeps the probability
 that a correct registry fails below `LEVEL`, so it passes for any seed.
 """
@@ -8,7 +8,7 @@ that a correct registry fails below `LEVEL`, so it passes for any seed.
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +20,8 @@ from jax import Array
 
 from sims.claims import Claim, Normal, all_claims
 from sims.estimate import progress
-from sims.parameters import Parameter
+
+__all__ = ["LEVEL", "Attack", "Effort", "Instance", "Verdict", "claims_named", "falsify", "normals", "verify"]
 
 LEVEL = 1e-5
 """Probability that `verify` rejects anything at all in a registry where everything is true."""
@@ -53,10 +54,7 @@ def claim_key(seed: int, claim: Claim) -> Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(claim.id.encode()))
 
 
-# One instance --------------------------------------------------------------------------------------------------------
-
-
-class Outcome(NamedTuple):
+class Instance(NamedTuple):
     """One instance of a claim, measured."""
 
     values: Values
@@ -70,17 +68,17 @@ class Outcome(NamedTuple):
     """Why there was nothing to measure."""
 
 
-def examine(claim: Claim, values: Values, key: Array) -> Outcome:
+def examine(claim: Claim, values: Values, key: Array) -> Instance:
     """Predict and measure one instance. An instance that raises ValueError is a failure, with its message."""
     try:
         predicted, measured = claim.sides(normals(key), **values)
     except ValueError as error:
-        return Outcome(values, np.inf, 0.0, error=str(error))
+        return Instance(values, np.inf, 0.0, error=str(error))
     with np.errstate(invalid="ignore"):  # an infinite risk, say, is reported below
         severity, p_value, gaps = COMPARISONS[claim.kind](claim, predicted, measured)
     if not np.isfinite(severity):
-        return Outcome(values, np.inf, 0.0, error="not finite")
-    return Outcome(values, severity, p_value, gaps)
+        return Instance(values, np.inf, 0.0, error="not finite")
+    return Instance(values, severity, p_value, gaps)
 
 
 Comparison = tuple[float, float, tuple[float, ...]]
@@ -150,12 +148,10 @@ def _bonferroni(p_values: np.ndarray) -> float:
     return float(min(1.0, np.size(p_values) * np.min(p_values)))
 
 
-# Many instances ------------------------------------------------------------------------------------------------------
-
-
 def points(claim: Claim, count: int, key: Array) -> list[Values]:
     """`count` quasi-random points of the assumed parameter space: Sobol' points, shifted at random.
 
+    >>> from sims.parameters import TAU
     >>> ranges = {"x": TAU.within(0, 1), "y": TAU.within(2)}
     >>> claim = Claim("C", "", "", "ours", "identity", ranges, lambda normal, x, y: (x, y))
     >>> [0 <= point["x"] <= 1 and point["y"] == 2 for point in points(claim, 3, jax.random.key(0))]
@@ -187,24 +183,24 @@ class Verdict(NamedTuple):
     """What the instances of a claim say."""
 
     claim: Claim
-    outcomes: list[Outcome]
+    instances: list[Instance]
     holds: bool
     seconds: float
 
     @property
-    def worst(self) -> Outcome:
+    def worst(self) -> Instance:
         """The instance with the smallest p-value, of these the most severe."""
-        return max(self.outcomes, key=lambda outcome: (-outcome.p_value, outcome.severity))
+        return max(self.instances, key=lambda instance: (-instance.p_value, instance.severity))
 
     @property
     def share(self) -> float:
         """Share of the instances that obey the claim, each on its own."""
-        return float(np.mean([outcome.p_value > LEVEL for outcome in self.outcomes]))
+        return float(np.mean([instance.p_value > LEVEL for instance in self.instances]))
 
     @property
     def slope(self) -> float | None:
         """Exponent of the relative gap in N, over all instances of an asymptotic claim; None where noise hides it."""
-        measured = np.array([outcome.gaps for outcome in self.outcomes if outcome.gaps])
+        measured = np.array([instance.gaps for instance in self.instances if instance.gaps])
         if self.claim.kind != "asymptotic" or len(measured) < 2:
             return None
         gaps, error = measured.mean(axis=0), measured.std(axis=0, ddof=1) / len(measured) ** 0.5
@@ -216,21 +212,21 @@ class Verdict(NamedTuple):
 def verify(claims: Sequence[Claim], instances: int, seed: int) -> list[Verdict]:
     """Every claim on `instances` points of its parameter space; Holm's correction over everything that was tested.
 
-    >>> [(verdict.claim.id, verdict.holds) for verdict in verify(select(["O3"]), instances=2, seed=0)]
+    >>> [(verdict.claim.id, verdict.holds) for verdict in verify(claims_named(["O3"]), instances=2, seed=0)]
     [('O3', True), ('O3.less', True)]
     """
     measured = side_by_side(lambda claim: _measure(claim, instances, seed), claims, "verify")
     tested = [
-        outcome.p_value
-        for claim, (outcomes, _) in zip(claims, measured, strict=True)
-        for outcome in outcomes
+        instance.p_value
+        for claim, (found, _) in zip(claims, measured, strict=True)
+        for instance in found
         if claim.kind != "existence"
     ]
-    limit = holm(tested, LEVEL)
-    return [
-        Verdict(claim, outcomes, _holds(claim, outcomes, limit), seconds)
-        for claim, (outcomes, seconds) in zip(claims, measured, strict=True)
-    ]
+    limit, verdicts = holm(tested, LEVEL), []
+    for claim, (found, seconds) in zip(claims, measured, strict=True):
+        obeyed = [instance.p_value > limit for instance in found]
+        verdicts.append(Verdict(claim, found, any(obeyed) if claim.kind == "existence" else all(obeyed), seconds))
+    return verdicts
 
 
 def side_by_side(work: Callable[[Claim], Result], claims: Sequence[Claim], description: str) -> list[Result]:
@@ -247,17 +243,12 @@ def side_by_side(work: Callable[[Claim], Result], claims: Sequence[Claim], descr
     return [by_index[index] for index in range(len(claims))]
 
 
-def _measure(claim: Claim, instances: int, seed: int) -> tuple[list[Outcome], float]:
+def _measure(claim: Claim, instances: int, seed: int) -> tuple[list[Instance], float]:
     start = time.perf_counter()
     key = claim_key(seed, claim)
     where = points(claim, max(instances, WITNESSES) if claim.kind == "existence" else instances, key)
-    outcomes = [examine(claim, values, jax.random.fold_in(key, index)) for index, values in enumerate(where)]
-    return outcomes, time.perf_counter() - start
-
-
-def _holds(claim: Claim, outcomes: Iterable[Outcome], limit: float) -> bool:
-    obeyed = [outcome.p_value > limit for outcome in outcomes]
-    return any(obeyed) if claim.kind == "existence" else all(obeyed)
+    found = [examine(claim, values, jax.random.fold_in(key, index)) for index, values in enumerate(where)]
+    return found, time.perf_counter() - start
 
 
 def holm(p_values: Sequence[float], level: float) -> float:
@@ -274,23 +265,17 @@ def holm(p_values: Sequence[float], level: float) -> float:
     return limit
 
 
-def select(ids: Sequence[str], claims: Sequence[Claim] | None = None) -> list[Claim]:
+def claims_named(ids: Sequence[str]) -> list[Claim]:
     """Claims by id, or by the part of it before a dot ("S5" is S5 and S5.unbiased); all of them if none is named.
 
     Raises ValueError for an id that does not exist.
     """
-    claims = all_claims() if claims is None else claims
-    for name in ids:
-        if not any(_named(claim, name) for claim in claims):
+    claims = all_claims()
+    named = {name: [claim for claim in claims if f"{claim.id}.".startswith(f"{name}.")] for name in ids}
+    for name, found in named.items():
+        if not found:
             raise ValueError(f"ID must be among {', '.join(claim.id for claim in claims)}; got {name}")
-    return [claim for claim in claims if not ids or any(_named(claim, name) for name in ids)]
-
-
-def _named(claim: Claim, name: str) -> bool:
-    return claim.id == name or claim.id.startswith(f"{name}.")
-
-
-# Attacks -------------------------------------------------------------------------------------------------------------
+    return [claim for claim in claims if not ids or any(claim in found for found in named.values())]
 
 
 class Effort(NamedTuple):
@@ -329,7 +314,7 @@ class Attack(NamedTuple):
     """The worst that was found inside the assumptions, and where the claim stops holding outside."""
 
     claim: Claim
-    worst: Outcome
+    worst: Instance
     """Sampled claims: measured again with fresh normals."""
     holds: bool
     boundaries: list[Boundary]
@@ -345,22 +330,20 @@ def falsify(claim: Claim, effort: Effort, seed: int) -> Attack:
     starts = points(claim, effort.walks, jax.random.fold_in(key, effort.points + 1))
     holds = worst.p_value > LEVEL
     if claim.kind == "existence":
-        best = _worst(_opposite(claim), effort, key).values
+        opposite = claim._replace(sides=lambda normal, **values: claim.sides(normal, **values)[::-1])
+        best = _worst(opposite, effort, key).values
         holds = _obeys(claim, best, key)
         starts = [best, *(values for values in points(claim, effort.points, key) if _obeys(claim, values, key))]
+    # Walks lead out of an assumption; for a claim of existence, across its space.
     boundaries = [
         _walk(claim, starts[: effort.walks], name, end, key)
         for name, parameter in claim.parameters.items()
-        for end in _ends(claim, parameter)
+        for end in ((parameter.low, parameter.high) if claim.kind == "existence" else parameter.ends)
     ]
     return Attack(claim, worst, holds, boundaries, time.perf_counter() - start)
 
 
-def _opposite(claim: Claim) -> Claim:
-    return claim._replace(sides=lambda normal, **values: claim.sides(normal, **values)[::-1])
-
-
-def _worst(claim: Claim, effort: Effort, key: Array) -> Outcome:
+def _worst(claim: Claim, effort: Effort, key: Array) -> Instance:
     """The worst of many points, after a local search with the same normals; what is sampled is then sampled afresh."""
     cube = _cube(claim, effort.points, key)
     keys = [jax.random.fold_in(key, index) for index in range(effort.points)]
@@ -368,31 +351,24 @@ def _worst(claim: Claim, effort: Effort, key: Array) -> Outcome:
     at = int(np.argmax(severities))
     position = cube[at]
     if np.isfinite(severities[at]) and position.size:
+        steps = np.diag(np.where(position < 0.5, 0.2, -0.2))  # inwards along each axis
         search = scipy.optimize.minimize(
             lambda x: -examine(claim, _values(claim, x), keys[at]).severity,
             position,
             method="Nelder-Mead",
             bounds=[(0, 1)] * position.size,
-            options={"maxfev": effort.refinements, "initial_simplex": _simplex(position)},
+            options={
+                "maxfev": effort.refinements,
+                "initial_simplex": np.concatenate([position[None], position + steps]),
+            },
         )
         position = search.x if -search.fun > severities[at] else position
     sampled = claim.kind in ("statistical", "asymptotic")
     return examine(claim, _values(claim, position), jax.random.fold_in(key, effort.points) if sampled else keys[at])
 
 
-def _simplex(position: np.ndarray) -> np.ndarray:
-    """A step of 0.2 along each axis, inwards."""
-    steps = np.diag(np.where(position < 0.5, 0.2, -0.2))
-    return np.concatenate([position[None], position + steps])
-
-
 def _obeys(claim: Claim, values: Values, key: Array) -> bool:
     return examine(claim, values, key).p_value > LEVEL
-
-
-def _ends(claim: Claim, parameter: Parameter) -> tuple[float, ...]:
-    """Where walks lead: out of the assumption; for a claim of existence, across its space."""
-    return (parameter.low, parameter.high) if claim.kind == "existence" else parameter.ends
 
 
 def _walk(claim: Claim, starts: list[Values], name: str, end: float, key: Array) -> Boundary:
@@ -400,35 +376,28 @@ def _walk(claim: Claim, starts: list[Values], name: str, end: float, key: Array)
     exits = [_leave(claim, values, name, end, k) for values, k in zip(starts, keys, strict=True)]
     failures = [exit for exit in exits if exit is not None]
     if not failures:
-        return Boundary(name, end, end, None, 0.0, None, False)
-    first = min(failures, key=lambda exit: exit.distance)
-    at_once = first.distance <= DISTANCES[0]
-    return Boundary(name, end, first.held, first.failed, len(failures) / len(starts), first.error, at_once)
+        return Boundary(name, end, holds_to=end, fails_at=None, share=0.0, refused=None, at_once=False)
+    distance, first = min(failures, key=lambda exit: exit[0])
+    return first._replace(share=len(failures) / len(starts), at_once=distance <= DISTANCES[0])
 
 
-class _Exit(NamedTuple):
-    distance: float
-    held: float
-    failed: float
-    error: str | None
-
-
-def _leave(claim: Claim, values: Values, name: str, end: float, key: Array) -> _Exit | None:
-    """Leave one assumption in growing steps, the same normals at each; bisect to the first failure."""
+def _leave(claim: Claim, values: Values, name: str, end: float, key: Array) -> tuple[float, Boundary] | None:
+    """Leave one assumption in growing steps, the same normals at each; bisect to the first failure, at a distance."""
     parameter = claim.parameters[name]
     if claim.kind == "existence":
         parameter = parameter._replace(low=values[name], high=values[name])
 
-    def outcome(distance: float) -> Outcome:
+    def at(distance: float) -> Instance:
         return examine(claim, values | {name: parameter.beyond(distance, end)}, key)
 
     held = 0.0
     for failed in DISTANCES:
-        if outcome(failed).p_value > LEVEL:
+        if at(failed).p_value > LEVEL:
             held = failed
             continue
         for _ in range(BISECTIONS):
             middle = (held + failed) / 2
-            held, failed = (middle, failed) if outcome(middle).p_value > LEVEL else (held, middle)
-        return _Exit(failed, parameter.beyond(held, end), parameter.beyond(failed, end), outcome(failed).error)
+            held, failed = (middle, failed) if at(middle).p_value > LEVEL else (held, middle)
+        holds_to, fails_at = parameter.beyond(held, end), parameter.beyond(failed, end)
+        return failed, Boundary(name, end, holds_to, fails_at, share=1.0, refused=at(failed).error, at_once=False)
     return None

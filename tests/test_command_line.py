@@ -142,27 +142,35 @@ def test_errors_are_one_line_with_exit_code_two(tmp_path):
 
 
 def test_figures_are_written_with_their_numbers_and_a_report(tmp_path, monkeypatch):
-    """A room of two pictures; `.ci/run` draws the real ones."""
-    from figures import commands
+    """A module of two pictures; `.ci/run` draws the real ones."""
+    from figures.commands import report
     from figures.style import Picture, canvas
+
+    def draw(data):
+        figure, axes = canvas(1)
+        axes[0].plot(data.x, data.y)
+        return figure
+
+    def caption(data):
+        return f"{data.y.size} points: bars ± one standard error & <all>; {data.size}"
 
     def pictures(key, quick):
         for name in ("first", "second"):
-            figure, axes = canvas(1)
-            axes[0].plot([0, 1], [0, 1])
-            caption = f"{name}: bars ± one standard error & <all>; {'quick' if quick else 'full'}"
-            yield Picture(name, f"The {name}", caption, figure, xr.Dataset({"y": ("x", [0.0, 1.0])}))
+            settings = {"size": "quick" if quick else "full", "seed": 2**32 - 1}
+            data = xr.Dataset({"y": ("x", [0.0, 1.0])}, {"x": [0.0, 1.0]}, settings)
+            yield Picture(name, f"The {name}", data, draw, caption)
 
-    monkeypatch.setitem(sys.modules, "toy_room", SimpleNamespace(pictures=pictures))
-    monkeypatch.setattr(commands, "ROOMS", {"toy": "toy_room"})
-    commands.figures(("toy",), out=tmp_path, quick=True)
+    monkeypatch.setitem(sys.modules, "toy_figures", SimpleNamespace(pictures=pictures))
+    monkeypatch.setattr(report, "FIGURES", {"toy": "toy_figures"})
+    report.figures(("toy",), out=tmp_path, quick=True)
     endings = ("png", "pdf", "nc")
     written = {f"{name}.{ending}" for name in ("first", "second") for ending in endings} | {"index.html"}
     assert {path.name for path in tmp_path.iterdir()} == written
     for name in ("first", "second"):
         assert (tmp_path / f"{name}.pdf").stat().st_size > 5000
         with xr.open_dataset(tmp_path / f"{name}.nc") as numbers:
-            assert numbers.attrs["caption"].endswith("quick")
+            assert numbers.attrs["caption"] == caption(numbers) == "2 points: bars ± one standard error & <all>; quick"
+            assert draw(numbers).axes[0].lines  # NAME.nc is enough to draw it again
             assert numbers.y.values.tolist() == [0, 1]
     report = (tmp_path / "index.html").read_text()
     assert report.count("data:image/png;base64") == 2

@@ -16,16 +16,11 @@ from linfit import (
     sample_design,
     sample_task,
 )
-from linfit.design import BLOCK_COLUMNS, LAWS, STUDENT_DEGREES_OF_FREEDOM, label_design
+from linfit.design import _BLOCK_COLUMNS, _STUDENT_FREEDOM, LAWS, _label_design
 from tests.oracles import matrix_of, random_matrix
 
 P = 6
-FOURTH_MOMENT = {
-    "gaussian": 3,
-    "rademacher": 1,
-    "uniform": 9 / 5,
-    "student": 3 + 6 / (STUDENT_DEGREES_OF_FREEDOM - 4),
-}
+FOURTH_MOMENT = {"gaussian": 3, "rademacher": 1, "uniform": 9 / 5, "student": 3 + 6 / (_STUDENT_FREEDOM - 4)}
 
 
 def covariance(kind, generator):
@@ -55,8 +50,7 @@ def test_coordinates_are_standardised_and_have_the_law(law, seed):
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("kind", ["diagonal", "dense", "empirical"])
+@pytest.mark.parametrize(("kind", "law"), [("diagonal", "uniform"), ("dense", "rademacher"), ("empirical", "gaussian")])
 def test_rows_have_the_covariance_whatever_the_law(kind, law, seed, generator):
     sigma = covariance(kind, generator)
     X = np.asarray(sample_design(jax.random.key(seed), sigma, 4_000, law), np.float64)
@@ -90,7 +84,7 @@ def test_shift_and_noise_have_their_covariances_and_are_independent(seed, genera
     problem = TwoTaskProblem(np.ones(P), np.ones(P), RandomShift(omega), 0.7)
     X = jnp.asarray(generator.standard_normal((3, P)))
     keys = jax.random.split(jax.random.key(seed), (8_000, 2))
-    tasks = jax.vmap(lambda pair: label_design(X, pair[0], pair[1], problem))(keys)
+    tasks = jax.vmap(lambda pair: _label_design(X, pair[0], pair[1], problem))(keys)
     shift = np.asarray(tasks.theta_2_star, np.float64)
     noise = np.asarray(tasks.y - shift @ X.T, np.float64)
     within_standard_errors(shift, np.zeros(P))
@@ -120,12 +114,12 @@ def test_dtype_follows_the_problem():
 
 @pytest.mark.numerical
 def test_column_blocks_have_the_covariance_and_repeat_with_the_key(seed):
-    p = BLOCK_COLUMNS + 100
+    p = _BLOCK_COLUMNS + 100
     spectrum = np.linspace(2, 0.5, p)
     problem = TwoTaskProblem(spectrum, spectrum, RandomShift(spectrum), 0.1)
     key = jax.random.key(seed)
     blocks = list(column_blocks(key, problem, 300))
-    assert [block.shape for block in blocks] == [(300, BLOCK_COLUMNS), (300, 100)]
+    assert [block.shape for block in blocks] == [(300, _BLOCK_COLUMNS), (300, 100)]
     for block, again in zip(blocks, column_blocks(key, problem, 300)):
         np.testing.assert_array_equal(block, again)
     [other, _] = column_blocks(jax.random.key(seed + 1), problem, 300)
@@ -134,4 +128,4 @@ def test_column_blocks_have_the_covariance_and_repeat_with_the_key(seed):
     within_standard_errors(z.reshape(-1, 1), 0)
     within_standard_errors(z.reshape(-1, 1) ** 2, 1)
     # Neither block repeats the other: their first columns are uncorrelated.
-    within_standard_errors((z[:, :100] * z[:, BLOCK_COLUMNS:]).reshape(-1, 1), 0)
+    within_standard_errors((z[:, :100] * z[:, _BLOCK_COLUMNS:]).reshape(-1, 1), 0)

@@ -23,6 +23,7 @@ from linfit.filters import Tabulated
 from theory import rational
 from theory.equivalents import (
     Spectrum,
+    _evaluate,
     along,
     degrees_of_freedom,
     effective_ranks,
@@ -86,7 +87,7 @@ def test_effective_regularization_in_closed_form():
             half = (1 - p / n - penalty) / 2
             roots = -half + np.array([1, -1]) * np.sqrt(half**2 + penalty + 0j)
             right = roots[np.argmax(roots.real)] if np.isreal(penalty) else roots[roots.imag * penalty.imag > 0][0]
-            got = complex(effective_regularization(penalty, np.ones(p), n))
+            got = complex(effective_regularization(penalty, Spectrum([1.0], [p]), n))
             assert abs(got - right) < 1e-11 * abs(right), (p, n, penalty)
 
 
@@ -170,11 +171,7 @@ def test_effective_ranks_by_definition():
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_spectral_edge_bounds_a_sample(name):
-    X = sample_design(
-        jax.random.key(0),
-        TwoTaskProblem(SPECTRA[name], SPECTRA[name], RandomShift(SPECTRA[name]), 0.1).finetune_covariance,
-        250,
-    )
+    X = sample_design(jax.random.key(0), SPECTRA[name], 250)
     largest = np.linalg.eigvalsh(np.asarray(X @ X.T) / 250)[-1]
     edge = float(spectral_edge(SPECTRA[name], 250))
     assert 0.75 * edge < largest < 1.05 * edge
@@ -318,19 +315,12 @@ def test_ensembles_and_broadcasting():
     assert float(untouched.finetune.variance) == 0
 
 
-def test_optimal_tau_is_the_minimum():
-    form = along(two_tasks(150, "fixed"), 40, Ridge(0.05)).finetune
-    best = float(form.optimal_tau)
-    assert float(form.optimal_risk) == pytest.approx(float(form(best).total), rel=1e-12)
-    assert float(form(best).total) < min(float(form(best + step).total) for step in (-1e-3, 1e-3))
-
-
 @pytest.mark.parametrize("p", [30, 60, 90])
 def test_min_norm_on_both_sides_of_the_peak(p):
     """Isotropic: known in closed form; infinite variance at p = n."""
-    n, ones = 60, np.ones(p)
-    problem = TwoTaskProblem(ones, ones, RandomShift(ones / p), 1.0)
-    result = risk(problem, n, MinNorm()).finetune
+    n = 60
+    problem = TwoTaskProblem([1.0], [1.0], RandomShift([1 / p]), 1.0)  # one atom of multiplicity p
+    result = risk(problem, n, MinNorm(), multiplicities=[p]).finetune
     ratio = p / n
     if p == n:
         assert np.isinf(float(result.variance))
@@ -339,7 +329,7 @@ def test_min_norm_on_both_sides_of_the_peak(p):
     variance = ratio / (1 - ratio) if ratio < 1 else 1 / (ratio - 1)
     assert float(result.variance) == pytest.approx(variance, rel=1e-11)
     assert float(result.bias) == pytest.approx(max(0, 1 - 1 / ratio), rel=1e-11)
-    late = risk(problem, n, GradientFlow(1e7)).finetune
+    late = risk(problem, n, GradientFlow(1e7), multiplicities=[p]).finetune
     assert float(late.total) == pytest.approx(float(result.total), rel=1e-6)
 
 
@@ -399,11 +389,7 @@ def test_descent_tends_to_flow_and_is_exact_for_one_step():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "points"),
-    [
-        (Ridge, [0.01, 0.5]),
-        (GradientFlow, [0.3, 40.0]),
-        (lambda x: GradientDescent(x, 30), [0.01, 0.2]),
-    ],
+    [(Ridge, [0.01, 0.5]), (GradientFlow, [0.3, 40.0]), (lambda x: GradientDescent(x, 30), [0.01, 0.2])],
     ids=["ridge", "flow", "descent"],
 )
 def test_jit_vmap_and_gradients(make, points):
@@ -438,27 +424,19 @@ def test_best_penalty_by_descent_on_the_prediction():
 
 
 def test_new_values_do_not_recompile():
-    from theory.equivalents import _flow, _ridge
-
-    problem = two_tasks(150)
-    for value in (1.0, 2.0, 3.0):
-        risk(problem, 30 + value, Ridge([value, 0.1]))
-        risk(problem, 30 + value, GradientFlow([value, 0.1]))
-    sizes = _ridge._cache_size(), _flow._cache_size()
-    risk(problem, 55, Ridge([0.3, 0.2]), 0.3)
-    risk(problem, 55, GradientFlow([0.3, 0.2]), 0.3)
-    assert (_ridge._cache_size(), _flow._cache_size()) == sizes
+    problem, compiled = two_tasks(150), []
+    for value in (1.0, 2.0):
+        for filter in (Ridge([value, 0.1]), GradientFlow([value, 0.1])):
+            risk(problem, 30 + value, filter, value)
+        compiled.append(_evaluate._cache_size())
+    assert compiled[0] == compiled[1]
 
 
 @pytest.mark.slow
 def test_single_precision():
     problem = two_tasks(150, "fixed")
     low = jax.tree.map(lambda x: x.astype(jnp.float32) if is_float(x) else x, problem)
-    for filter in (
-        MinNorm(),
-        Ridge(np.float32(0.1)),
-        GradientFlow(np.array([0.5, 30.0], np.float32)),
-    ):
+    for filter in (MinNorm(), Ridge(np.float32(0.1)), GradientFlow(np.array([0.5, 30.0], np.float32))):
         for a, b in zip(
             jax.tree.leaves(risk(low, 60, filter, np.float32(0.7))), jax.tree.leaves(risk(problem, 60, filter, 0.7))
         ):
@@ -473,21 +451,19 @@ def is_float(x) -> bool:
 # Against averaged exact risk
 
 
-def averaged(
-    problem: TwoTaskProblem, n: int, filters, draws: int, tau=1.0, law: str = "gaussian", seed: int = 0
-) -> np.ndarray:
+def averaged(problem: TwoTaskProblem, n: int, filters, draws: int, tau=1.0, seed: int = 0) -> np.ndarray:
     """Exact total risks (draws, domains, filters…)."""
     rows = []
     for key in jax.random.split(jax.random.key(seed), draws):
-        forms = risk_forms(sample_design(key, problem.finetune_covariance, n, law), problem)
+        forms = risk_forms(sample_design(key, problem.finetune_covariance, n), problem)
         rows.append([[np.asarray(form(filter, tau).total) for filter in filters] for form in forms])
     return np.array(rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("name", ["exponential", "spiked"])
 def test_within_one_percent_at_250_by_1000(name):
-    """Times from 1 to 1e5, τ in {0.3, 0.7, 1, 1.3}, ridge, min-norm and descent; both domains."""
+    """Times from 1 to 1e5, τ in {0.3, 0.7, 1, 1.3}, ridge and descent; both domains. (Power laws: claims D3, D4.)"""
     s, n = SPECTRA[name], 250
     problem = TwoTaskProblem(s, s, RandomShift(spectra.isotropic(1000, 1 / float(s.sum()))), 0.5)
     taus = jnp.array([0.3, 0.7, 1.0, 1.3])[:, None]
@@ -506,11 +482,10 @@ def test_within_one_percent_at_250_by_1000(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law", ["gaussian", "rademacher", "student"])
-def test_other_laws_with_a_fixed_shift_and_error(law):
+def test_a_fixed_shift_and_error():
     problem = two_tasks(800, "fixed")
     filters = [MinNorm(), Ridge(0.05), GradientFlow(20.0), GradientDescent(0.3, 20)]
-    totals = averaged(problem, 250, filters, 16, 0.8, law)
+    totals = averaged(problem, 250, filters, 16, 0.8)
     mean, error = totals.mean(0), totals.std(0, ddof=1) / 16**0.5
     predicted = np.array([[float(result.total) for result in risk(problem, 250, filter, 0.8)] for filter in filters]).T
     assert (np.abs(predicted - mean) < 4 * error + 0.01 * mean).all()

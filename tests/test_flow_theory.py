@@ -21,7 +21,7 @@ from linfit import (
     TwoTaskProblem,
     flow_weights,
 )
-from sims.verify import select, verify
+from sims.verify import claims_named, verify
 from tests.oracles import matrix_of, random_matrix
 from theory import flow
 from theory.frontier import pareto
@@ -407,7 +407,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_stubs_are_rejected(name):
     id, spoil = WRONG[name]
-    (claim,) = (claim for claim in select([id]) if claim.id == id)
+    (claim,) = (claim for claim in claims_named([id]) if claim.id == id)
 
     def sides(normal, **values):
         predicted, measured = claim.sides(normal, **values)
@@ -434,7 +434,7 @@ def test_wrong_stubs_are_rejected(name):
     ],
 )
 def test_claims_fail_outside_their_assumptions(id, values):
-    (claim,) = (claim for claim in select([id]) if claim.id == id)
+    (claim,) = (claim for claim in claims_named([id]) if claim.id == id)
     held = {name: claim.parameters[name]._replace(low=value, high=value) for name, value in values.items()}
     (verdict,) = verify([claim._replace(parameters=claim.parameters | held)], instances=4, seed=0)
     assert not verdict.holds

@@ -1,5 +1,7 @@
 """Deliberately wrong implementations: the comparisons of the real tests must catch every one of them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,50 +12,19 @@ from linfit import (
     MinNorm,
     Pair,
     Ridge,
-    RiskForm,
     fine_tune,
     gradient_descent,
     leave_one_out,
     risk_forms,
     sample_design,
 )
-from linfit.risk import Risk
 from tests import test_risk, test_selection, test_solve
 from tests.oracles import problems
 
 
-def dropped_noise(forms):
-    return Pair(*(form.with_noise_std(0.0) for form in forms))
-
-
-def noise_not_squared(forms):
-    return Pair(*(form.with_noise_std(form.noise_std**0.5) for form in forms))
-
-
-def doubled_slope(forms):
-    def double(form):
-        return RiskForm(
-            form.eigenvalues, form.constant, 2 * form.linear, form.bias_quadratic, form.noise_gain, form.noise_std
-        )
-
-    return Pair(*map(double, forms))
-
-
-def swapped_domains(forms):
-    return Pair(forms.pretrain, forms.finetune)
-
-
-def same_domain_twice(forms):
-    return Pair(forms.finetune, forms.finetune)
-
-
 def altered_call(change):
     """Forms that alter filter and τ on the way in."""
-
-    def stub(forms):
-        return Pair(*(lambda filter, tau=1.0, form=form: Risk(*form(*change(form, filter, tau))) for form in forms))
-
-    return stub
+    return lambda forms: forms.map(lambda form: lambda filter, tau=1.0: form(*change(form, filter, tau)))
 
 
 class Unscaled(Filter):
@@ -66,11 +37,11 @@ class Unscaled(Filter):
 
 
 STUBS = {
-    "dropped noise": dropped_noise,
-    "noise not squared": noise_not_squared,
-    "factor 2 in b": doubled_slope,
-    "swapped domains": swapped_domains,
-    "one domain twice": same_domain_twice,
+    "dropped noise": lambda forms: forms.map(lambda form: form.with_noise_std(0.0)),
+    "noise not squared": lambda forms: forms.map(lambda form: form.with_noise_std(form.noise_std**0.5)),
+    "factor 2 in b": lambda forms: forms.map(lambda form: dataclasses.replace(form, linear=2 * form.linear)),
+    "swapped domains": lambda forms: Pair(forms.pretrain, forms.finetune),
+    "one domain twice": lambda forms: Pair(forms.finetune, forms.finetune),
     "tau ignored": altered_call(lambda form, filter, tau: (filter, 0 * tau + 1)),
     "tau squared": altered_call(lambda form, filter, tau: (filter, tau**2)),
     "ridge without its n": altered_call(
@@ -81,9 +52,7 @@ STUBS = {
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize(
-    "name", ["diagonal-random-u", "diagonal-fixed-u", "dense-random-u", "isotropic-all-u", "mixed"]
-)
+@pytest.mark.parametrize("name", ["diagonal-fixed-u", "dense-random-u"])
 @pytest.mark.parametrize("stub", STUBS)
 def test_the_exact_comparison_catches(stub, name, seed, rtol):
     problem = problems(seed)[name]

@@ -8,20 +8,20 @@ import pytest
 from linfit import interpolate
 from sims.real_data import (
     BANDWIDTH,
-    accuracy_along_tau,
+    _accuracy_along_tau,
+    _error_along_tau,
+    _load_digits,
+    _random_fourier_features,
     digits_along_tau,
     digits_split,
-    error_along_tau,
-    load_digits,
-    random_fourier_features,
 )
 
 SIZES = {"p": 2048, "n": 100, "n_pretrain": 300}
 
 
 def test_features_approximate_the_gaussian_kernel():
-    images, _ = load_digits()
-    features = np.asarray(random_fourier_features(jax.random.key(0), images[:20], 60_000))
+    images, _ = _load_digits()
+    features = np.asarray(_random_fourier_features(jax.random.key(0), images[:20], 60_000))
     pixels = images[:20].reshape(20, -1)
     squared = np.sum((pixels[:, None] - pixels) ** 2, axis=-1)
     np.testing.assert_allclose(features @ features.T, np.exp(-squared / 2 / BANDWIDTH**2), atol=0.03)
@@ -34,7 +34,7 @@ def test_split_uses_every_image_once():
     assert sizes[2] == 100
     assert sum(sizes) == 1797
     counts = sum(part[1].sum(0) for part in split)
-    _, classes = load_digits()
+    _, classes = _load_digits()
     np.testing.assert_array_equal(counts, np.bincount(classes))
 
 
@@ -47,9 +47,9 @@ def test_errors_along_tau_equal_those_of_the_interpolated_weights():
     for i, t in enumerate(tau):
         output = X @ interpolate(theta_1, theta, t)
         direct = jnp.mean(jnp.sum((targets - output) ** 2, axis=1))
-        np.testing.assert_allclose(error_along_tau((X, targets), theta_1, theta, tau)[i], direct, rtol=1e-12)
+        np.testing.assert_allclose(_error_along_tau((X, targets), theta_1, theta, tau)[i], direct, rtol=1e-12)
         accuracy = jnp.mean(output.argmax(1) == targets.argmax(1))
-        np.testing.assert_allclose(accuracy_along_tau((X, targets), theta_1, theta, tau)[i], accuracy)
+        np.testing.assert_allclose(_accuracy_along_tau((X, targets), theta_1, theta, tau)[i], accuracy)
 
 
 @pytest.mark.slow
@@ -68,8 +68,7 @@ def test_noise_brings_overadaptation_and_leave_one_out_sees_it():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [({"n": 1}, "n must be"), ({"n_pretrain": 1700}, "n_pretrain"), ({"p": 0}, "p must be")],
+    ("change", "message"), [({"n": 1}, "n must be"), ({"n_pretrain": 1700}, "n_pretrain"), ({"p": 0}, "p must be")]
 )
 def test_bad_sizes(change, message):
     with pytest.raises(ValueError, match=message):

@@ -1,11 +1,11 @@
 """Exact risk against brute-force p×p algebra, and against Monte Carlo from raw data."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
 from functools import cache, partial
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +21,14 @@ from linfit import (
     Ridge,
     TwoTaskProblem,
     column_blocks,
+    excess_risks,
     fine_tune,
     interpolate,
     risk_forms,
     sample_design,
     sample_task,
 )
-from linfit.design import label_design
+from linfit.design import _label_design
 from tests.oracles import brute_force_risk, fitted_operator, problems, random_matrix
 
 N, P = 11, 24
@@ -98,51 +99,34 @@ def test_optimal_tau_gain_and_oracle_equal_brute_force_minimisation(name, seed, 
             np.testing.assert_allclose(form.optimal_tau(filter), at.x, rtol=max(rtol, 1e-7), atol=max(rtol, 1e-8))
             gain = c - 2 * b @ g + g @ H @ g - at.fun
             np.testing.assert_allclose(form.along(filter).gain, gain, rtol=rtol, atol=rtol * scale)
-        floor = c - b @ np.linalg.lstsq(H, b, rcond=1e-14)[0]
-        np.testing.assert_allclose(form.oracle_risk(), floor, rtol=rtol, atol=100 * rtol * scale)
-        np.testing.assert_allclose(form(form.oracle_filter()).total, floor, rtol=rtol, atol=100 * rtol * scale)
+        lowest = c - b @ np.linalg.lstsq(H, b, rcond=1e-14)[0]
+        np.testing.assert_allclose(form.oracle_risk(), lowest, rtol=rtol, atol=100 * rtol * scale)
+        np.testing.assert_allclose(form(form.oracle_filter()).total, lowest, rtol=rtol, atol=100 * rtol * scale)
 
 
 @pytest.mark.numerical
-@every_problem
-def test_no_filter_beats_the_oracle(name, seed, generator, rtol):
-    problem = cached_problems(seed)[name]
-    for form in risk_forms(design(problem, seed), problem):
-        random = generator.standard_normal((200, N)) * generator.lognormal(0, 2, (200, 1))
-        near = np.asarray(form.oracle_filter()) * (1 + 0.1 * generator.standard_normal((200, N)))
-        families = [Ridge(np.logspace(-4, 3, 30)), GradientFlow(np.logspace(-2, 4, 30)), MinNorm()]
-        slack = 100 * rtol * float(form.constant)
-        for filter in (random, near, *families):
-            assert np.min(form(filter, np.array([[0.3], [1.0], [1.4]])).total) >= form.oracle_risk() - slack
-
-
-@pytest.mark.numerical
-def test_bayes_ridge_is_the_oracle_and_an_isotropic_shift_always_overadapts(seed, rtol):
-    """O4 and O1: S = ωI makes λ = σ²/(nω) optimal with τ* = 1, and min-norm's τ* < 1 whenever σ > 0."""
+def test_without_noise_an_isotropic_shift_leaves_nothing_to_average(seed, rtol):
     problem = TwoTaskProblem(np.linspace(2, 0.1, P), np.linspace(1, 0.2, P), RandomShift(np.full(P, 0.3)), 0.5)
     form = risk_forms(design(problem, seed), problem).finetune
-    bayes = Ridge(0.25 / (N * 0.3))
-    np.testing.assert_allclose(bayes(form.eigenvalues), form.oracle_filter(), rtol=10 * rtol)
-    np.testing.assert_allclose(form.optimal_tau(bayes), 1, rtol=rtol)
     assert form.optimal_tau(MinNorm()) < 1
     np.testing.assert_allclose(form.with_noise_std(0.0).optimal_tau(MinNorm()), 1, rtol=rtol)
 
 
 @pytest.mark.numerical
-@every_problem
+@some_problems
 def test_another_noise_level_is_another_problem(name, seed, rtol):
     problem = cached_problems(seed)[name]
     X = design(problem, seed)
-    louder = eqx.tree_at(lambda problem: problem.noise_std, problem, jnp.asarray(1.7))
+    louder = dataclasses.replace(problem, noise_std=1.7)
     for form, expected in zip(risk_forms(X, problem), risk_forms(X, louder)):
         for changed, reference in zip(form.with_noise_std(1.7)(Ridge(0.2)), expected(Ridge(0.2))):
             np.testing.assert_allclose(changed, reference, rtol=rtol)
 
 
 @pytest.mark.numerical
-@every_problem
+@some_problems
 def test_combined_objective(name, seed, rtol):
-    """O5: R_ft + κR_pre has H + κH' and b + κb', hence its own best τ and its own oracle."""
+    """R_ft + κR_pre has H + κH' and b + κb', hence its own best τ and its own oracle."""
     problem, kappa = cached_problems(seed)[name], 0.7
     finetune, pretrain = forms = risk_forms(design(problem, seed), problem)
     combined = finetune + kappa * pretrain
@@ -285,17 +269,9 @@ def random_problem(structure: str, index: int, seed: int, p: int = 16) -> TwoTas
 def measured(task, problem):
     """Excess risks (2, filters, taus) of one task's fitted weights, on both domains; θ₁* = 0."""
 
-    def excess(covariance, gap):
-        return jnp.sum(covariance.apply(gap) * gap, axis=-1)
-
     theta = jnp.stack([fine_tune(task.X, task.y, task.theta_1, filter) for filter in MONTE_CARLO_FILTERS])
     theta = jax.vmap(lambda tau: interpolate(jnp.broadcast_to(task.theta_1, theta.shape), theta, tau), out_axes=1)(TAUS)
-    return jnp.stack(
-        [
-            excess(problem.finetune_covariance, theta - task.theta_2_star),
-            excess(problem.pretrain_covariance, theta),
-        ]
-    )
+    return jnp.stack(excess_risks(theta, problem, jnp.zeros(problem.p), task.theta_2_star))
 
 
 def predicted(X, problem, transform=lambda forms: forms):
@@ -305,9 +281,9 @@ def predicted(X, problem, transform=lambda forms: forms):
 
 @jax.jit
 def monte_carlo_on_a_design(key, X, problem):
-    """Measured risks (draws, 2, filters, taus), X fixed: shift and noise are drawn."""
+    """Measured risks (draws, 2, filters, taus), X fixed: shift and noise are sampled."""
     keys = jax.random.split(key, (DRAWS, 2))
-    return jax.vmap(lambda pair: measured(label_design(X, pair[0], pair[1], problem), problem))(keys)
+    return jax.vmap(lambda pair: measured(_label_design(X, pair[0], pair[1], problem), problem))(keys)
 
 
 @partial(jax.jit, static_argnames=("law", "n"))
@@ -328,7 +304,7 @@ def standard_errors(differences):
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(2))
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_monte_carlo_on_one_design(structure, index, seed):
     problem = random_problem(structure, index, seed)

@@ -28,6 +28,7 @@ Two identities make the double sums cheap. With T_w(κ) = Σ_j w_j/(s_j+κ),
 so K resolvents cost K passes over the spectrum, not K².
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -43,6 +44,19 @@ from linfit.internal.checks import ArrayLike, is_concrete, non_negative, positiv
 from linfit.problem import Pair, TwoTaskProblem
 from linfit.risk import Parabola, Risk
 from theory import rational
+
+__all__ = [
+    "DegreesOfFreedom",
+    "EffectiveRanks",
+    "Spectrum",
+    "along",
+    "degrees_of_freedom",
+    "effective_ranks",
+    "effective_regularization",
+    "risk",
+    "signal_to_noise",
+    "spectral_edge",
+]
 
 
 class Spectrum(eqx.Module):
@@ -91,17 +105,18 @@ def _diagonal(covariance: Covariance, name: str) -> Array:
     return covariance.eigenvalues
 
 
-# D1 ------------------------------------------------------------------------------------------------------------------
-
-
 def effective_regularization(penalty: ArrayLike, spectrum: "Spectrum | Covariance | ArrayLike", n: ArrayLike) -> Array:
     """κ(λ): λ(Σ̂+λ)⁻¹ ≍ κ(Σ+κ)⁻¹ (docs, D1).
 
         κ − (κ/n) tr Σ(Σ+κ)⁻¹ = λ
 
-    `penalty` λ of any shape, real ≥ 0 or complex off the negative axis → κ of that shape, in units of the eigenvalues.
-    `spectrum` is eigenvalues (p,) or a `Spectrum`; n > 0 the number of samples. λ = 0 is the limit: κ > 0 if more
-    than n eigenvalues are positive, else 0. Differentiable in every argument (implicitly).
+    Args:
+        penalty: λ of any shape, real ≥ 0 or complex off the negative axis; κ has its shape and the unit of eigenvalues.
+        spectrum: eigenvalues (p,) or a `Spectrum`.
+        n: samples, any real number > 0.
+
+    λ = 0 is the limit: κ > 0 if more than n eigenvalues are positive, else 0. Differentiable in every argument
+    (implicitly).
 
     Raises ValueError for a penalty that is negative or NaN, n ≤ 0, or eigenvalues that are negative or all zero.
 
@@ -317,12 +332,8 @@ def signal_to_noise(problem: TwoTaskProblem) -> Array:
     >>> float(signal_to_noise(TwoTaskProblem([1.0, 1.0], [1.0, 3.0], RandomShift([0.5, 0.5]), noise_std=2.0)))
     0.5
     """
-    return (
-        _second_moment(problem) @ _diagonal(problem.finetune_covariance, "finetune_covariance") / (problem.noise_std**2)
-    )
-
-
-# Risk ----------------------------------------------------------------------------------------------------------------
+    spectrum = _diagonal(problem.finetune_covariance, "finetune_covariance")
+    return _second_moment(problem) @ spectrum / problem.noise_std**2
 
 
 def risk(
@@ -336,11 +347,16 @@ def risk(
     """Predicted bias² and variance of θ_τ = (1−τ)θ₁ + τθ̂ on both domains, over designs of n samples (docs, D2–D4).
 
     Ridge is the known two-point equivalent; gradient flow and descent by contour, the pretraining risk and τ are ours.
-    For MinNorm, Ridge, GradientFlow, GradientDescent and `tau * filter`; array hyperparameters and `tau`
-    broadcast → fields of that shape. Σ₁ and Σ₂ diagonal; of the shift covariance only the diagonal enters. n > 0
-    (any real number) and everything else may be traced: jit, vmap and grad work, and new values do not
-    recompile. Times within a decade share a contour if concrete; traced ones have each their own, which is slower.
-    With `multiplicities` (p,), coordinate j of the problem stands for that many equal ones.
+
+    Args:
+        problem: Σ₁ and Σ₂ diagonal; of the shift covariance only the diagonal enters.
+        n: fine-tuning samples, any real number > 0.
+        filter: MinNorm, Ridge, GradientFlow, GradientDescent or `tau * filter`; may hold arrays.
+        tau: ensemble coefficient, broadcasts against the filter's hyperparameters → fields of that shape.
+        multiplicities: (p,); coordinate j of the problem stands for that many equal ones.
+
+    Everything may be traced: jit, vmap and grad work, and new values do not recompile. Times within a decade share a
+    contour if concrete; traced ones have each their own, which is slower.
 
     Error against the mean of exact risks: O(1/n). Numerical error: 1e-7 relative (float32: 3e-3); for
     gradient descent with ηs_max > 1, |1−ηs_max|^k more beyond 16 steps, s_max the `spectral_edge`.
@@ -370,26 +386,31 @@ def along(
     Array(0.33333333, dtype=float64)
     """
     if isinstance(filter, Ensemble):
-        inner = along(problem, n, filter.filter, multiplicities=multiplicities)
-        return inner.map(lambda parabola: _scaled(parabola, filter.tau))
+        tau, inner = filter.tau, along(problem, n, filter.filter, multiplicities=multiplicities)
+        return inner.map(
+            lambda at: Parabola(
+                *jnp.broadcast_arrays(at.constant, tau * at.slope, tau**2 * at.bias, tau**2 * at.variance)
+            )
+        )
     population = _population(problem, n, multiplicities)
-    if isinstance(filter, MinNorm):
-        return _ridge(population, jnp.zeros_like(population.n))
-    if isinstance(filter, Ridge):
-        return _ridge(population, filter.penalty.astype(population.n.dtype))
-    if isinstance(filter, GradientFlow):
-        return _gradient_flow(population, filter.time.astype(population.n.dtype))
-    if isinstance(filter, GradientDescent):
-        return _gradient_descent(population, filter)
-    raise ValueError(
-        "filter must be MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them: "
-        f"no equivalent for {type(filter).__name__}"
-    )
 
+    def flat(values: Array) -> Array:
+        return values.ravel().astype(population.n.dtype)
 
-def _scaled(parabola: Parabola, tau: Array) -> Parabola:
-    scaled = (parabola.constant, tau * parabola.slope, tau**2 * parabola.bias, tau**2 * parabola.variance)
-    return Parabola(*jnp.broadcast_arrays(*scaled))
+    if isinstance(filter, MinNorm | Ridge):
+        penalty = filter.penalty if isinstance(filter, Ridge) else jnp.zeros(())
+        forms, shape = _ridge(population, flat(penalty)), penalty.shape
+    elif isinstance(filter, GradientFlow):
+        forms, shape = _gradient_flow(population, flat(filter.time)), filter.time.shape
+    elif isinstance(filter, GradientDescent):
+        steps, step_size = jnp.broadcast_arrays(filter.steps, filter.step_size)
+        forms, shape = _gradient_descent(population, flat(steps), flat(step_size)), steps.shape
+    else:
+        raise ValueError(
+            "filter must be MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them: "
+            f"no equivalent for {type(filter).__name__}"
+        )
+    return jax.tree.map(lambda field: field.reshape(shape), forms)
 
 
 class _Population(NamedTuple):
@@ -440,87 +461,58 @@ def _population(problem: TwoTaskProblem, n: ArrayLike, multiplicities: ArrayLike
     )
 
 
-@jax.jit
 def _ridge(population: _Population, penalty: Array) -> Pair[Parabola]:
     """Also λ = ∞, where nothing is learned."""
-    flat = penalty.ravel()
-    finite = jnp.isfinite(flat)
-    one_term = rational.Ridges(jnp.where(finite, flat, 1)[:, None], jnp.ones_like(flat)[:, None], jnp.arange(flat.size))
-    return _shaped(_evaluate(population, one_term, finite), penalty.shape)
-
-
-def _shaped(forms: Pair[Parabola], shape: tuple[int, ...]) -> Pair[Parabola]:
-    return jax.tree.map(lambda leaf: leaf.reshape(shape), forms)
+    finite = jnp.isfinite(penalty)
+    penalties, weights = jnp.where(finite, penalty, 1), jnp.ones_like(penalty)
+    one_term = rational.Ridges(penalties[:, None], weights[:, None], jnp.arange(penalty.size))
+    return _evaluate(population, one_term, finite)
 
 
 def _gradient_flow(population: _Population, time: Array) -> Pair[Parabola]:
     """t = 0 learns nothing, t = ∞ is MinNorm; between them a contour."""
-    flat = time.ravel()
-    started, ended = flat > 0, jnp.isinf(flat)
-    between = jnp.where(started & ~ended, flat, 1)
-    plan = rational.plan(between, jnp.ones_like(flat), concrete=is_concrete(flat))
-    forms = _flow(population, between, started, plan)
-    if not is_concrete(ended) or np.asarray(ended).any():
-        forms = _where(ended, _ridge(population, jnp.zeros((1,), flat.dtype)), forms)
-    return _shaped(forms, time.shape)
+    started, ended = time > 0, jnp.isinf(time)
+    between = jnp.where(started & ~ended, time, 1)
+    plan = rational.plan(between, jnp.ones_like(time), concrete=is_concrete(time))
+    forms = _evaluate(population, rational.flow_ridges(between, plan), started)
+    return _either(ended, lambda: _ridge(population, jnp.zeros((1,), time.dtype)), lambda: forms)
 
 
-@jax.jit
-def _flow(population: _Population, times: Array, started: Array, plan: rational.Plan) -> Pair[Parabola]:
-    return _evaluate(population, rational.flow_ridges(times, plan), started)
-
-
-def _where(condition: Array, a: Pair[Parabola], b: Pair[Parabola]) -> Pair[Parabola]:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
-
-
-def _gradient_descent(population: _Population, filter: GradientDescent) -> Pair[Parabola]:
-    steps, step_size = jnp.broadcast_arrays(filter.steps, filter.step_size)
-    dtype = population.n.dtype
-    flat_steps, flat_sizes = steps.ravel().astype(dtype), step_size.ravel().astype(dtype)
-    if is_concrete(population, flat_sizes):
+def _gradient_descent(population: _Population, steps: Array, step_size: Array) -> Pair[Parabola]:
+    """Few steps on a circle for each step size, many on the flow's contour."""
+    concrete = is_concrete(steps, step_size)
+    if is_concrete(population, step_size):
         edge = spectral_edge(population.spectrum, population.n)
-        if (np.asarray(flat_sizes) >= 2 / np.asarray(edge)).any():
+        if (np.asarray(step_size) >= 2 / np.asarray(edge)).any():
             raise ValueError(
-                f"step_size must be below 2/s_max = {2 / edge:.6g} for this problem, got {flat_sizes.max()}"
+                f"step_size must be below 2/s_max = {2 / edge:.6g} for this problem, got {step_size.max()}"
             )
-    few = flat_steps <= rational.FEW_STEPS
-    if not is_concrete(few):
-        forms = _where(
-            few, _few_steps(population, flat_steps, flat_sizes), _many_steps(population, flat_steps, flat_sizes)
-        )
-    elif np.asarray(few).all():
-        forms = _few_steps(population, flat_steps, flat_sizes)
-    else:
-        forms = _many_steps(population, flat_steps, flat_sizes)
-        if np.asarray(few).any():
-            forms = _where(few, _few_steps(population, flat_steps, flat_sizes), forms)
-    return _shaped(forms, steps.shape)
+
+    def few() -> Pair[Parabola]:
+        distinct, group = step_size, jnp.arange(step_size.size)
+        if is_concrete(step_size):
+            distinct, group = (jnp.asarray(x) for x in np.unique(np.asarray(step_size), return_inverse=True))
+        circle = rational.few_steps_ridges(jnp.minimum(steps, rational.FEW_STEPS), distinct, group)
+        return _evaluate(population, circle, steps > 0)
+
+    def many() -> Pair[Parabola]:
+        more = jnp.maximum(steps, rational.FEW_STEPS)
+        contour = rational.descent_ridges(more, rational.plan(more, step_size, concrete=concrete))
+        return _evaluate(population, contour, jnp.ones_like(more, bool))
+
+    return _either(steps <= rational.FEW_STEPS, few, many)
 
 
-def _many_steps(population: _Population, steps: Array, sizes: Array) -> Pair[Parabola]:
-    steps = jnp.maximum(steps, rational.FEW_STEPS)
-    return _descent(population, steps, rational.plan(steps, sizes, concrete=is_concrete(steps, sizes)))
-
-
-@jax.jit
-def _descent(population: _Population, steps: Array, plan: rational.Plan) -> Pair[Parabola]:
-    return _evaluate(population, rational.descent_ridges(steps, plan), jnp.ones_like(steps, bool))
-
-
-def _few_steps(population: _Population, steps: Array, sizes: Array) -> Pair[Parabola]:
-    """One circle for each step size."""
-    distinct, group = sizes, jnp.arange(sizes.size)
-    if is_concrete(sizes):
-        distinct, group = (jnp.asarray(x) for x in np.unique(np.asarray(sizes), return_inverse=True))
-    return _circle(population, jnp.minimum(steps, rational.FEW_STEPS), distinct, group)
+def _either(condition: Array, one: Callable[[], Pair[Parabola]], other: Callable[[], Pair[Parabola]]) -> Pair[Parabola]:
+    """The entries of one where the condition holds, of the other elsewhere; nothing in vain, if values can be seen."""
+    if is_concrete(condition) and np.asarray(condition).all():
+        return one()
+    if is_concrete(condition) and not np.asarray(condition).any():
+        return other()
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), one(), other())
 
 
 @jax.jit
-def _circle(population: _Population, steps: Array, sizes: Array, group: Array) -> Pair[Parabola]:
-    return _evaluate(population, rational.few_steps_ridges(steps, sizes, group), steps > 0)
-
-
 def _evaluate(population: _Population, ridges: rational.Ridges, active: Array) -> Pair[Parabola]:
     """The sums of the module's docstring for T filters; where not `active`, nothing is learned."""
     linear, kernels = _over_groups(population, ridges.penalties)

@@ -8,6 +8,8 @@ import optimistix
 from jax import Array
 from jax.typing import ArrayLike
 
+__all__ = ["Minimum", "minimise_over_logarithm"]
+
 GRID = 64
 
 
@@ -21,7 +23,11 @@ class Minimum(NamedTuple):
 def minimise_over_logarithm(function: Callable[[Array], Array], lower: ArrayLike, upper: ArrayLike) -> Minimum:
     """The minimum of f over [lower, upper], 0 < lower < upper: bracketed on a grid in log x, refined by golden section.
 
-    `function` takes (m,) values and returns (m,). The grid of 64 values only picks the valley, in case there are
+    Args:
+        function: takes (m,) values and returns (m,).
+        lower, upper: the range.
+
+    The grid of 64 values only picks the valley, in case there are
     several; the golden section finds its bottom to a relative 1e-6. At an end of the range the end is returned.
     Works under `jit` and `vmap`.
 

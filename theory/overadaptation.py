@@ -16,6 +16,8 @@ from jax.typing import ArrayLike
 from linfit import Filter, GradientFlow, MinNorm, Pair, Parabola, Ridge, RiskForm
 from theory.optimum import minimise_over_logarithm
 
+__all__ = ["Condition", "Optimum", "bayes_penalty", "best_of_each_method", "combined", "overadaptation_condition"]
+
 
 class Condition(NamedTuple):
     """Overadaptation (τ* < 1) happens exactly where `missed_signal < fitted_noise`."""

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+__all__ = ["FEW_STEPS", "Plan", "Ridges", "descent_ridges", "few_steps_ridges", "flow_ridges", "plan"]
+
 
 class Ridges(NamedTuple):
     """T filters as sums over K ridges. Filters of one group share their K penalties."""
@@ -30,7 +32,7 @@ class Ridges(NamedTuple):
     """Group of each filter (T,)."""
 
 
-class Hyperbola(NamedTuple):
+class _Hyperbola(NamedTuple):
     """λ(u) = μ(1 − sin α cosh u + i cos α sinh u) on the upper half, at u = (k + ½)h, k < K, with K·h = `reach`."""
 
     angle: float
@@ -52,28 +54,28 @@ class Hyperbola(NamedTuple):
         return pole, slope * (spacing / (1j * np.pi))
 
 
-def hyperbola(span: float, nodes: int) -> Hyperbola:
+def _hyperbola(span: float, nodes: int) -> _Hyperbola:
     """The best hyperbola for times in [t/span, t].
 
     The error of the trapezoidal rule has three parts: the pole at the spectrum, the growth of e^{λt} at the longest
     time, and the truncation at the shortest. Balancing them leaves α free and an error e^{−BK},
     B = π(π − 2α)/A, A = arcosh([(π−2α)·span + 4α − π] / [(4α−π) sin α]); α maximises B.
 
-    >>> round(hyperbola(1.0, 12).angle, 3)
+    >>> round(_hyperbola(1.0, 12).angle, 3)
     1.172
     """
     angle = np.linspace(np.pi / 4, np.pi / 2, 20_002)[1:-1]
     width = 4 * angle - np.pi
     reach = np.arccosh(((np.pi - 2 * angle) * span + width) / (width * np.sin(angle)))
     best = np.argmax((np.pi - 2 * angle) / reach)
-    return Hyperbola(float(angle[best]), float(reach[best]), float(np.pi * width[best] / reach[best]), nodes)
+    return _Hyperbola(float(angle[best]), float(reach[best]), float(np.pi * width[best] / reach[best]), nodes)
 
 
-SPAN = 10.0
+_SPAN = 10.0
 """Times that share a contour lie within a decade."""
 
-_SINGLE = {"float32": hyperbola(1.0, 6), "float64": hyperbola(1.0, 12)}
-_SHARED = {"float32": hyperbola(SPAN, 12), "float64": hyperbola(SPAN, 25)}
+_SINGLE = {"float32": _hyperbola(1.0, 6), "float64": _hyperbola(1.0, 12)}
+_SHARED = {"float32": _hyperbola(_SPAN, 12), "float64": _hyperbola(_SPAN, 25)}
 
 
 class Plan(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-ROOMS = {
+FIGURES = {
     "overadaptation": "figures.overadaptation",
     "overtraining": "figures.overtraining",
     "flow": "figures.flow",
@@ -25,7 +25,7 @@ NEEDS = {
     "s3ft": ("sklearn", "data"),
     "bridge": ("transformers", "llm"),
 }
-"""Rooms that need an optional package, and the extra that brings it."""
+"""Figures that need an optional package, and the extra that brings it."""
 
 
 def figures(
@@ -38,29 +38,29 @@ def figures(
     """Regenerate the paper figures and one report page.
 
     Args:
-        names: which figures to draw (overadaptation, overtraining, flow, s3ft, equivalents, compare, claims, bridge); all of them if none is
-            named, without those whose optional packages are not installed.
+        names: which figures to draw (overadaptation, overtraining, flow, s3ft, equivalents, compare, claims, bridge); all
+            of them if none is named, without those whose optional packages are not installed.
         out: folder for NAME.png, NAME.pdf, NAME.nc (the plotted numbers) and index.html.
         quick: small sizes, for a first look.
         seed: seed of every random draw.
     """
-    unknown = [name for name in names if name not in ROOMS]
+    unknown = [name for name in names if name not in FIGURES]
     if unknown:
-        raise ValueError(f"names must be among {', '.join(ROOMS)}; got {', '.join(unknown)}")
+        raise ValueError(f"names must be among {', '.join(FIGURES)}; got {', '.join(unknown)}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed must be between 0 and 2^32 − 1, got {seed}")
-    missing = {room: extra for room, (package, extra) in NEEDS.items() if find_spec(package) is None}
-    for room in names or ROOMS:
-        if room in missing:
-            help = f"{room} needs the extra {missing[room]}: pip install 'linfit[{missing[room]}]'"
+    missing = {name: extra for name, (package, extra) in NEEDS.items() if find_spec(package) is None}
+    for name in names or FIGURES:
+        if name in missing:
+            help = f"{name} needs the extra {missing[name]}: pip install 'linfit[{missing[name]}]'"
             if names:
                 raise ValueError(help)
             print(f"skipped: {help}", file=sys.stderr)
-    from figures.report import draw_rooms, prepare_folder, write_report
+    from figures.report import draw_figures, prepare_folder, write_report
 
     prepare_folder(out)
-    rooms = [room for room in names or ROOMS if room not in missing]
-    entries = draw_rooms([ROOMS[room] for room in rooms], seed, quick, out)
+    modules = [FIGURES[name] for name in names or FIGURES if name not in missing]
+    entries = draw_figures(modules, seed, quick, out)
     options = [*names, *(["--quick"] if quick else []), f"--seed {seed}"]
     report = write_report(entries, out, " ".join(["linfit figures", *options]))
     print(f"report: {report}")

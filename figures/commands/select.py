@@ -6,12 +6,7 @@ from typing import Annotated
 import tyro
 
 
-def select(
-    file: Annotated[Path, tyro.conf.Positional],
-    /,
-    out: Path | None = None,
-    json: bool = False,
-) -> None:
+def select(file: Annotated[Path, tyro.conf.Positional], /, out: Path | None = None, json: bool = False) -> None:
     """Choose the ensemble coefficient τ and the ridge penalty λ for your own features, by exact leave-one-out.
 
     Args:

@@ -15,7 +15,7 @@ import numpy as np
 
 from sims.parameters import Parameter
 
-__all__ = ["Claim", "Kind", "Normal", "all_claims", "claim"]
+__all__ = ["Claim", "Normal", "Sides", "all_claims", "claim"]
 
 SECTIONS = ("spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier")
 """Modules that have claims, in the order of the docs."""
@@ -26,6 +26,9 @@ class Normal(Protocol):
 
     def __call__(self, *shape: int) -> np.ndarray: ...
 
+
+Sides = tuple[Any, Any]
+"""(predicted, measured)."""
 
 Kind = Literal["identity", "inequality", "existence", "statistical", "asymptotic"]
 
@@ -54,7 +57,7 @@ class Claim(NamedTuple):
     kind: Kind
     parameters: dict[str, Parameter]
     """The assumptions."""
-    sides: Callable[..., tuple[Any, Any]]
+    sides: Callable[..., Sides]
     tolerance: float = 0.0
     rate: float = 1.0
     """Of an asymptotic claim."""
@@ -73,11 +76,11 @@ def claim(
     tolerance: float = 0.0,
     rate: float = 1.0,
     sizes: tuple[int, ...] = (),
-) -> Callable[[Callable[..., tuple[Any, Any]]], Claim]:
+) -> Callable[[Callable[..., Sides]], Claim]:
     """A decorator that makes a `Claim` of a function (normal, **values) → (predicted, measured).
 
     >>> from sims.parameters import PENALTY
-    >>> @claim("X", "Squares are not negative.", "x^2 > 0", source="ours", kind="inequality",
+    >>> @claim("X", "Squares are not negative.", R"x^2 \\ge 0", source="ours", kind="inequality",
     ...        parameters={"scale": PENALTY.within(0.1, 1.0)})
     ... def squares(normal, scale):
     ...     return 0.0, (scale * normal(5)) ** 2
@@ -85,7 +88,7 @@ def claim(
     'inequality'
     """
 
-    def register(sides: Callable[..., tuple[Any, Any]]) -> Claim:
+    def register(sides: Callable[..., Sides]) -> Claim:
         return Claim(id, statement, formula, source, kind, dict(parameters), sides, tolerance, rate, sizes)
 
     return register

@@ -1,6 +1,7 @@
 """§3 as claims: predictions without sampling, and how fast they become exact (docs, D1–D5)."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -20,48 +21,16 @@ from linfit import (
     risk_forms,
     spectra,
 )
-from sims.claims import Normal, claim
-from sims.parameters import ALIGNMENT, DECAY, PENALTY, TIME, Parameter
+from sims.claims import Normal, Sides, claim
+from sims.claims.problems import autocorrelation
+from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, PRETRAIN_RISK, TIME, Parameter
 from theory import rational
 from theory.equivalents import degrees_of_freedom, effective_ranks, effective_regularization, risk
 
 SIZES, REPLICATES = (40, 160), 24
-LARGEST = 8 * SIZES[-1]
-"""Population arrays are padded to one length, so that nothing is compiled twice."""
 
-LAWS = (
-    lambda latent: latent,
-    np.sign,
-    lambda latent: 12**0.5 * (scipy.stats.norm.cdf(latent) - 0.5),
-)
+LAWS = (lambda latent: latent, np.sign, lambda latent: 12**0.5 * (scipy.stats.norm.cdf(latent) - 0.5))
 """Gaussian, Rademacher and uniform coordinates from standard normals."""
-
-
-class Design(NamedTuple):
-    """Designs of one size, and their population."""
-
-    n: int
-    X: np.ndarray
-    """(replicates, n, p)."""
-    eigenvalues: np.ndarray
-    """s (p,)."""
-
-
-def _padded(values: Any) -> np.ndarray:
-    values = np.asarray(values)
-    return np.concatenate([values, np.zeros(LARGEST - values.size)])
-
-
-def _design(normal: Normal, n: int, doublings: int, decay: float, law: int, row_correlation: float) -> Design:
-    """p = 2^doublings · n; rows are independent unless `row_correlation`, that of consecutive ones, is not 0."""
-    p = n * 2**doublings
-    eigenvalues = np.asarray(spectra.power_law(p, decay))
-    latent = LAWS[law](normal(REPLICATES, n, p))
-    if row_correlation:
-        lags = np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
-        latent = np.linalg.cholesky(row_correlation**lags) @ latent
-    return Design(n, latent * np.sqrt(eigenvalues), eigenvalues)
-
 
 DESIGN_PARAMETERS = {
     "doublings": Parameter(low=1, high=2, scale="whole", lowest=0, highest=3),
@@ -70,17 +39,32 @@ DESIGN_PARAMETERS = {
     "row_correlation": Parameter(low=0.0, high=0.0, highest=0.9),
 }
 
-# D1 and D2 -----------------------------------------------------------------------------------------------------------
+
+def _designs(
+    normal: Normal, doublings: int, decay: float, law: int, row_correlation: float
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each size n: n, designs X (replicates, n, p) with p = 2^doublings · n, and the eigenvalues s (p,) of Σ.
+
+    Rows are independent unless `row_correlation`, that of consecutive ones, is not 0.
+    """
+    for n in SIZES:
+        p = n * 2**doublings
+        s = np.asarray(spectra.power_law(p, decay))
+        latent = LAWS[law](normal(REPLICATES, n, p))
+        if row_correlation:
+            latent = np.linalg.cholesky(autocorrelation(n, row_correlation)) @ latent
+        yield n, latent * np.sqrt(s), s
 
 
-class Resolvents(NamedTuple):
-    """Designs with two penalties, complex, and two weights that commute with Σ."""
+def _padded(values: Any) -> np.ndarray:
+    """Zeros up to one length for all population arrays, so that nothing is compiled twice."""
+    values = np.asarray(values)
+    return np.concatenate([values, np.zeros(8 * SIZES[-1] - values.size)])
 
-    designs: list[Design]
-    penalties: list[np.ndarray]
-    """(2,) for each size."""
-    weights: list[tuple[np.ndarray, np.ndarray]]
-    """S and M (p,) for each size, of trace 1."""
+
+def _gram(X: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
+    """X diag(weight) Xᵀ/n (replicates, n, n)."""
+    return (X * weight) @ np.swapaxes(X, 1, 2) / X.shape[1]
 
 
 RESOLVENT_PARAMETERS = DESIGN_PARAMETERS | {
@@ -93,215 +77,18 @@ RESOLVENT_PARAMETERS = DESIGN_PARAMETERS | {
 
 
 def _resolvents(
-    normal: Normal,
-    penalty: float,
-    other_penalty: float,
-    phase: float,
-    other_phase: float,
-    weight: float,
-    **values: Any,
-) -> Resolvents:
-    designs = [_design(normal, n, **values) for n in SIZES]
+    normal: Normal, penalty: float, other_penalty: float, phase: float, other_phase: float, weight: float, **values: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]]:
+    """For each size: X, s, two complex effective penalties κ, (XXᵀ/n + λ)⁻¹ at each λ, and S ∝ Σ^weight of trace 1."""
     relative = np.array([penalty * np.exp(1j * phase), other_penalty * np.exp(1j * other_phase)])
-    weights = []
-    for design in designs:
-        S = design.eigenvalues**weight
-        weights.append((S / S.sum(), design.eigenvalues / design.eigenvalues.sum()))
-    penalties = [relative * design.eigenvalues.sum() / design.n for design in designs]
-    return Resolvents(designs, penalties, weights)
+    for n, X, s in _designs(normal, **values):
+        penalties, S = relative * s.sum() / n, s**weight
+        kappa = np.asarray(effective_regularization(penalties, _padded(s), n))
+        yield X, s, kappa, [np.linalg.inv(_gram(X) + at * np.eye(n)) for at in penalties], S / S.sum()
 
 
 def _real(value: np.ndarray) -> np.ndarray:
     return np.stack([np.real(value), np.imag(value)], axis=-1)
-
-
-def _kappas(data: Resolvents) -> list[np.ndarray]:
-    return [
-        np.asarray(effective_regularization(penalties, _padded(design.eigenvalues), design.n))
-        for design, penalties in zip(data.designs, data.penalties)
-    ]
-
-
-def _one_point(data: Resolvents) -> list[np.ndarray]:
-    """κ tr S(Σ+κ)⁻¹."""
-    return [
-        _real(kappa[0] * np.sum(S / (design.eigenvalues + kappa[0])))
-        for design, kappa, (S, _) in zip(data.designs, _kappas(data), data.weights)
-    ]
-
-
-def _one_point_sampled(data: Resolvents) -> list[np.ndarray]:
-    """λ tr S(Σ̂+λ)⁻¹ through the kernel."""
-    samples = []
-    for design, (penalty, _), (S, _) in zip(data.designs, data.penalties, data.weights):
-        kernel = _grams(design)
-        inverse = np.linalg.inv(kernel + penalty * np.eye(design.n))
-        samples.append(_real(S.sum() - np.einsum("rij,rji->r", inverse, _grams(design, S))))
-    return samples
-
-
-def _grams(design: Design, weight: np.ndarray | float = 1.0) -> np.ndarray:
-    """X diag(weight) Xᵀ/n (replicates, n, n)."""
-    return (design.X * weight) @ np.swapaxes(design.X, 1, 2) / design.n
-
-
-def _two_points(data: Resolvents) -> list[np.ndarray]:
-    """κ₁κ₂ tr S(Σ+κ₁)⁻¹[M + aΣ](Σ+κ₂)⁻¹."""
-    predictions = []
-    for design, kappa, (S, M) in zip(data.designs, _kappas(data), data.weights):
-        s, n = design.eigenvalues, design.n
-        both = 1 / ((s + kappa[0]) * (s + kappa[1]))
-        a = np.sum(M * s * both) / n / (1 - np.sum(s**2 * both) / n)
-        predictions.append(_real(kappa[0] * kappa[1] * np.sum(S * both * (M + a * s))))
-    return predictions
-
-
-def _two_points_sampled(data: Resolvents) -> list[np.ndarray]:
-    samples = []
-    for design, penalties, (S, M) in zip(data.designs, data.penalties, data.weights):
-        kernel = _grams(design)
-        first, second = (np.linalg.inv(kernel + penalty * np.eye(design.n)) for penalty in penalties)
-        single = np.einsum("rij,rji->r", first + second, _grams(design, S * M))
-        double = np.einsum("rij,rji->r", _grams(design, S) @ first, _grams(design, M) @ second)
-        samples.append(_real(np.sum(S * M) - single + double))
-    return samples
-
-
-# D3 and D4 -----------------------------------------------------------------------------------------------------------
-
-
-class Experiments(NamedTuple):
-    """Problems with u ≠ 0 and Σ₁ ≠ Σ₂ at growing size, and the filters whose risk is predicted."""
-
-    designs: list[Design]
-    problems: list[TwoTaskProblem]
-    filters: tuple[Filter, ...]
-    tau: Array
-
-
-EXPERIMENT_PARAMETERS = DESIGN_PARAMETERS | {
-    "alignment": ALIGNMENT.within(-1.0, 1.0),
-    "pretrain_decay": Parameter(low=0.0, high=1.5),
-    "noise_variance": Parameter(low=1e-2, high=1.0, scale="log", highest=100.0),
-    "pretrain_risk": Parameter(low=0.0, high=1.0),
-}
-
-
-def _experiments(
-    normal: Normal,
-    filters: tuple[Filter, ...],
-    alignment: float,
-    pretrain_decay: float,
-    noise_variance: float,
-    pretrain_risk: float,
-    **values: Any,
-) -> Experiments:
-    designs = [_design(normal, n, **values) for n in SIZES]
-    problems = [
-        aligned_problem(
-            spectra.power_law(design.eigenvalues.size, values["decay"]),
-            alignment=alignment,
-            noise_std=noise_variance**0.5,
-            pretrain_spectrum=spectra.power_law(design.eigenvalues.size, pretrain_decay),
-            pretrain_risk=pretrain_risk,
-        )
-        for design in designs
-    ]
-    return Experiments(designs, problems, filters, jnp.array([0.3, 0.7, 1.0, 1.3])[:, None])
-
-
-def _ridges(normal: Normal, penalty: float, **values: Any) -> Experiments:
-    return _experiments(normal, (MinNorm(), Ridge([penalty, 10 * penalty])), **values)
-
-
-def _flows(normal: Normal, time: float, **values: Any) -> Experiments:
-    return _experiments(normal, (GradientFlow([time, 10 * time]),), **values)
-
-
-def _padded_problem(problem: TwoTaskProblem) -> TwoTaskProblem:
-    pretrain, finetune, spread = (
-        jnp.asarray(_padded(covariance.diagonal()))
-        for covariance in (problem.pretrain_covariance, problem.finetune_covariance, problem.shift.covariance)  # type: ignore[union-attr]
-    )
-    u = np.zeros(problem.p) if problem.pretrain_error is None else problem.pretrain_error
-    return TwoTaskProblem(pretrain, finetune, RandomShift(spread), problem.noise_std, jnp.asarray(_padded(u)))
-
-
-def _predicted_risk(data: Experiments) -> list[np.ndarray]:
-    """Total risk on both domains, relative to R_ft(θ₁) = 1: (filters, 2, taus, hyperparameters) flattened."""
-    predictions = []
-    for design, problem in zip(data.designs, data.problems):
-        padded = _padded_problem(problem)
-        risks = [risk(padded, design.n, filter, data.tau) for filter in data.filters]
-        predictions.append(np.concatenate([np.ravel(part.total) for pair in risks for part in pair]))
-    return predictions
-
-
-def _mean_exact_risk(data: Experiments) -> list[np.ndarray]:
-    forms = [risk_forms(design.X, problem) for design, problem in zip(data.designs, data.problems)]
-    return [np.asarray(_totals(form, data.filters, data.tau)) for form in forms]
-
-
-@eqx.filter_jit
-def _totals(forms: Pair, filters: tuple[Filter, ...], tau: Array) -> Array:
-    totals = [form(filter, tau).total for filter in filters for form in forms]
-    return jnp.concatenate([total.reshape(len(total), -1) for total in totals], axis=1)
-
-
-def _contour(normal: Normal, time: float, span: float) -> tuple[np.ndarray, np.ndarray]:
-    """Times that share a contour if they lie within a decade, and eigenvalues from 0 to far beyond 1/t."""
-    times = time * span ** np.linspace(0, 1, 8)
-    return times, np.concatenate([[0.0], np.logspace(-6, 6, 200) / time])
-
-
-def _by_contour(data: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """1 − s·g(s) = Re Σ w λ/(s+λ), (8, 201), as the equivalents use it."""
-    times, s = data
-    plan = rational.Plan(jnp.asarray(times[-1:]), jnp.ones(1), jnp.zeros(times.size, int))
-    ridges = rational.flow_ridges(jnp.asarray(times), plan)
-    poles = np.asarray(ridges.penalties)[np.asarray(ridges.group)]
-    return np.einsum("tk,tks->ts", np.asarray(ridges.weights) * poles, 1 / (s + poles[..., None])).real
-
-
-def _by_exponential(data: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    times, s = data
-    return np.exp(-times[:, None] * s)
-
-
-# D5 ------------------------------------------------------------------------------------------------------------------
-
-
-def _sampled_designs(normal: Normal, penalty: float, **values: Any) -> tuple[float, list[Design]]:
-    return penalty, [_design(normal, n, **values) for n in SIZES]
-
-
-def _expected_degrees(data: tuple[float, list[Design]]) -> list[np.ndarray]:
-    """df₁/n."""
-    penalty, designs = data
-    return [
-        np.asarray(degrees_of_freedom(penalty * d.eigenvalues.sum() / d.n, _padded(d.eigenvalues), d.n).first / d.n)
-        for d in designs
-    ]
-
-
-def _sampled_degrees(data: tuple[float, list[Design]]) -> list[np.ndarray]:
-    """tr Σ̂(Σ̂+λ)⁻¹/n."""
-    penalty, designs = data
-    samples = []
-    for design in designs:
-        eigenvalues = np.linalg.eigvalsh(_grams(design))
-        samples.append(np.mean(eigenvalues / (eigenvalues + penalty * design.eigenvalues.sum() / design.n), axis=1))
-    return samples
-
-
-def _spectrum(normal: Normal, decay: float, roughness: float, k: int) -> tuple[np.ndarray, int]:
-    return np.arange(1.0, 41.0) ** -decay * np.exp(roughness * normal(40)), k
-
-
-def _rank_margins(data: tuple[np.ndarray, int]) -> np.ndarray:
-    """1 − r_k/R_k and 1 − R_k/r_k²."""
-    r, R = (float(rank) for rank in effective_ranks(*data))
-    return np.array([1 - r / R, 1 - R / r**2])
 
 
 @claim(
@@ -315,9 +102,13 @@ def _rank_margins(data: tuple[np.ndarray, int]) -> np.ndarray:
     tolerance=1.0,
     sizes=SIZES,
 )
-def d1(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _resolvents(normal, **values)
-    return _one_point(instance), _one_point_sampled(instance)
+def d1(normal: Normal, **values: Any) -> Sides:
+    """κ tr S(Σ+κ)⁻¹ and λ tr S(Σ̂+λ)⁻¹, the latter through the kernel."""
+    predicted, measured = [], []
+    for X, s, kappa, (inverse, _), S in _resolvents(normal, **values):
+        predicted.append(_real(kappa[0] * np.sum(S / (s + kappa[0]))))
+        measured.append(_real(S.sum() - np.einsum("rij,rji->r", inverse, _gram(X, S))))
+    return predicted, measured
 
 
 @claim(
@@ -331,9 +122,69 @@ def d1(normal: Normal, **values: Any) -> tuple[Any, Any]:
     tolerance=10.0,
     sizes=SIZES,
 )
-def d2(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _resolvents(normal, **values)
-    return _two_points(instance), _two_points_sampled(instance)
+def d2(normal: Normal, **values: Any) -> Sides:
+    """κ₁κ₂ tr S(Σ+κ₁)⁻¹[M + aΣ](Σ+κ₂)⁻¹ and λ₁λ₂ tr S(Σ̂+λ₁)⁻¹M(Σ̂+λ₂)⁻¹ (M = Σ/tr Σ), the latter through the kernel."""
+    predicted, measured = [], []
+    for X, s, kappa, (first, second), S in _resolvents(normal, **values):
+        n, M = X.shape[1], s / s.sum()
+        both = 1 / ((s + kappa[0]) * (s + kappa[1]))
+        a = np.sum(M * s * both) / n / (1 - np.sum(s**2 * both) / n)
+        predicted.append(_real(kappa[0] * kappa[1] * np.sum(S * both * (M + a * s))))
+        single = np.einsum("rij,rji->r", first + second, _gram(X, S * M))
+        double = np.einsum("rij,rji->r", _gram(X, S) @ first, _gram(X, M) @ second)
+        measured.append(_real(np.sum(S * M) - single + double))
+    return predicted, measured
+
+
+RISK_PARAMETERS = DESIGN_PARAMETERS | {
+    "alignment": ALIGNMENT.within(-1.0, 1.0),
+    "pretrain_decay": DECAY.within(0.0, 1.5),
+    "noise_std": NOISE_STD.within(0.1, 1.0, highest=10.0),
+    "pretrain_risk": PRETRAIN_RISK.within(0.0, 1.0),
+}
+
+
+def _risks(
+    normal: Normal,
+    filters: tuple[Filter, ...],
+    decay: float,
+    alignment: float,
+    pretrain_decay: float,
+    noise_std: float,
+    pretrain_risk: float,
+    **values: Any,
+) -> Sides:
+    """Total risk on both domains, relative to R_ft(θ₁) = 1: (filters, 2, taus, hyperparameters) flattened."""
+    tau = jnp.array([0.3, 0.7, 1.0, 1.3])[:, None]
+    predicted, measured = [], []
+    for n, X, s in _designs(normal, decay=decay, **values):
+        problem = aligned_problem(
+            s,
+            alignment=alignment,
+            noise_std=noise_std,
+            pretrain_spectrum=spectra.power_law(s.size, pretrain_decay),
+            pretrain_risk=pretrain_risk,
+        )
+        padded = _padded_problem(problem)
+        pairs = [risk(padded, n, filter, tau) for filter in filters]
+        predicted.append(np.concatenate([np.ravel(part.total) for pair in pairs for part in pair]))
+        measured.append(np.asarray(_totals(risk_forms(X, problem), filters, tau)))
+    return predicted, measured
+
+
+def _padded_problem(problem: TwoTaskProblem) -> TwoTaskProblem:
+    pretrain, finetune, spread = (
+        jnp.asarray(_padded(covariance.diagonal()))
+        for covariance in (problem.pretrain_covariance, problem.finetune_covariance, problem.shift.covariance)  # type: ignore[union-attr]
+    )
+    u = np.zeros(problem.p) if problem.pretrain_error is None else problem.pretrain_error
+    return TwoTaskProblem(pretrain, finetune, RandomShift(spread), problem.noise_std, jnp.asarray(_padded(u)))
+
+
+@eqx.filter_jit
+def _totals(forms: Pair, filters: tuple[Filter, ...], tau: Array) -> Array:
+    totals = [form(filter, tau).total for filter in filters for form in forms]
+    return jnp.concatenate([total.reshape(len(total), -1) for total in totals], axis=1)
 
 
 @claim(
@@ -343,13 +194,12 @@ def d2(normal: Normal, **values: Any) -> tuple[Any, Any]:
     R"+ 2\tau(1-\tau)\,\kappa\,\mathrm{tr}\,S(\Sigma+\kappa)^{-1}M + \tau^2(B + \sigma^2 a)",
     source="ours",
     kind="asymptotic",
-    parameters=EXPERIMENT_PARAMETERS | {"penalty": PENALTY.within(1e-3, 0.1, lowest=1e-9)},
+    parameters=RISK_PARAMETERS | {"penalty": PENALTY.within(1e-3, 0.1, lowest=1e-9)},
     tolerance=5.0,
     sizes=SIZES,
 )
-def d3(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _ridges(normal, **values)
-    return _predicted_risk(instance), _mean_exact_risk(instance)
+def d3(normal: Normal, penalty: float, **values: Any) -> Sides:
+    return _risks(normal, (MinNorm(), Ridge([penalty, 10 * penalty])), **values)
 
 
 @claim(
@@ -358,13 +208,12 @@ def d3(normal: Normal, **values: Any) -> tuple[Any, Any]:
     R"e^{-t\hat\Sigma} = \tfrac{1}{2\pi i}\oint e^{\lambda t}(\hat\Sigma+\lambda)^{-1}d\lambda",
     source="ours",
     kind="asymptotic",
-    parameters=EXPERIMENT_PARAMETERS | {"time": TIME.within(1.0, 1e3, highest=1e6)},
+    parameters=RISK_PARAMETERS | {"time": TIME.within(1.0, 1e3, highest=1e6)},
     tolerance=5.0,
     sizes=SIZES,
 )
-def d4(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _flows(normal, **values)
-    return _predicted_risk(instance), _mean_exact_risk(instance)
+def d4(normal: Normal, time: float, **values: Any) -> Sides:
+    return _risks(normal, (GradientFlow([time, 10 * time]),), **values)
 
 
 @claim(
@@ -379,9 +228,18 @@ def d4(normal: Normal, **values: Any) -> tuple[Any, Any]:
     },
     tolerance=1e-8,
 )
-def d4_contour(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _contour(normal, **values)
-    return _by_exponential(instance), _by_contour(instance)
+def d4_contour(normal: Normal, time: float, span: float) -> Sides:
+    """1 − s·g(s) = Re Σ w λ/(s+λ) (8, 201), as the equivalents use it, for eigenvalues from 0 to far beyond 1/t.
+
+    The times share a contour, as those within a decade do.
+    """
+    times = time * span ** np.linspace(0, 1, 8)
+    s = np.concatenate([[0.0], np.logspace(-6, 6, 200) / time])
+    plan = rational.Plan(jnp.asarray(times[-1:]), jnp.ones(1), jnp.zeros(times.size, int))
+    ridges = rational.flow_ridges(jnp.asarray(times), plan)
+    poles = np.asarray(ridges.penalties)[np.asarray(ridges.group)]
+    by_contour = np.einsum("tk,tks->ts", np.asarray(ridges.weights) * poles, 1 / (s + poles[..., None])).real
+    return np.exp(-times[:, None] * s), by_contour
 
 
 @claim(
@@ -395,9 +253,15 @@ def d4_contour(normal: Normal, **values: Any) -> tuple[Any, Any]:
     tolerance=1.0,
     sizes=SIZES,
 )
-def d5(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _sampled_designs(normal, **values)
-    return _expected_degrees(instance), _sampled_degrees(instance)
+def d5(normal: Normal, penalty: float, **values: Any) -> Sides:
+    """df₁/n and tr Σ̂(Σ̂+λ)⁻¹/n, λ in units of tr Σ/n."""
+    expected, sampled = [], []
+    for n, X, s in _designs(normal, **values):
+        at = penalty * s.sum() / n
+        eigenvalues = np.linalg.eigvalsh(_gram(X))
+        expected.append(np.asarray(degrees_of_freedom(at, _padded(s), n).first / n))
+        sampled.append(np.mean(eigenvalues / (eigenvalues + at), axis=1))
+    return expected, sampled
 
 
 @claim(
@@ -413,6 +277,7 @@ def d5(normal: Normal, **values: Any) -> tuple[Any, Any]:
     },
     tolerance=1e-12,
 )
-def d5_ranks(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    instance = _spectrum(normal, **values)
-    return (lambda _: 0.0)(instance), _rank_margins(instance)
+def d5_ranks(normal: Normal, decay: float, roughness: float, k: int) -> Sides:
+    """1 − r_k/R_k and 1 − R_k/r_k²."""
+    r, R = (float(rank) for rank in effective_ranks(np.arange(1.0, 41.0) ** -decay * np.exp(roughness * normal(40)), k))
+    return 0.0, np.array([1 - r / R, 1 - R / r**2])

@@ -1,5 +1,6 @@
 """What the claims share: problems from parameters and normals, and the p × p algebra they are measured by."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,26 +20,24 @@ from linfit import (
 )
 from linfit.covariance import Covariance, Diagonal
 from sims.claims import Normal
-from sims.parameters import DECAY, PENALTY, TAU, TIME, Parameter
+from sims.parameters import DECAY, NOISE_STD, PENALTY, TAU, TIME, Parameter
 
 SIZES = ((10, 25), (16, 20))
 """(n, p) of the exact claims: few, because every new shape is compiled."""
 
-FILTER_PARAMETERS = {
+EXACT_PARAMETERS = {
+    "size": Parameter(low=0, high=len(SIZES) - 1, scale="whole"),
+    "decay": DECAY.within(0.0, 1.5),
+    "fixed": Parameter(low=0, high=1, scale="whole"),
+    "noise_std": NOISE_STD.within(1e-3**0.5, 10**0.5),
+    "pretrain_size": Parameter(low=0.1, high=1.0, scale="log"),
+    "tau": TAU.within(-0.5, 1.5),
     "penalty": PENALTY.within(1e-3, 10.0),
     "time": TIME.within(0.1, 100.0),
     "speed": Parameter(low=0.1, high=1.9),  # η·s_max
     "steps": Parameter(low=1, high=30, scale="whole"),
 }
-EXACT_PARAMETERS = {
-    "size": Parameter(low=0, high=len(SIZES) - 1, scale="whole"),
-    "decay": DECAY.within(0.0, 1.5),
-    "fixed": Parameter(low=0, high=1, scale="whole"),
-    "noise_variance": Parameter(low=1e-3, high=10.0, scale="log"),
-    "pretrain_size": Parameter(low=0.1, high=1.0, scale="log"),
-    "tau": TAU.within(-0.5, 1.5),
-    **FILTER_PARAMETERS,
-}
+"""Assumptions of the claims that are exact for any problem and any design."""
 
 
 class Exact(NamedTuple):
@@ -60,7 +59,7 @@ def exact_instance(
     size: int,
     decay: float,
     fixed: int,
-    noise_variance: float,
+    noise_std: float,
     pretrain_size: float,
     tau: float,
     penalty: float,
@@ -73,11 +72,11 @@ def exact_instance(
     n, p = SIZES[size]
     pretrain, finetune, spread = (dense_covariance(normal(p, p), decay) for _ in range(3))
     shift = FixedShift(normal(p)) if fixed else RandomShift(spread)
-    problem = TwoTaskProblem(pretrain, finetune, shift, noise_variance**0.5, pretrain_size * normal(p))
+    problem = TwoTaskProblem(pretrain, finetune, shift, noise_std, pretrain_size * normal(p))
     X = normal(n, p) @ scipy.linalg.cholesky(finetune)
     step_size = float(speed * n / np.linalg.norm(X, 2) ** 2)
     filters = [MinNorm(), Ridge(penalty), GradientFlow(time), GradientDescent(step_size, steps)]
-    maps = np.stack([_min_norm(X), _ridge(X, penalty), _flow(X, time), _descent(X, step_size, steps)])
+    maps = np.stack([np.linalg.pinv(X), ridge_map(X, penalty), _flow(X, time), _descent(X, step_size, steps)])
     return Exact(X, problem, risk_forms(X, problem), filters, maps, tau, extra)
 
 
@@ -93,11 +92,8 @@ def dense_covariance(latent: np.ndarray, decay: float) -> np.ndarray:
     return (matrix + matrix.T) / 2
 
 
-def _min_norm(X: np.ndarray) -> np.ndarray:
-    return np.linalg.pinv(X)
-
-
-def _ridge(X: np.ndarray, penalty: float) -> np.ndarray:
+def ridge_map(X: np.ndarray, penalty: float) -> np.ndarray:
+    """R (p, n) of ridge, through the p × p system."""
     n, p = X.shape
     return np.linalg.solve(X.T @ X / n + penalty * np.eye(p), X.T / n)
 
@@ -136,17 +132,17 @@ class Moments(NamedTuple):
     mean: np.ndarray
     """E Δ."""
     u: np.ndarray
-    noise_variance: float
+    noise_std: float
 
 
 def moments(problem: TwoTaskProblem) -> Moments:
-    """Σ₁, Σ₂, S, E Δ, u, σ²."""
+    """Σ₁, Σ₂, S, E Δ, u, σ."""
     mean, u = (np.zeros(problem.p) if v is None else np.asarray(v) for v in (problem.gap_mean, problem.pretrain_error))
     second = np.outer(mean, mean)
     if problem.gap_covariance is not None:
         second = second + matrix_of(problem.gap_covariance)
     pretrain, finetune = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
-    return Moments(pretrain, finetune, second, mean, u, float(problem.noise_std) ** 2)
+    return Moments(pretrain, finetune, second, mean, u, float(problem.noise_std))
 
 
 def risk_by_algebra(
@@ -160,7 +156,7 @@ def risk_by_algebra(
     noise = np.eye(len(X)) if noise is None else noise
     learned = R @ X
     missed = learned - np.eye(problem.p)
-    spread = R @ noise @ R.T * m.noise_variance
+    spread = R @ noise @ R.T * m.noise_std**2
     finetune = np.trace(m.finetune @ missed @ m.second @ missed.T)
     moved = m.u @ m.pretrain @ m.u + 2 * m.u @ m.pretrain @ learned @ m.mean
     pretrain = moved + np.trace(m.pretrain @ learned @ m.second @ learned.T)
@@ -170,6 +166,24 @@ def risk_by_algebra(
 def totals(problem: TwoTaskProblem, X: np.ndarray, R: np.ndarray) -> np.ndarray:
     """[R_ft, R_pre] by algebra."""
     return risk_by_algebra(problem, X, R).sum(axis=1)
+
+
+def best_linear_map(problem: TwoTaskProblem, X: np.ndarray) -> np.ndarray:
+    """R (p, n) = SXᵀ(XSXᵀ + σ²I)⁻¹, the best linear estimator of all, spectral or not."""
+    m = moments(problem)
+    return m.second @ X.T @ np.linalg.inv(X @ m.second @ X.T + m.noise_std**2 * np.eye(len(X)))
+
+
+def parabola_through(risk: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """(c, b, a) of R(τ) = c − 2bτ + aτ² from its values at τ = 0, ½ and 1; the vertex is at b/a."""
+    start, half, end = (risk(tau) for tau in (0.0, 0.5, 1.0))
+    return start, (3 * start - 4 * half + end) / 2, 2 * (end - 2 * half + start)
+
+
+def autocorrelation(n: int, correlation: float) -> np.ndarray:
+    """(n, n) of rows in sequence: correlation^|i−j|."""
+    index = np.arange(n)
+    return correlation ** np.abs(index[:, None] - index)
 
 
 def coloured(normal: Normal, n: int, problem: TwoTaskProblem) -> Array:
