@@ -1,1 +1,3 @@
-"""What people look at: the paper figures, the report, the pictures of a user's own data."""
+"""What people look at and touch: figures, the report, the explorer, and the command `linfit`."""
+
+__all__ = ["commands", "explorer", "style"]

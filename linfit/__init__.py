@@ -55,7 +55,7 @@ _PUBLIC = {
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-_MODULES = ("network", "spectra")
+_MODULES = ("bridge", "network", "spectra", *_PUBLIC)
 
 __all__ = [*sorted(_MODULE_OF), *_MODULES]
 

@@ -1,1 +1,15 @@
-"""What is measured: Monte Carlo experiments from raw data, synthetic and real."""
+"""What is measured: experiments from raw data, methods compared, claims verified, sweeps."""
+
+__all__ = [
+    "claims",
+    "compare",
+    "equivalents",
+    "flow",
+    "overadaptation",
+    "overtraining",
+    "parameters",
+    "real_data",
+    "s3ft",
+    "sweep",
+    "verify",
+]

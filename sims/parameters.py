@@ -6,6 +6,8 @@ Importing this module loads neither JAX nor numpy.
 import math
 from typing import Literal, NamedTuple
 
+__all__ = ["Parameter"]
+
 RISK = "squared units of y"
 EIGENVALUE = "units of the eigenvalues"
 

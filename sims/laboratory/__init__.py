@@ -1,1 +1,3 @@
 """Real networks, small enough to be trained here, beside the linear theory."""
+
+__all__: list[str] = []
