@@ -11,16 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.timing import median_seconds, sized
-from linfit import (
-    GradientFlow,
-    RandomShift,
-    Ridge,
-    TwoTaskProblem,
-    column_blocks,
-    risk_forms,
-    sample_design,
-    spectra,
-)
+from linfit import GradientFlow, RandomShift, Ridge, TwoTaskProblem, column_blocks, risk_forms, sample_design, spectra
 
 N, P, DESIGNS = sized((500, 5000, 32), (20, 60, 2))
 PENALTIES, TIMES, TAU = np.logspace(-5, 2, 60), np.logspace(-2, 5, 60), np.linspace(0, 1, 101)

@@ -47,11 +47,7 @@ _QUICK = _Setting(n=30, p=90, tasks=8, validation=8, features=10, ratios=(4, 10,
 _MORE_DATA = "something left of pretraining"
 _GROUPS = {
     "the two ends": ("#000000", "o", ("pretrained", "min-norm")),
-    "how far to move": (
-        "#0072B2",
-        "s",
-        ("early stopping", "ridge", "L1 to init", "low rank", "random sub-nets"),
-    ),
+    "how far to move": ("#0072B2", "s", ("early stopping", "ridge", "L1 to init", "low rank", "random sub-nets")),
     "averaging": ("#CC79A7", "D", ("min-norm + ensemble", "ridge + ensemble", "FLOW + ensemble", "emulated")),
     "other weights or targets": ("#009E73", "^", ("FLOW", "S3FT")),
     _MORE_DATA: ("#D55E00", "P", ("replay", "EWC", "several anchors")),

@@ -306,11 +306,7 @@ def _caption_plane(data: xr.Dataset) -> str:
     )
 
 
-FAMILIES = {
-    "FLOW, T = 4 × median": (0.25, LIGHT),
-    "FLOW, T = median": (1.0, BLUE),
-    "FLOW, T = median / 4": (4.0, DARK),
-}
+FAMILIES = {"FLOW, T = 4 × median": (0.25, LIGHT), "FLOW, T = median": (1.0, BLUE), "FLOW, T = median / 4": (4.0, DARK)}
 STEPS = {
     "unweighted": (ORANGE, "no weights"),
     "FLOW": (BLUE, "FLOW, as it is"),

@@ -225,12 +225,7 @@ def _caption_shares(data: xr.Dataset) -> str:
 
 
 def _against_supervised(
-    key: Array,
-    simulated: xr.Dataset,
-    expected: dict[str, xr.Dataset],
-    stack: Array,
-    filter: Filter,
-    setting: _Setting,
+    key: Array, simulated: xr.Dataset, expected: dict[str, xr.Dataset], stack: Array, filter: Filter, setting: _Setting
 ) -> xr.Dataset:
     """Task risk and forgetting relative to supervised fine-tuning, over four properties."""
     variables: dict[str, Any] = {}

@@ -80,10 +80,7 @@ def test_bad_input(arguments, message):
         flow_weights(*arguments)
 
 
-MASKS = {
-    "samples": ([3.0, 0.5, 1.0, 2.0], None),
-    "tokens": ([[3.0, 0.5], [1.0, 2.0]], [[True, True], [False, True]]),
-}
+MASKS = {"samples": ([3.0, 0.5, 1.0, 2.0], None), "tokens": ([[3.0, 0.5], [1.0, 2.0]], [[True, True], [False, True]])}
 
 
 @pytest.mark.numerical

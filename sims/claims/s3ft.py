@@ -45,10 +45,7 @@ ONE_OUTPUT = {"decay": DECAY.within(0.0, 2.0), "alignment": ALIGNMENT.within(-1.
     R"\rho(c) = 2[z\varphi(z) + 1 - \Phi(z)] = \mathbb{E}\,r^2 1\{|r|>c\}/v,\ z = c/\sqrt v",
     source="ours",
     kind="identity",
-    parameters={
-        "threshold": Parameter(low=0.0, high=4.0),
-        "residual_std": Parameter(low=0.1, high=10.0, scale="log"),
-    },
+    parameters={"threshold": Parameter(low=0.0, high=4.0), "residual_std": Parameter(low=0.1, high=10.0, scale="log")},
     tolerance=1e-9,
 )
 def t1(normal: Normal, threshold: float, residual_std: float) -> tuple[Any, Any]:

@@ -54,8 +54,7 @@ ENSEMBLES: dict[str, _Ensemble] = {
         targets=lambda r, c: s3ft_targets(jnp.zeros_like(r), r, abs(r) <= c).values,
     ),
     "clipped targets": _Ensemble(
-        lambda c, q, noise_std: clipping_coefficient(c, _std(q, noise_std)),
-        targets=lambda r, c: jnp.clip(r, -c, c),
+        lambda c, q, noise_std: clipping_coefficient(c, _std(q, noise_std)), targets=lambda r, c: jnp.clip(r, -c, c)
     ),
     "FLOW": _Ensemble(
         lambda temperature, q, noise_std: flow.fixed_point_coefficient(noise_std, temperature),

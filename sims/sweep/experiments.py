@@ -15,20 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from sims.parameters import (
-    ALIGNMENT,
-    DECAY,
-    LAW,
-    NOISE_STD,
-    PENALTY,
-    PRETRAIN_RISK,
-    RISK,
-    TAU,
-    TIME,
-    N,
-    P,
-    Parameter,
-)
+from sims.parameters import ALIGNMENT, DECAY, LAW, NOISE_STD, PENALTY, PRETRAIN_RISK, RISK, TAU, TIME, N, P, Parameter
 
 if TYPE_CHECKING:
     from jax import Array
