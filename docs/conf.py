@@ -8,7 +8,7 @@ from latex2mathml.converter import convert
 project = "linfit"
 author = "The linfit authors"
 release = importlib.metadata.version("linfit")
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -28,8 +28,9 @@ def _display(translator, node):
 
 
 def _escape_bars(app, what, name, obj, options, lines):
-    """|x| is an absolute value in our docstrings, not a substitution."""
-    lines[:] = [line if line.lstrip().startswith(">>>") else line.replace("|", r"\|") for line in lines]
+    """|x| is an absolute value and **values are keywords in our docstrings, not a substitution and bold print."""
+    code = (">>>", "...")
+    lines[:] = [x if x.lstrip().startswith(code) else x.replace("|", r"\|").replace(" **", r" \*\*") for x in lines]
 
 
 def setup(app):
