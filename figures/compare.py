@@ -199,9 +199,9 @@ def _draw_planes(data: xr.Dataset) -> Figure:
         axis.set_xlabel(FORGETTING)
         _name_points(axis, chosen)
     axes[0].set_ylabel(TASK)
-    groups = [(group, colour, marker) for group, (colour, marker, _) in _GROUPS.items()]
     handles = [
-        Line2D([], [], color=colour, marker=mark, linestyle="none", label=group) for group, colour, mark in groups
+        Line2D([], [], color=colour, marker=marker, linestyle="none", label=group)
+        for group, (colour, marker, _) in _GROUPS.items()
     ]
     spaces = {"fontsize": 6.5, "handletextpad": 0.1, "columnspacing": 1.0}
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **spaces)

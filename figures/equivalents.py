@@ -22,7 +22,7 @@ __all__ = ["pictures"]
 DESIGNS, LAWS = 12, ("gaussian", "rademacher", "student")
 FULL = Setting(n=250, p=1000, sizes=(8, 16, 32, 64, 128), numbers=24_000, laws=LAWS)
 QUICK = Setting(n=60, p=240, sizes=(8, 16, 32), numbers=8_000, laws=("gaussian", "student"))
-"""Sizes of a run: of the convergence study also its n, and designs × n; laws of the designs."""
+"""Of the convergence study `sizes` are the n and `numbers` is designs × n; laws are those of `linfit.design.LAWS`."""
 
 TAUS = np.array([0.3, 0.7, 1.0, 1.3])
 SHADES = ("#009E73", "#0072B2", "#D55E00", "#CC79A7")
@@ -87,7 +87,6 @@ def _predicted_and_averaged(key: Array, setting: Setting) -> xr.Dataset:
 
 
 def _draw_equivalents(data: xr.Dataset) -> Figure:
-    """Predicted risks of all filters as lines, through averages over Gaussian and other designs."""
     _, axes = canvas(3, 2, sharey="row")
     laws: list[str] = data.laws.split()
     hollow: dict[str, Any] = {"fillstyle": "none", "markersize": 4}
@@ -126,7 +125,6 @@ def _caption_equivalents(data: xr.Dataset) -> str:
 
 
 def _draw_rate(data: xr.Dataset) -> Figure:
-    """How fast the gap between prediction and average closes."""
     figure, (axis,) = canvas(1, width=4.2, height=3.0)
     colours = (COLOURS["min-norm"], COLOURS["ridge"], COLOURS["early stopping"], COLOURS["ensemble"])
     for name, colour, marker in zip(data["filter"].values, colours, "os^v", strict=True):

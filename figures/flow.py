@@ -85,7 +85,6 @@ def _context(data: xr.Dataset) -> str:
 
 
 def _draw_training(data: xr.Dataset) -> Figure:
-    """Both errors along training: eq. (14) through sampled iterates."""
     runs = {
         "unweighted": (ORANGE, "no weights, η = ½"),
         "FLOW": (BLUE, "FLOW, η = 1/(2μ)"),
@@ -239,8 +238,7 @@ def _plane() -> xr.Dataset:
 
 def _draw_plane(data: xr.Dataset) -> Figure:
     figure, axes = canvas(2, height=3.3)
-    labels = {factor: SHOWN[name] for factor, name in ((4.0, "tilt 0.25"), (1.0, "FLOW"))}
-    labels[0.25] = (DARK, "FLOW, T = ¼ × median")
+    labels = {4.0: SHOWN["tilt 0.25"], 1.0: SHOWN["FLOW"], 0.25: (DARK, "FLOW, T = ¼ × median")}
     for number, (axis, title) in enumerate(zip(axes, ("Σ₁ uncorrelated", "Σ₁ correlated alike"))):
         bound = data.lower_bound[number]
         levels = bound + (1 - bound) * np.array([0.02, 0.1, 0.25, 0.5, 1.0, 1.75, 3.0])
@@ -532,7 +530,6 @@ def _caption_hard_samples(data: xr.Dataset) -> str:
 
 
 def _draw_digits(data: xr.Dataset) -> Figure:
-    """Real data: FLOW against no weights along training, right and wrong labels."""
     _, axes = canvas(4, 2, height=2.1)
     texts = {"finetune": "fine-tuning test error", "pretrain": "pretraining test error"}
     texts["hardest_accuracy"] = "accuracy, hardest tenth"

@@ -107,7 +107,6 @@ def _mark_lowest(axis: Axes, curve: xr.Dataset, colour: str) -> None:
 
 
 def _draw_along_tau(data: xr.Dataset) -> Figure:
-    """(a) R_ft and R_pre against τ."""
     _, axes = canvas(2)
     for axis, name, domain in zip(axes, ("finetune", "pretrain"), ("ft", "pre"), strict=True):
         for filter in data["filter"].values:
@@ -129,7 +128,6 @@ def _caption_along_tau(data: xr.Dataset) -> str:
 
 
 def _draw_bias_and_variance(data: xr.Dataset) -> Figure:
-    """(b) bias², variance and total against τ, for min-norm and three alignments of the shift."""
     figure, axes = canvas(3, sharey=True)
     texts = ("shift in the tail", "isotropic shift", "shift along the head")
     parts = (
@@ -158,7 +156,6 @@ def _caption_bias_and_variance(data: xr.Dataset) -> str:
 
 
 def _draw_trade_off(data: xr.Dataset) -> Figure:
-    """(c) the plane R_pre × R_ft, a curve for each method."""
     figure, (axis,) = canvas(1, width=COLUMN * 1.3, height=3.0)
     for name in ("early stopping", "ridge", "min-norm + ensemble", "ridge + ensemble"):
         axis.plot(*data[name.replace(" ", "_")], color=COLOURS[name], label=name)
@@ -182,7 +179,6 @@ def _caption_trade_off(data: xr.Dataset) -> str:
 
 
 def _draw_penalty_and_tau(data: xr.Dataset) -> Figure:
-    """(d) R_ft over λ × τ with its minimum."""
     figure, (axis,) = canvas(1, width=COLUMN * 1.2, height=2.8)
     risk = data.risk.values
     levels = MaxNLocator(24).tick_values(risk.min(), min(risk.max(), 1.3))
@@ -205,7 +201,6 @@ def _caption_penalty_and_tau(data: xr.Dataset) -> str:
 
 
 def _draw_training_time(data: xr.Dataset) -> Figure:
-    """(e) risk against fine-tuning time, with and without ensembling."""
     _, axes = canvas(2)
     colour, averaged = COLOURS["fine-tuned"], R"ensemble at the best $\tau$ for $R_\mathrm{ft}$"
     for axis, name, domain in zip(axes, ("finetune", "pretrain"), ("ft", "pre"), strict=True):
@@ -231,7 +226,6 @@ PHASE_METHODS = ("min-norm + ensemble", "ridge", "early stopping")
 
 
 def _draw_phase_diagram(data: xr.Dataset) -> Figure:
-    """(f) which method wins over alignment × noise, and by how much."""
     risk, variance = data.risk, data.noise_std**2
     winner = risk.sel(estimator=list(PHASE_METHODS)).argmin("estimator")
     regularised = risk.sel(estimator=["ridge", "early stopping"]).min("estimator")
@@ -240,17 +234,16 @@ def _draw_phase_diagram(data: xr.Dataset) -> Figure:
     worst, most = min(float(np.floor(np.percentile(margin, 10))), -1.0), max(float(np.ceil(margin.max())), 1.0)
     figure, axes = canvas(3, height=3.2, sharey=True)
 
-    def draw_map(axis: Axes, values: xr.DataArray, norm: Normalize, cmap: str | ListedColormap, label: str) -> Colorbar:
+    def draw_map(axis: Axes, values: xr.DataArray, norm: Normalize, cmap: Any, label: str, **bar: Any) -> Colorbar:
         looks: dict[str, Any] = {"norm": norm, "cmap": cmap, "shading": "nearest", "rasterized": True}
         mesh = axis.pcolormesh(data.alignment, variance, values.T, **looks)
-        extend = "min" if values is margin else "neither"
-        return figure.colorbar(mesh, ax=axis, location="bottom", extend=extend, label=label)
+        return figure.colorbar(mesh, ax=axis, location="bottom", label=label, **bar)
 
     colours = ListedColormap([COLOURS[name] for name in PHASE_METHODS])
     bar = draw_map(axes[0], winner, Normalize(-0.5, len(PHASE_METHODS) - 0.5), colours, "best of these three")
     bar.set_ticks(range(len(PHASE_METHODS)), labels=["min-norm\n+ ensemble", "ridge", "early\nstopping"])
     text, ticks = "ensembled min-norm against\nthe best regularization [%]", [worst, worst / 2, 0, most / 2, most]
-    bar = draw_map(axes[1], margin, TwoSlopeNorm(0, worst, most), "PuOr", text)
+    bar = draw_map(axes[1], margin, TwoSlopeNorm(0, worst, most), "PuOr", text, extend="min")
     bar.set_ticks(ticks, labels=[f"{tick:+.0f}" if tick else "0" for tick in ticks])
     text = "what the ensemble adds\nto the best regularization [%]"
     draw_map(axes[2], both, Normalize(0, None), "cividis", text)
@@ -277,10 +270,10 @@ def _caption_phase_diagram(data: xr.Dataset) -> str:
 
 
 def _draw_digits(data: xr.Dataset) -> Figure:
-    """(g) real data: both test errors along τ at each noise level, the leave-one-out choice marked."""
     figure, axes = canvas(3, 2, height=2.1, sharex=True)
     at_choice = data.pretrain.sel(tau=data.test_tau, method="nearest")
     tops = {"finetune": 1.15, "pretrain": 1.15 * float(max(at_choice.max(), data.pretrain.sel(filter="ridge").max()))}
+    hollow: dict[str, Any] = {"fillstyle": "none", "markeredgewidth": 1.3, "linestyle": "none"}
     choices = (("test_tau", "o", 7, R"best $\tau$ on test"), ("loo_tau", "x", 5, R"leave-one-out $\tau$"))
     for column, level in enumerate(data.noise_std.values):
         for axis, (name, top) in zip(axes[column::3], tops.items(), strict=True):
@@ -288,16 +281,10 @@ def _draw_digits(data: xr.Dataset) -> Figure:
                 curve, colour = data.sel(noise_std=level, filter=filter), COLOURS[filter]
                 error = curve[f"{name}_error"]
                 band(axis, data.tau, curve[name], error, color=colour, alpha=0.25, label=filter)
-                looks: dict[str, Any] = {
-                    "color": colour,
-                    "fillstyle": "none",
-                    "markeredgewidth": 1.3,
-                    "linestyle": "none",
-                }
                 for choice, marker, size, label in choices:
                     height = np.interp(curve[choice], data.tau, curve[name])
                     named = label if filter == "min-norm" else None
-                    axis.plot(curve[choice], height, marker, markersize=size, label=named, **looks)
+                    axis.plot(curve[choice], height, marker, color=colour, markersize=size, label=named, **hollow)
             axis.set_ylim(0, top)
         axes[column].set_title(f"label noise {level:g}")
         axes[3 + column].set_xlabel(TAU_LABEL)

@@ -77,7 +77,6 @@ def _shades(count: int) -> np.ndarray:
 
 
 def _mark(axis: Axes, time: float, height: float, colour: object) -> None:
-    """A triangle at an inflection."""
     axis.plot(time, height, "v", color=colour, markersize=8, markeredgecolor="white")
 
 
@@ -92,7 +91,6 @@ def _noise_label(gamma: float) -> str:
 
 
 def _draw_features(data: xr.Dataset) -> Figure:
-    """Singular values against time, and the error of finite steps."""
     shown = (1, 2, 3, 5, 8)
     _, axes = canvas(2)
     for mode, colour in zip(shown, _shades(len(shown))):
@@ -131,7 +129,6 @@ def _perturbed(key: Array, target: Array, times: np.ndarray, replicas: int) -> x
 
 
 def _draw_perturbed(data: xr.Dataset) -> Figure:
-    """Loss under Gaussian perturbation against pretraining time, and the sensitivity."""
     _, axes = canvas(2)
     last = float(data.time[-1])
     for gamma, colour in zip(data.gamma.values, _shades(data.gamma.size)):
@@ -174,7 +171,6 @@ def _with_recursion(data: xr.Dataset, target: Array) -> xr.Dataset:
 
 
 def _draw_after(data: xr.Dataset) -> Figure:
-    """Pretraining and fine-tuning loss after fine-tuning against pretraining time, where it turns and where not."""
     _, axes = canvas(3, 2, height=2.1, sharex=True)
     rates = data.shown_rate.values
     for column, (task, title) in enumerate(_TASKS.items()):
@@ -211,24 +207,18 @@ def _caption_after(data: xr.Dataset) -> str:
 
 
 def _draw_penalised(data: xr.Dataset) -> Figure:
-    """What a penalty towards the pretrained weights delays, and what it costs."""
     rate = float(data.step_size.sel(step_size=0.016, method="nearest"))
     _, axes = canvas(3, height=2.5)
-    fixed = f"rate {rate:.3g}"
-    panels = (
-        ("pretrain", "pretraining", fixed),
-        ("finetune", "fine-tuning", fixed),
-        ("pretrain", "pretraining", "rate tuned"),
-    )
-    for axis, (name, loss, title) in zip(axes, panels):
+    losses, titles = {"pretrain": "pretraining", "finetune": "fine-tuning"}, (*[f"rate {rate:.3g}"] * 2, "rate tuned")
+    for axis, name, title in zip(axes, ("pretrain", "finetune", "pretrain"), titles):
         for penalty, colour in zip(data.penalty.values, _shades(data.penalty.size)):
             curves = data.sel(penalty=penalty)
-            curve = curves.sel(step_size=rate) if title == fixed else sims.tuned(curves)
+            curve = sims.tuned(curves) if title == "rate tuned" else curves.sel(step_size=rate)
             bars(axis, curve, name, color=colour, label=f"μ = {penalty:g}", **_AFTER)
             if name == "pretrain":
                 _mark_inflection(axis, curve.pretrain, colour)
         axis.set(xscale="log", xlim=(0.5, float(data.time[-1])), xlabel="pretraining time")
-        axis.set(ylabel=f"{loss} loss after", title=title)
+        axis.set(ylabel=f"{losses[name]} loss after", title=title)
     axes[2].set_yscale("log")
     readable_ticks(axes[2].yaxis)
     axes[0].legend()
@@ -249,7 +239,6 @@ def _proper(times: xr.DataArray) -> xr.DataArray:
 
 
 def _draw_inflections(data: xr.Dataset) -> Figure:
-    """Inflection time against γ, against the learning rate, and over both."""
     figure, axes = canvas(3, height=2.6)
     modes, exact = (values.where(values > 0) for values in (data.mode_inflection, data.inflection))
     for index, colour in zip((0, 1, 3, 7), _shades(4)):
@@ -296,7 +285,6 @@ def _caption_inflections(data: xr.Dataset) -> str:
 
 
 def _tokens(key: Array, quick: bool) -> xr.Dataset:
-    """Pretraining on a budget of fresh tokens, two schedules."""
     size, steps, replicas, count = (6, 900, 3, 5) if quick else (12, 12_000, 12, 13)
     target, gammas = sims.sample_target(jax.random.fold_in(key, 1), size), np.array([0.0, 0.05, 0.1, 0.15])
     budgets = np.unique(np.rint(np.geomspace(40, steps, count)).astype(int)) * 8
