@@ -1,7 +1,8 @@
 """All methods of the four papers: equivalent coefficients, the plane of both risks, and which method suits which problem."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from types import SimpleNamespace as Setting
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,36 +14,16 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from figures.style import PAGE, Picture, canvas, panel_letters, readable_ticks
+from figures.style import FORGETTING, TASK, Picture, bars, canvas, panel_letters, readable_ticks, seed_of
 from sims import compare as sims
 from sims.compare import ENSEMBLES, METHODS, Samples
 from theory.frontier import smoothing_coefficient
 
 __all__ = ["pictures"]
 
-
-class _Setting(NamedTuple):
-    """Sizes of a run."""
-
-    n: int = 100
-    p: int = 300
-    tasks: int = 64
-    validation: int = 32
-    features: int = 20
-    """Of the least-squares fits."""
-    ratios: tuple[int, ...] = (3, 4, 6, 10, 20, 50)
-    """Their samples per feature."""
-    replicates: int = 128
-
-    @property
-    def rows(self) -> int:
-        """Samples of the largest least-squares fit."""
-        return self.ratios[-1] * self.features
-
-
-_FULL = _Setting()
-_QUICK = _Setting(n=30, p=90, tasks=8, validation=8, features=10, ratios=(4, 10, 50), replicates=24)
-"""For CI and first looks."""
+_FULL = Setting(n=100, p=300, tasks=64, validation=32, features=20, ratios=(3, 4, 6, 10, 20, 50), replicates=128)
+_QUICK = Setting(n=30, p=90, tasks=8, validation=8, features=10, ratios=(4, 10, 50), replicates=24)
+"""Sizes of a run: features of the least-squares fits, and their samples per feature."""
 
 _MORE_DATA = "something left of pretraining"
 _GROUPS = {
@@ -64,87 +45,71 @@ _GOALS = {"both": R"$R_\mathrm{ft} + R_\mathrm{pre}$", "finetune": R"$R_\mathrm{
 
 def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     """Where methods are an ensemble and where not, the planes, and the ranked tables."""
-    setting = _QUICK if quick else _FULL
-    seed = int(jax.random.key_data(key).ravel()[-1])
-    keys = jax.random.split(key)
+    setting, seed, keys = _QUICK if quick else _FULL, seed_of(key), jax.random.split(key)
     title = "Methods that are an ensemble in disguise"
     data = _equivalents(keys[0], setting).assign_attrs(seed=seed)
     yield Picture("equivalent_coefficients", title, data, _draw_equivalents, _caption_equivalents)
-    samples = {
-        name: sims.measure(keys[1], problem, setting.n, setting.validation + setting.tasks)
-        for name, problem in sims.compared_problems(setting.p).items()
-    }
-    sizes = {"n": setting.n, "p": setting.p, "tasks": setting.tasks, "validation": setting.validation, "seed": seed}
-    data = _planes(samples, setting.validation).assign_attrs(sizes)
+    n, p, tasks, validation = setting.n, setting.p, setting.tasks, setting.validation
+    problems = sims.compared_problems(p)
+    samples = {name: sims.measure(keys[1], problem, n, validation + tasks) for name, problem in problems.items()}
+    sizes = {"n": n, "p": p, "tasks": tasks, "validation": validation, "seed": seed}
+    data = _planes(samples, validation).assign_attrs(sizes)
     yield Picture("methods_plane", "Every method in one plane", data, _draw_planes, _caption_planes)
-    data = _tables(samples, setting.validation).assign_attrs(sizes)
+    data = _tables(samples, validation).assign_attrs(sizes)
     yield Picture("methods_table", "Which method suits which problem", data, _draw_tables, _caption_tables)
 
 
-# Ensembles in disguise -----------------------------------------------------------------------------------------------
-
-
-def _equivalents(key: Array, setting: _Setting) -> xr.Dataset:
+def _equivalents(key: Array, setting: Setting) -> xr.Dataset:
     """Equivalent τ of each method: against its own knob, with fewer samples, under other laws, stopped early."""
-    problem = sims.spread_problem(setting.features)
-    sizes: dict[str, Any] = {"replicates": setting.replicates, "rows": setting.rows}
+    features, rows = setting.features, setting.ratios[-1] * setting.features
+    problem, sizes = sims.spread_problem(features), {"replicates": setting.replicates, "rows": rows}
     standardised, v, shown = np.logspace(-1.5, 1.5, 91), 1 + _NOISE_STD**2, np.array([0.2, 0.6, 1.2, 2.0])
     unit = {name: v if name == "FLOW" else v**0.5 for name in _KNOBS}
 
     def predicted(at: np.ndarray) -> np.ndarray:
-        rows = [ENSEMBLES[name].tau(at * unit[name], 1.0, _NOISE_STD) for name in _KNOBS]
-        return np.stack([np.broadcast_to(row, at.shape) for row in rows])
+        taus = (ENSEMBLES[name].tau(at * unit[name], 1.0, _NOISE_STD) for name in _KNOBS)
+        return np.stack([np.broadcast_to(tau, at.shape) for tau in taus])
 
-    fitted = sims.equivalent_coefficients(key, problem, setting.rows, {k: shown * unit[k] for k in _KNOBS}, **sizes)
+    fitted = sims.equivalent_coefficients(key, problem, rows, {k: shown * unit[k] for k in _KNOBS}, **sizes)
     tau, error = fitted.tau.values, fitted.tau_error.values
-    along_knobs = xr.Dataset(
-        {
-            "tau_theory": (("disguise", "knob"), predicted(standardised)),
-            "tau_smoothing": ("knob", np.where(standardised < 1, smoothing_coefficient(standardised), np.nan)),
-            "tau_points": (("disguise", "shown"), tau),
-            "tau_points_error": (("disguise", "shown"), error),
-        },
-        {"disguise": list(_KNOBS), "knob": standardised, "shown": shown},
-    )
+    variables = {
+        "tau_theory": (("disguise", "knob"), predicted(standardised)),
+        "tau_smoothing": ("knob", np.where(standardised < 1, smoothing_coefficient(standardised), np.nan)),
+        "tau_points": (("disguise", "shown"), tau),
+        "tau_points_error": (("disguise", "shown"), error),
+    }
+    along_knobs = xr.Dataset(variables, {"disguise": list(_KNOBS), "knob": standardised, "shown": shown})
     knobs = {name: sims.knob_at(name, _TAU, 1.0, _NOISE_STD) for name in ENSEMBLES}
-    runs = [sims.equivalent_coefficients(key, problem, r * setting.features, knobs, **sizes) for r in setting.ratios]
-    ratios = xr.Variable("ratio", list(setting.ratios))
-    along_size = xr.concat(runs, ratios, combine_attrs="override").isel(setting=0)
+    runs = [sims.equivalent_coefficients(key, problem, r * features, knobs, **sizes) for r in setting.ratios]
+    along_size = xr.concat(runs, xr.Variable("ratio", list(setting.ratios)), combine_attrs="override")
     cases = [(law, concentrated) for concentrated in (True, False) for law in ("rademacher", "student")]
     cases.append(("gaussian", False))
     labels = [f"{law.title()}, {'one coordinate' if concentrated else 'all alike'}" for law, concentrated in cases]
-    runs = [
-        sims.equivalent_coefficients(
-            key, sims.spread_problem(setting.features, concentrated), setting.rows // 2, knobs, law=law, **sizes
-        ).isel(setting=0)
-        for law, concentrated in cases
-    ]
+    beds = [(law, sims.spread_problem(features, concentrated)) for law, concentrated in cases]
+    runs = [sims.equivalent_coefficients(key, bed, rows // 2, knobs, law=law, **sizes) for law, bed in beds]
     along_law = xr.concat(runs, xr.Variable("case", labels), combine_attrs="override")
     parts = [
-        data.rename({name: f"{name}_{ending}" for name in data})
+        data.isel(setting=0).rename({name: f"{name}_{ending}" for name in data})
         for data, ending in ((along_size, "along_size"), (along_law, "along_law"))
     ]
-    paths = sims.population_paths(setting.features, np.logspace(-2, 5, 141))
+    paths = sims.population_paths(features, np.logspace(-2, 5, 141))
     worst = float(abs((tau - predicted(shown)) / error).max())
     data = xr.merge([along_knobs, *parts, paths], combine_attrs="drop", compat="no_conflicts")
-    return data.assign_attrs(sizes, features=setting.features, n_along_law=setting.rows // 2, largest_gap=worst)
+    return data.assign_attrs(sizes, features=features, n_along_law=rows // 2, largest_gap=worst)
 
 
 def _draw_equivalents(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(2, 2, height=2.5)
-    _draw_along_knobs(axes[0], data)
-    _draw_along_size(axes[1], data)
-    _draw_along_law(axes[2], data)
-    _draw_paths(axes[3], data)
-    panel_letters(axes)
-    return figure
+    _, axes = canvas(2, 2, height=2.5)
+    for axis, draw in zip(axes, (_draw_along_knobs, _draw_along_size, _draw_along_law, _draw_paths), strict=True):
+        draw(axis, data)
+    return panel_letters(axes)
 
 
 def _draw_along_knobs(axis: Axes, data: xr.Dataset) -> None:
     for name, knob in _KNOBS.items():
         colour, chosen = _COLOURS[name], data.sel(disguise=name)
         axis.plot(data.knob, chosen.tau_theory, color=colour, label=f"{name}, {knob}")
-        axis.errorbar(data.shown, chosen.tau_points, chosen.tau_points_error, fmt="o", color=colour, capsize=1.5)
+        bars(axis, chosen, "tau_points", color=colour)
     axis.plot(data.knob, data.tau_smoothing, color=_COLOURS["ensemble"], label="label smoothing, α")
     axis.set(xscale="log", ylim=(-0.03, 1.45), yticks=[0, 0.25, 0.5, 0.75, 1])
     axis.set(xlabel="knob, in units of the residuals", ylabel=R"equivalent coefficient $\tau$")
@@ -153,13 +118,12 @@ def _draw_along_knobs(axis: Axes, data: xr.Dataset) -> None:
 
 def _draw_along_size(axis: Axes, data: xr.Dataset) -> None:
     for name in ENSEMBLES:
-        curve = data.sel(estimator=name)
-        points, error = curve.finetune_along_size, curve.finetune_error_along_size
-        axis.errorbar(data.ratio, points, error, color=_COLOURS[name], capsize=1.5, marker="o", label=name)
+        looks = {"color": _COLOURS[name], "fmt": "o-", "label": name}
+        bars(axis, data.sel(estimator=name), "finetune_along_size", "finetune_error_along_size", **looks)
     axis.axhline((1 - _TAU) ** 2, color="#555555", linestyle=":", linewidth=1, label=R"bias, $(1-\tau)^2$")
     axis.set(xscale="log", xlabel="samples per feature, n/p", ylabel=R"$R_\mathrm{ft}$ of the fit")
-    axis.set_xticks(data.ratio, labels=[f"{r:g}" for r in data.ratio.values], minor=False)
-    axis.set_xticks([], minor=True)
+    axis.set_xticks(data.ratio, labels=[f"{r:g}" for r in data.ratio.values])
+    axis.minorticks_off()
     axis.legend(fontsize=6.5)
 
 
@@ -167,17 +131,11 @@ def _draw_along_law(axis: Axes, data: xr.Dataset) -> None:
     rows = np.arange(len(ENSEMBLES))[::-1]
     for place, case in enumerate(data["case"].values):
         law, concentrated = case.split(",")[0].lower(), "one coordinate" in case
-        points = data.sel(case=case, estimator=list(ENSEMBLES))
-        axis.errorbar(
-            points.tau_along_law,
-            rows + 0.28 - 0.14 * place,
-            xerr=points.tau_error_along_law,
-            fmt=_LAWS[law],
-            color="#000000" if law == "gaussian" else "#D55E00" if concentrated else "#0072B2",
-            fillstyle="full" if concentrated else "none",
-            label=case,
-            capsize=1.5,
-        )
+        points, fill = data.sel(case=case, estimator=list(ENSEMBLES)), "full" if concentrated else "none"
+        colour = "#000000" if law == "gaussian" else "#D55E00" if concentrated else "#0072B2"
+        looks = {"fmt": _LAWS[law], "color": colour, "fillstyle": fill, "label": case, "capsize": 1.5}
+        heights = rows + 0.28 - 0.14 * place
+        axis.errorbar(points.tau_along_law, heights, xerr=points.tau_error_along_law, **looks)
     axis.plot([_TAU, _TAU], [-0.5, len(rows) - 0.4], color="#555555", linestyle=":", linewidth=1)
     axis.set_yticks(rows, labels=list(ENSEMBLES))
     axis.set(xlabel=R"fitted $\tau$ (predicted: ½)", ylim=(-0.5, len(rows) + 1.2))
@@ -213,9 +171,6 @@ def _caption_equivalents(data: xr.Dataset) -> str:
     )
 
 
-# The plane of both risks ---------------------------------------------------------------------------------------------
-
-
 def _planes(samples: dict[str, Samples], validation: int) -> xr.Dataset:
     """Both risks of every method on two problems, and the frontier."""
     runs = []
@@ -235,24 +190,22 @@ def _draw_planes(data: xr.Dataset) -> Figure:
         axis.fill_between(*edge, 1e-6, color="#555555", alpha=0.12, linewidth=0)
         for name in data.estimator.values:
             point, (colour, marker) = chosen.sel(estimator=name), _STYLE[name]
-            at, errors = (point.pretrain, point.finetune), (point.finetune_error, point.pretrain_error)
-            axis.errorbar(*at, *errors, fmt=marker, color=colour, markersize=5, linewidth=0.8)
+            both = (point.pretrain, point.finetune, point.finetune_error, point.pretrain_error)
+            axis.errorbar(*both, fmt=marker, color=colour, markersize=5, linewidth=0.8)
         axis.set(xscale="log", yscale="log", title=problem)
         axis.set_xlim(0.5 * float(chosen.pretrain.min()), 1.5 * float(chosen.pretrain.max()))
         axis.set_ylim(0.7 * float(chosen.finetune.min()), 1.2 * float(chosen.finetune.max()))
-        for direction in (axis.xaxis, axis.yaxis):
-            readable_ticks(direction)
-        axis.set_xlabel(R"forgetting: pretraining risk $R_\mathrm{pre}$")
+        readable_ticks(axis.xaxis, axis.yaxis)
+        axis.set_xlabel(FORGETTING)
         _name_points(axis, chosen)
-    axes[0].set_ylabel(R"fine-tuning risk $R_\mathrm{ft}$")
-    panel_letters(axes)
+    axes[0].set_ylabel(TASK)
     handles = [
         Line2D([], [], color=colour, marker=marker, linestyle="none", label=group)
         for group, (colour, marker, _) in _GROUPS.items()
     ]
-    looks = {"fontsize": 6.5, "handletextpad": 0.1, "columnspacing": 1.0}
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **looks)
-    return figure
+    spaces = {"fontsize": 6.5, "handletextpad": 0.1, "columnspacing": 1.0}
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), **spaces)
+    return panel_letters(axes)
 
 
 def _caption_planes(data: xr.Dataset) -> str:
@@ -273,15 +226,11 @@ def _name_points(axis: Axes, data: xr.Dataset) -> None:
     places = np.clip(scipy.optimize.isotonic_regression(heights - gaps).x, 0.01, 0.99 - gaps[-1]) + gaps
     for place, name in zip(places, order, strict=True):
         point, colour = data.sel(estimator=name), _STYLE[name][0]
-        arrow: dict[str, Any] = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7, "relpos": (0, 0.5)}
+        at = (float(point.pretrain), float(point.finetune))
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7, "relpos": (0, 0.5)}
         looks: dict[str, Any] = {"va": "center", "fontsize": 6.5, "color": colour, "annotation_clip": False}
-        axis.annotate(
-            name, (float(point.pretrain), float(point.finetune)), (1.03, place), textcoords="axes fraction",
-            arrowprops=arrow | {"shrinkA": 0, "shrinkB": 2}, **looks,
-        )  # fmt: skip
-
-
-# Ranked tables -------------------------------------------------------------------------------------------------------
+        looks["arrowprops"] = arrow | {"shrinkA": 0, "shrinkB": 2}
+        axis.annotate(name, at, (1.03, place), textcoords="axes fraction", **looks)
 
 
 def _tables(samples: dict[str, Samples], validation: int) -> xr.Dataset:
@@ -294,12 +243,11 @@ def _tables(samples: dict[str, Samples], validation: int) -> xr.Dataset:
 
 
 def _draw_tables(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(2, height=5.0, width=PAGE)
+    _, axes = canvas(2, height=5.0)
     for axis, (goal, text) in zip(axes, _GOALS.items(), strict=True):
         _heat_map(axis, data.sel(goal=goal))
         axis.set_title(f"tuned for and judged by {text}", fontsize=7.5, pad=22)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_tables(data: xr.Dataset) -> str:
@@ -321,14 +269,13 @@ def _heat_map(axis: Axes, data: xr.Dataset) -> None:
     order = np.argsort(np.log(ratio).mean("problem").values, kind="stable")
     ratio, shown = ratio.isel(estimator=order).T.values, data.isel(estimator=order)
     axis.imshow(ratio, norm=LogNorm(1, 4), cmap="cividis", aspect="auto")
-    for row in range(ratio.shape[0]):
-        for column in range(ratio.shape[1]):
-            cell = shown.isel(estimator=row, problem=column)
-            text = f"{_digits(float(cell.criterion))}\n±{float(cell.criterion_error):.1g}"
-            colour = "white" if ratio[row, column] < 1.9 else "black"
-            weight = "bold" if ratio[row, column] == 1 else "normal"
-            looks: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 5, "linespacing": 0.95}
-            axis.text(column, row, text, color=colour, fontweight=weight, **looks)
+    for (row, column), value in np.ndenumerate(ratio):
+        cell = shown.isel(estimator=row, problem=column)
+        risk, error = float(cell.criterion), float(cell.criterion_error)
+        text = f"{risk:.{2 if risk >= 0.1 else 3}f}\n±{error:.1g}"
+        looks: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 5, "linespacing": 0.95}
+        looks |= {"color": "white" if value < 1.9 else "black", "fontweight": "bold" if value == 1 else "normal"}
+        axis.text(column, row, text, **looks)
     extra = _GROUPS[_MORE_DATA][2]
     labels = [f"{name} †" if name in extra else str(name) for name in shown.estimator.values]
     axis.set_yticks(range(len(labels)), labels=labels, fontsize=6.5)
@@ -339,10 +286,6 @@ def _heat_map(axis: Axes, data: xr.Dataset) -> None:
     axis.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     for side in ("left", "bottom"):
         axis.spines[side].set_visible(False)
-
-
-def _digits(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 def _tuning(data: xr.Dataset, goal: str) -> str:

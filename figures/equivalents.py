@@ -1,7 +1,9 @@
 """Deterministic equivalents beside simulation: the risk of every filter without sampling a design (docs, D1–D5)."""
 
+import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from types import SimpleNamespace as Setting
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,41 +11,18 @@ import xarray as xr
 from jax import Array
 from matplotlib.figure import Figure
 
-from figures.style import COLOURS, Picture, canvas, panel_letters, seed_of
-from linfit import (
-    Filter,
-    GradientDescent,
-    GradientFlow,
-    MinNorm,
-    RandomShift,
-    Ridge,
-    TwoTaskProblem,
-    aligned_problem,
-    spectra,
-)
+from figures.style import COLOURS, TASK, Picture, bars, canvas, panel_letters, seed_of
+from linfit import GradientDescent, GradientFlow, MinNorm, RandomShift, Ridge, TwoTaskProblem, aligned_problem, spectra
+from linfit.filters import Filter
 from sims.equivalents import averaged_risk, convergence
 from theory.equivalents import risk
 
 __all__ = ["pictures"]
 
-
-class _Setting(NamedTuple):
-    """Sizes of a run; the quick one is for CI and first looks."""
-
-    n: int
-    p: int
-    designs: int
-    sizes: tuple[int, ...]
-    numbers: int
-    """Designs × n in the convergence study."""
-    laws: tuple[str, ...]
-    """Of the designs, keys of `linfit.design.LAWS`."""
-
-
-FULL = _Setting(
-    n=250, p=1000, designs=12, sizes=(8, 16, 32, 64, 128), numbers=24_000, laws=("gaussian", "rademacher", "student")
-)
-QUICK = _Setting(n=60, p=240, designs=12, sizes=(8, 16, 32), numbers=8_000, laws=("gaussian", "student"))
+DESIGNS, LAWS = 12, ("gaussian", "rademacher", "student")
+FULL = Setting(n=250, p=1000, sizes=(8, 16, 32, 64, 128), numbers=24_000, laws=LAWS)
+QUICK = Setting(n=60, p=240, sizes=(8, 16, 32), numbers=8_000, laws=("gaussian", "student"))
+"""Of the convergence study `sizes` are the n and `numbers` is designs × n; laws are those of `linfit.design.LAWS`."""
 
 TAUS = np.array([0.3, 0.7, 1.0, 1.3])
 SHADES = ("#009E73", "#0072B2", "#D55E00", "#CC79A7")
@@ -62,17 +41,15 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     setting = QUICK if quick else FULL
     data = _predicted_and_averaged(jax.random.fold_in(key, 0), setting).assign_attrs(seed=seed_of(key))
     yield Picture("equivalents", "Prediction without sampling", data, _draw_equivalents, _caption_equivalents)
-
     filters = {
         "min-norm": MinNorm(),
         "ridge": Ridge(0.03),
         "gradient flow": GradientFlow(40.0),
         "gradient descent": GradientDescent(STEP_SIZE, 100),
     }
-    data = convergence(
-        jax.random.fold_in(key, 1), _growing_problem, setting.sizes, filters, lambda n: max(8, setting.numbers // n)
-    ).assign_attrs(seed=seed_of(key))
-    title = "The error of the prediction falls like 1/n"
+    rate_key, sizes = jax.random.fold_in(key, 1), setting.sizes
+    data = convergence(rate_key, _growing_problem, sizes, filters, lambda n: max(8, setting.numbers // n))
+    data, title = data.assign_attrs(seed=seed_of(key)), "The error of the prediction falls like 1/n"
     yield Picture("equivalents_rate", title, data, _draw_rate, _caption_rate)
 
 
@@ -83,18 +60,17 @@ def _growing_problem(n: int) -> TwoTaskProblem:
     return TwoTaskProblem(spectrum, spectrum, RandomShift(spectra.isotropic(p, 1 / p)), noise_std=0.5)
 
 
-def _predicted_and_averaged(key: Array, setting: _Setting) -> xr.Dataset:
+def _predicted_and_averaged(key: Array, setting: Setting) -> xr.Dataset:
     """Risks of each family: predicted on a fine grid, averaged over designs of each law on a coarse one."""
     problem = aligned_problem(spectra.power_law(setting.p), alignment=-0.5, noise_std=0.5**0.5, pretrain_risk=0.05)
 
-    def whole(count: int) -> np.ndarray:
-        return np.unique(np.round(np.logspace(0, 4, count)))
-
+    many, few = (np.unique(np.round(np.logspace(0, 4, count))) for count in (81, 8))
     families: dict[str, tuple[Callable[[np.ndarray], Filter], np.ndarray, np.ndarray]] = {
         "ridge": (Ridge, np.logspace(-5, 1, 81), np.logspace(-5, 1, 7)),
         "gradient_flow": (GradientFlow, np.logspace(0, 5, 81), np.logspace(0, 5, 8)),
-        "gradient_descent": (lambda steps: GradientDescent(STEP_SIZE, steps), whole(81), whole(8)),
+        "gradient_descent": (lambda steps: GradientDescent(STEP_SIZE, steps), many, few),
     }
+
     variables: dict[str, xr.DataArray] = {}
     for name, (make, fine, coarse) in families.items():
         predicted = risk(problem, setting.n, make(fine), TAUS[:, None])
@@ -102,46 +78,35 @@ def _predicted_and_averaged(key: Array, setting: _Setting) -> xr.Dataset:
             total = xr.DataArray(line.total, {"tau": TAUS, name: fine}, ("tau", name))
             variables[f"{domain}_{name}_predicted"] = total
         for law in setting.laws:
-            points = averaged_risk(key, problem, setting.n, make(coarse), coarse, TAUS, setting.designs, law)
+            points = averaged_risk(key, problem, setting.n, make(coarse), coarse, TAUS, DESIGNS, law)
             points = points.rename(hyperparameter=f"{name}_simulated")
-            for domain in predicted._fields:
-                for ending in ("", "_error", "_gap"):
-                    variables[f"{domain}_{name}_{law}{ending}"] = points[f"{domain}{ending}"]
-    attributes = {"n": setting.n, "p": setting.p, "designs": setting.designs, "laws": " ".join(setting.laws)}
+            for domain, ending in itertools.product(predicted._fields, ("", "_error", "_gap")):
+                variables[f"{domain}_{name}_{law}{ending}"] = points[f"{domain}{ending}"]
+    attributes = {"n": setting.n, "p": setting.p, "designs": DESIGNS, "laws": " ".join(setting.laws)}
     return xr.Dataset(variables, attrs=attributes)
 
 
 def _draw_equivalents(data: xr.Dataset) -> Figure:
-    """Predicted risks of all filters as lines, through averages over Gaussian and other designs."""
-    figure, axes = canvas(3, 2, sharey="row")
-    for column, (family, label) in enumerate(FAMILIES.items()):
+    _, axes = canvas(3, 2, sharey="row")
+    laws: list[str] = data.laws.split()
+    hollow: dict[str, Any] = {"fillstyle": "none", "markersize": 4}
+    panels = itertools.product(("finetune", "pretrain"), FAMILIES.items())
+    for axis, (domain, (family, label)) in zip(axes, panels, strict=True):
         name = family.replace(" ", "_")
-        for row, domain in enumerate(("finetune", "pretrain")):
-            axis = axes[3 * row + column]
-            for tau, colour in zip(data.tau.values, SHADES, strict=True):
-                line = data[f"{domain}_{name}_predicted"].sel(tau=tau)
-                axis.plot(line[name], line, color=colour, label=Rf"$\tau = {tau:g}$")
-                for law in data.laws.split():
-                    points = data[f"{domain}_{name}_{law}"].sel(tau=tau)
-                    axis.plot(
-                        points[f"{name}_simulated"],
-                        points,
-                        LAW_MARKERS[law],
-                        color=colour,
-                        markerfacecolor="none",
-                        markersize=4,
-                    )
-            axis.set(xscale="log", xlabel=label if row else None, title=None if row else family)
-    axes[0].set_ylabel(R"fine-tuning risk $R_\mathrm{ft}$")
+        for tau, colour in zip(data.tau.values, SHADES, strict=True):
+            line = data[f"{domain}_{name}_predicted"].sel(tau=tau)
+            axis.plot(line[name], line, color=colour, label=Rf"$\tau = {tau:g}$")
+            for law in laws:
+                points = data[f"{domain}_{name}_{law}"].sel(tau=tau)
+                axis.plot(points[f"{name}_simulated"], points, LAW_MARKERS[law], color=colour, **hollow)
+        axis.set(xscale="log", **{"title": family} if domain == "finetune" else {"xlabel": label})
+    axes[0].set_ylabel(TASK)
     axes[3].set_ylabel(R"pretraining risk $R_\mathrm{pre}$")
     axes[0].legend(loc="upper right")
-    handles = [
-        axes[5].plot([], [], LAW_MARKERS[law], color="black", fillstyle="none", markersize=4, label=f"{law} designs")[0]
-        for law in data.laws.split()
-    ]
+    looks = {f"{law} designs": LAW_MARKERS[law] for law in laws}
+    handles = [axes[5].plot([], [], mark, color="black", label=text, **hollow)[0] for text, mark in looks.items()]
     axes[5].legend(handles=handles, loc="upper left")
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_equivalents(data: xr.Dataset) -> str:
@@ -160,15 +125,13 @@ def _caption_equivalents(data: xr.Dataset) -> str:
 
 
 def _draw_rate(data: xr.Dataset) -> Figure:
-    """How fast the gap between prediction and average closes."""
     figure, (axis,) = canvas(1, width=4.2, height=3.0)
     colours = (COLOURS["min-norm"], COLOURS["ridge"], COLOURS["early stopping"], COLOURS["ensemble"])
     for name, colour, marker in zip(data["filter"].values, colours, "os^v", strict=True):
         row = data.sel(filter=name)
         label = f"{name}, slope {float(row.slope):.2f} ± {float(row.slope_error):.2f}"
-        axis.errorbar(
-            data.n, abs(row.gap), row.gap_error, fmt=f"{marker}-", color=colour, capsize=1.5, linewidth=0.9, label=label
-        )
+        sized = row.assign(gap=abs(row.gap))
+        bars(axis, sized, "gap", fmt=f"{marker}-", color=colour, linewidth=0.9, label=label)
     guide = float(abs(data.gap).max()) * 1.8 * data.n.values[0] / data.n.values
     axis.plot(data.n, guide, color="black", linestyle=":", label=R"$\propto 1/n$")
     axis.set(xscale="log", yscale="log", xlabel=R"$n$, with $p = 4n$", ylabel="relative gap of the prediction")

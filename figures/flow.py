@@ -5,14 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 import xarray as xr
 from jax import Array
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import COLOURS, Picture, canvas, panel_letters
+from figures.style import COLOURS, FORGETTING, TASK, Picture, band, bars, canvas, panel_letters, seed_of
 from linfit import FixedShift, GradientFlow, TwoTaskProblem, aligned_problem, flow_weights, spectra
 from linfit.weighting import robust_weights
 from sims import flow as sims
@@ -35,6 +33,7 @@ SHOWN = {
     "tilt 0.25": (LIGHT, "FLOW, T = 4 × median"),
     "FLOW": (BLUE, "FLOW, T = median"),
 }
+TIME = "training time (step size × steps)"
 DEVIATIONS = {
     "gaussian": (BLUE, "o", "Gaussian noise"),
     "outliers": (ORANGE, "s", "outliers"),
@@ -48,27 +47,20 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     tilts = (-0.25, 0, 0.25, 1) if quick else (-1, -0.5, -0.25, -0.125, 0, 1 / 16, 0.125, 0.25, 0.5, 1, 2, 4)
     large = {"n": 4_000, "replicates": 4} if quick else {"n": 20_000, "replicates": 12}
     splits, features = (2, 512) if quick else (8, 2048)
-    seed = {"seed": int(jax.random.key_data(key).ravel()[-1])}
-    keys = jax.random.split(key, 6)
-
+    seed, keys = {"seed": seed_of(key)}, jax.random.split(key, 6)
     data = sims.two_task_training(keys[0], RHO, BLOCK, steps=12, **large).assign_attrs(seed)
     yield Picture("flow_training", "FLOW along training", data, _draw_training, _caption_training)
     data = _stalled(keys[1], **large).assign_attrs(seed)
     yield Picture("flow_stalled", "One direction stalls", data, _draw_stalled, _caption_stalled)
     yield Picture("flow_plane", "Trajectories in the plane", _plane(), _draw_plane, _caption_plane)
 
-    problem = aligned_problem(
-        spectra.power_law(p), alignment=0.5, noise_std=1.0, pretrain_spectrum=spectra.power_law(p, 0.5)
-    )
+    spectrum, pretrain_spectrum = spectra.power_law(p), spectra.power_law(p, 0.5)
+    problem = aligned_problem(spectrum, alignment=0.5, noise_std=1.0, pretrain_spectrum=pretrain_spectrum)
+
     settings: dict[str, Any] = {"tilts": tilts, "times": TIMES, "penalties": PENALTIES, "replicates": replicates}
     both = [sims.measure_paths(keys[2], problem, n, **settings).assign_attrs(seed) for n in (few, many)]
-    yield Picture(
-        "flow_weights",
-        "Weights, influence, effective step",
-        _weights(keys[3], both[0]),
-        _draw_weights,
-        _caption_weights,
-    )
+    data = _weights(keys[3], both[0])
+    yield Picture("flow_weights", "Weights, influence, effective step", data, _draw_weights, _caption_weights)
     yield Picture("flow_limits", "Where weighted training ends", _limits(*both), _draw_limits, _caption_limits)
     data = _temperatures(np.array(tilts), *both)
     yield Picture("flow_temperature", "Temperature sweep", data, _draw_temperatures, _caption_temperatures)
@@ -77,9 +69,8 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     yield Picture("flow_trade_off", "FLOW in the trade-off plane", data, _draw_trade_off, _caption_trade_off)
     data = _hard_samples(both[1])
     yield Picture("flow_hard_samples", "The cost on hard samples", data, _draw_hard_samples, _caption_hard_samples)
-
-    shares = np.array([0.0, 0.3])
-    data = sims.digits_along_training(keys[4], np.logspace(0, 5, 21), shares, splits, p=features, angle=20.0)
+    times, shares = np.logspace(0, 5, 21), np.array([0.0, 0.3])
+    data = sims.digits_along_training(keys[4], times, shares, splits, p=features, angle=20.0)
     yield Picture("flow_digits", "FLOW on digits", data.assign_attrs(seed), _draw_digits, _caption_digits)
 
 
@@ -89,44 +80,31 @@ def _moments(values: xr.DataArray) -> tuple[tuple[Any, ...], np.ndarray]:
     return ("moment", *mean.dims), np.stack([mean, error])
 
 
-def _band(axis: Axes, x: Any, moments: xr.DataArray, colour: str, label: str | None = None) -> None:
-    mean, error = moments.values
-    axis.plot(x, mean, color=colour, label=label)
-    axis.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
-
-
-def _bars(axis: Axes, x: Any, moments: Any, colour: str, fmt: str = "o", label: str | None = None) -> None:
-    mean, error = moments
-    axis.errorbar(x, mean, error, color=colour, fmt=fmt, capsize=1.5, label=label)
-
-
 def _context(data: xr.Dataset) -> str:
     return f"{PROBLEM_TEXT}, p = {data.p}; mean of {data.replicates} replicates; seed {data.seed}."
 
 
 def _draw_training(data: xr.Dataset) -> Figure:
-    """Both errors along training: eq. (14) through sampled iterates."""
     runs = {
         "unweighted": (ORANGE, "no weights, η = ½"),
         "FLOW": (BLUE, "FLOW, η = 1/(2μ)"),
         "FLOW at its best": (SKY, "FLOW, best T"),
         "FLOW, small steps": (DARK, "FLOW, η = ½"),
     }
-    names = {"finetune": "fine-tuning error err$_2$", "pretrain": "pretraining error err$_1$"}
-    figure, axes = canvas(3, height=2.5)
-    for axis, (error, text) in zip(axes, (names | {"total": R"total error err$_\mathrm{tot}$"}).items()):
+    texts = ("fine-tuning error err$_2$", "pretraining error err$_1$", R"total error err$_\mathrm{tot}$")
+    _, axes = canvas(3, height=2.5)
+    for axis, error, text in zip(axes, ("finetune", "pretrain", "total"), texts):
         for run, (colour, label) in runs.items():
             chosen = data.sel(run=run, error=error)
             axis.plot(data.step, chosen.theory, color=colour, label=label)
-            _bars(axis, data.step, (chosen.sampled, chosen.sampled_error), colour)
+            bars(axis, chosen, "sampled", color=colour)
         axis.set(xlabel="steps K", ylabel=text)
     axes[0].legend()
     average = axes[2].axhline(data.best_average, color=COLOURS["ensemble"], linestyle=":", label="best averaging")
     bound = axes[2].axhline(data.lower_bound, color=COLOURS["oracle"], linestyle="--", label="lower bound")
     axes[2].set_ylim(0.5, None)
     axes[2].legend(handles=[average, bound], loc="upper right")
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_training(data: xr.Dataset) -> str:
@@ -167,44 +145,36 @@ def _stalled(key: Array, n: int, replicates: int) -> xr.Dataset:
 
     noise, grid = np.linspace(0, 0.9, 7), np.linspace(0, 0.97, 101)  # σ²/v at q = 1
     variances = 1 / (1 - noise)
-    hot, stds, deviations = variances * theory.MEDIAN, np.sqrt(variances - 1), tuple(DEVIATIONS)
-    fixed_key = jax.random.fold_in(key, 1)
-    found, _ = sims.sample_fixed_points(fixed_key, problem, n, stds, hot, replicates, deviations=deviations)
+    fixed_key, hot, stds = jax.random.fold_in(key, 1), variances * theory.MEDIAN, np.sqrt(variances - 1)
+    found, _ = sims.sample_fixed_points(fixed_key, problem, n, stds, hot, replicates, deviations=tuple(DEVIATIONS))
     for index, deviation in enumerate(DEVIATIONS):
         variables |= mean_and_error(found[:, index], ("noise_share",), f"coefficient_{deviation}")
     coefficient = np.asarray(theory.fixed_point_coefficient(np.sqrt(grid), theory.MEDIAN))
     variables["coefficient_theory"] = ("fine_noise_share", coefficient)
-
     spreads = np.array([0.0, 1.0, 1.5])
     rates = sims.sample_rates(jax.random.fold_in(key, 2), spreads, 0.0, ratios, n, replicates)
     variables |= mean_and_error(rates, ("spread", "ratio"), "heavy")
     heavy = [theory.heavy_tailed_stall(1.0, 0.0, fine, *theory.lognormal_sizes(spread)).rate for spread in spreads]
     variables["heavy_theory"] = (("spread", "fine_ratio"), np.stack(heavy))
-    coordinates = {
-        "ratio": ratios,
-        "fine_ratio": fine,
-        "noise_share": noise,
-        "fine_noise_share": grid,
-        "spread": spreads,
-    }
-    return xr.Dataset(variables, coordinates, {"n": n, "replicates": replicates, "p": p})
+    coordinates = {"ratio": ratios, "fine_ratio": fine, "noise_share": noise, "fine_noise_share": grid}
+    return xr.Dataset(variables, coordinates | {"spread": spreads}, {"n": n, "replicates": replicates, "p": p})
 
 
 def _draw_stalled(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(2, 2, height=2.4)
+    _, axes = canvas(2, 2)
     speeds = (("0", "o", BLUE, "the gap, no noise"), ("1", "s", "#E69F00", R"the gap, $\sigma^2 = q$"))
     for name, marker, colour, label in speeds:
         axes[0].plot(data.fine_ratio, data[f"along_{name}_theory"], color=colour, label=label)
         for which, shade in (("along", colour), ("others", "grey")):
-            _bars(axes[0], data.ratio, (data[f"{which}_{name}"], data[f"{which}_{name}_error"]), shade, marker)
+            bars(axes[0], data, f"{which}_{name}", color=shade, fmt=marker)
     axes[0].axhline(1, color="grey", linewidth=1)
     axes[0].annotate("all others", (0.04, 1), (0, -13), textcoords="offset points", color="0.4", fontsize=7)
     axes[0].legend(loc="lower right", handlelength=1.0, borderaxespad=0)
     axes[0].set_ylabel("learning speed / mean weight")
-    for index in range(data.p):
-        colour = BLUE if index == 0 else "0.45"
-        axes[1].plot(data.fine_ratio, data.eigenvalues_theory[:, index], color=colour)
-        axes[1].plot(data.ratio, data.eigenvalues[:, index], "o", color=colour)
+    for direction in range(data.p):
+        colour, both = BLUE if direction == 0 else "0.45", data.isel(direction=direction)
+        axes[1].plot(data.fine_ratio, both.eigenvalues_theory, color=colour)
+        axes[1].plot(data.ratio, both.eigenvalues, "o", color=colour)
     place = (float(data.ratio[1]), float(data.eigenvalues[1, 0]))
     axes[1].annotate("stalls", place, (7, -8), textcoords="offset points", color=BLUE, fontsize=7)
     axes[1].set(yscale="log", ylabel=R"eigenvalues of $\Sigma_w$ / mean weight")
@@ -212,21 +182,19 @@ def _draw_stalled(data: xr.Dataset) -> Figure:
         axis.annotate("median", (theory.MEDIAN, 1.02), xycoords=("data", "axes fraction"), ha="center", fontsize=7)
     axes[2].plot(data.fine_noise_share, data.coefficient_theory, color="black", label="closed form")
     for name, (colour, marker, label) in DEVIATIONS.items():
-        points = (data[f"coefficient_{name}"], data[f"coefficient_{name}_error"])
-        _bars(axes[2], data.noise_share, points, colour, marker, label)
+        bars(axes[2], data, f"coefficient_{name}", color=colour, fmt=marker, label=label)
     axes[2].set(xlabel=R"noise share $\sigma^2/v$", ylabel="share of the gap closed in the end")
     axes[2].legend()
     for spread, colour in zip(data.spread.values, (BLUE, "#E69F00", ORANGE)):
         tails, label = data.sel(spread=spread), f"kurtosis {3 * np.exp(spread**2):.0f}"
         axes[3].plot(data.fine_ratio, tails.heavy_theory, color=colour, label="Gaussian" if spread == 0 else label)
-        _bars(axes[3], data.ratio, (tails.heavy, tails.heavy_error), colour)
+        bars(axes[3], tails, "heavy", color=colour)
     axes[3].set_ylabel("speed along the gap / others")
     axes[3].legend()
     for axis in (axes[0], axes[1], axes[3]):
         axis.axvline(theory.MEDIAN, color="black", linestyle=":", linewidth=1)
         axis.set(xscale="log", xlabel=R"temperature $T/v$")
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_stalled(data: xr.Dataset) -> str:
@@ -270,11 +238,7 @@ def _plane() -> xr.Dataset:
 
 def _draw_plane(data: xr.Dataset) -> Figure:
     figure, axes = canvas(2, height=3.3)
-    labels = {
-        4.0: (LIGHT, "FLOW, T = 4 × median"),
-        1.0: (BLUE, "FLOW, T = median"),
-        0.25: (DARK, "FLOW, T = ¼ × median"),
-    }
+    labels = {4.0: SHOWN["tilt 0.25"], 1.0: SHOWN["FLOW"], 0.25: (DARK, "FLOW, T = ¼ × median")}
     for number, (axis, title) in enumerate(zip(axes, ("Σ₁ uncorrelated", "Σ₁ correlated alike"))):
         bound = data.lower_bound[number]
         levels = bound + (1 - bound) * np.array([0.02, 0.1, 0.25, 0.5, 1.0, 1.75, 3.0])
@@ -292,8 +256,7 @@ def _draw_plane(data: xr.Dataset) -> Figure:
         axis.set(xlabel=R"along $\bar e$", title=title, aspect="equal")
     axes[0].set_ylabel(R"along $\bar e_\perp$")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_plane(data: xr.Dataset) -> str:
@@ -307,11 +270,7 @@ def _caption_plane(data: xr.Dataset) -> str:
 
 
 FAMILIES = {"FLOW, T = 4 × median": (0.25, LIGHT), "FLOW, T = median": (1.0, BLUE), "FLOW, T = median / 4": (4.0, DARK)}
-STEPS = {
-    "unweighted": (ORANGE, "no weights"),
-    "FLOW": (BLUE, "FLOW, as it is"),
-    "FLOW, mean one": (SKY, "FLOW, mean one"),
-}
+STEPS = {"unweighted": SHOWN["unweighted"], "FLOW": (BLUE, "FLOW, as it is"), "FLOW, mean one": (SKY, "FLOW, mean one")}
 
 
 def _weights(key: Array, measured: xr.Dataset) -> xr.Dataset:
@@ -326,15 +285,15 @@ def _weights(key: Array, measured: xr.Dataset) -> xr.Dataset:
     gaussian = measured.sel(deviation="gaussian")
     finetune = sims.along_tau(sims.along(gaussian, "time").sel(risk="finetune"))
     for name in STEPS:
-        mean, error = sims.estimate(finetune.sel(weighting=name))
-        variables |= {f"risk {name}": ("time", mean.values), f"risk_error {name}": ("time", error.values)}
+        for start, moment in zip(("risk", "risk_error"), sims.estimate(finetune.sel(weighting=name))):
+            variables[f"{start} {name}"] = ("time", moment.values)
     flow = gaussian.sel(weighting="FLOW").mean("replicate")
     attributes = measured.attrs | {"step": float(flow.step), "share": float(flow.share)}
     return xr.Dataset(variables, {"ratio": ratio, "time": TIMES}, attributes)
 
 
 def _draw_weights(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(3, height=2.5)
+    _, axes = canvas(3, height=2.5)
     residual = np.sqrt(data.ratio)
     lines = [(name, colour, "-", name) for name, (_, colour) in FAMILIES.items()]
     for name, colour, style, label in [*lines, ("hard", ORANGE, "--", "hard samples, 4 × median")]:
@@ -342,20 +301,16 @@ def _draw_weights(data: xr.Dataset) -> Figure:
         axes[1].plot(residual, data[name] * residual, color=colour, linestyle=style)
     axes[0].plot(data.drawn_loss, data.drawn_weight, "o", color=BLUE, markersize=2.5)
     axes[1].plot(residual, residual, color="grey", linewidth=1)
-    axes[1].annotate(
-        "no weights", (1.5, 1.5), (-3, 3), textcoords="offset points", ha="right", color="grey", fontsize=7
-    )
+    looks: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": "grey", "fontsize": 7}
+    axes[1].annotate("no weights", (1.5, 1.5), (-3, 3), **looks)
     axes[0].set(xlim=(0, 6), ylim=(0, 2.6), xlabel="pretrained loss / median", ylabel="weight")
     axes[1].set(xlabel=R"residual / $\sqrt{\mathrm{median}}$", ylabel="weight × residual: pull on θ", ylim=(0, 2.6))
     axes[0].legend(loc="upper right", borderaxespad=0)
     for name, (colour, label) in STEPS.items():
-        moments = xr.concat([data[f"risk {name}"], data[f"risk_error {name}"]], "moment")
-        _band(axes[2], data.time, moments, colour, label)
-    axes[2].set(xscale="log", xlim=(0.1, 1e4), ylim=(0, None), xlabel="training time (step size × steps)")
-    axes[2].set_ylabel(R"fine-tuning risk $R_\mathrm{ft}$")
+        band(axes[2], data.time, data[f"risk {name}"], data[f"risk_error {name}"], color=colour, label=label)
+    axes[2].set(xscale="log", xlim=(0.1, 1e4), ylim=(0, None), xlabel=TIME, ylabel=TASK)
     axes[2].legend(loc="lower right")
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_weights(data: xr.Dataset) -> str:
@@ -384,22 +339,20 @@ def _limits(few: xr.Dataset, many: xr.Dataset) -> xr.Dataset:
 
 
 def _draw_limits(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(3, height=2.5)
+    _, axes = canvas(3, height=2.5)
     for axis, text, n in ((axes[0], "n < p", data.few), (axes[1], "n > p", data.many)):
         for name, (colour, label) in SHOWN.items():
-            _band(axis, data.time, data[f"{text} {name}"], colour, label)
+            band(axis, data.time, *data[f"{text} {name}"].values, color=colour, label=label)
             if text == "n > p" or name == "unweighted":
                 axis.axhline(float(data[f"{text} end"].sel(weighting=name)), color=colour, linestyle=":", linewidth=1)
-        axis.set(xscale="log", xlabel="training time (step size × steps)", title=f"{text} (n = {n})")
-        axis.set_xticks([1e0, 1e2, 1e4, 1e6, 1e8])
+        axis.set(xscale="log", xlabel=TIME, title=f"{text} (n = {n})", xticks=[1e0, 1e2, 1e4, 1e6, 1e8])
     for name, (colour, _) in SHOWN.items():
-        _band(axes[2], data.penalty, data[f"ridge {name}"], colour)
+        band(axes[2], data.penalty, *data[f"ridge {name}"].values, color=colour)
     axes[2].set(xscale="log", xlabel=R"penalty $\lambda$", title=f"n < p, ridge (n = {data.few})")
     axes[2].invert_xaxis()
-    axes[0].set_ylabel(R"fine-tuning risk $R_\mathrm{ft}$")
+    axes[0].set_ylabel(TASK)
     axes[1].legend()
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_limits(data: xr.Dataset) -> str:
@@ -434,11 +387,12 @@ def _temperatures(tilts: np.ndarray, few: xr.Dataset, many: xr.Dataset) -> xr.Da
 
 
 def _draw_temperatures(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(2, 2, height=2.3, sharex=True)
+    _, axes = canvas(2, 2, height=2.3, sharex=True)
     for number, axis in enumerate(axes):
         objective, n = ("finetune", "total")[number // 2], (data.few, data.many)[number % 2]
         for deviation, (colour, _, label) in DEVIATIONS.items():
-            _bars(axis, data.tilt, data[f"{objective}_{deviation}_{n}"].values, colour, "o-", label)
+            mean, error = data[f"{objective}_{deviation}_{n}"].values
+            axis.errorbar(data.tilt, mean, error, color=colour, fmt="o-", capsize=1.5, label=label)
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set_xscale("symlog", linthresh=0.125, linscale=0.5)
@@ -447,12 +401,11 @@ def _draw_temperatures(data: xr.Dataset) -> Figure:
         else:
             axis.set_xlabel("median / T   (< 0: hard samples upweighted)")
             axis.set_xticks([-1, -0.25, 0, 0.25, 1, 4], labels=["−1", "−¼", "0", "¼", "1", "4"])
-            axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+            axis.minorticks_off()
     axes[0].set_ylabel(R"least $R_\mathrm{ft}$")
     axes[2].set_ylabel(R"least $R_\mathrm{ft} + R_\mathrm{pre}$")
     axes[0].legend(loc="upper left", bbox_to_anchor=(0.42, 1.05))
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_temperatures(data: xr.Dataset) -> str:
@@ -505,12 +458,11 @@ def _draw_trade_off(data: xr.Dataset) -> Figure:
         axis.set_title(title, loc="right")
         axis.set(xlim=(-0.03, 1.5 if number else 2.8), ylim=(-0.03, 1.12))
     for axis in axes[2:]:
-        axis.set_xlabel(R"forgetting: pretraining risk $R_\mathrm{pre}$")
+        axis.set_xlabel(FORGETTING)
     for axis in axes[::2]:
-        axis.set_ylabel(R"fine-tuning risk $R_\mathrm{ft}$")
+        axis.set_ylabel(TASK)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_trade_off(data: xr.Dataset) -> str:
@@ -541,41 +493,33 @@ def _hard_samples(measured: xr.Dataset) -> xr.Dataset:
         variables[f"along {name}"] = (("risk", "time"), risks.mean("replicate").transpose("risk", "time").values)
         variables[f"hardest_error {name}"] = ("time", sims.estimate(hard)[1].values)
     variables["stop"] = ("weighting", stops)
-    coordinates = {
-        "moment": ["mean", "error"],
-        "decile": decile.decile,
-        "risk": list(sims.RISKS),
-        "time": TIMES,
-        "weighting": list(SHOWN),
-    }
-    return xr.Dataset(variables, coordinates, measured.attrs)
+    coordinates = {"moment": ["mean", "error"], "decile": decile.decile, "risk": list(sims.RISKS)}
+    return xr.Dataset(variables, coordinates | {"time": TIMES, "weighting": list(SHOWN)}, measured.attrs)
 
 
 def _draw_hard_samples(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(3, height=2.5)
+    _, axes = canvas(3, height=2.5)
     for name, (colour, label) in SHOWN.items():
-        _bars(axes[0], data.decile, data[f"decile {name}"].values, colour, "o-", label)
+        mean, error = data[f"decile {name}"].values
+        axes[0].errorbar(data.decile, mean, error, color=colour, fmt="o-", capsize=1.5, label=label)
         until = data.isel(time=slice(0, int(data.stop.sel(weighting=name)) + 1))
-        along = until[f"along {name}"]
-        moments = xr.concat([along.sel(risk="hardest"), until[f"hardest_error {name}"]], "moment", coords="minimal")
-        for axis, risk in ((axes[1], "finetune"), (axes[2], "pretrain")):
-            _band(axis, along.sel(risk=risk), moments, colour)
+        along, along_error = until[f"along {name}"], until[f"hardest_error {name}"]
+        for axis, risk in zip(axes[1:], ("finetune", "pretrain")):
+            band(axis, along.sel(risk=risk), along.sel(risk="hardest"), along_error, color=colour)
     axes[0].set(xlabel="decile of the pretrained loss", ylabel=R"fine-tuning risk in that decile", xticks=[1, 4, 7, 10])
     axes[0].legend()
-    axes[1].set(xlabel=R"fine-tuning risk $R_\mathrm{ft}$", ylabel="risk on the hardest tenth")
+    axes[1].set(xlabel=TASK, ylabel="risk on the hardest tenth")
     axes[1].invert_xaxis()
-    axes[2].set(xlabel=R"forgetting: pretraining risk $R_\mathrm{pre}$", ylabel="risk on the hardest tenth")
-    panel_letters(axes)
-    return figure
+    axes[2].set(xlabel=FORGETTING, ylabel="risk on the hardest tenth")
+    return panel_letters(axes)
 
 
 def _caption_hard_samples(data: xr.Dataset) -> str:
     stops = []
     for name, (_, label) in SHOWN.items():
         at = data[f"along {name}"].isel(time=int(data.stop.sel(weighting=name)))
-        stops.append(
-            f"{label}: {at.sel(risk='finetune'):.2f} in all, {at.sel(risk='hardest'):.2f} on the hardest tenth"
-        )
+        total, hardest = at.sel(risk="finetune"), at.sel(risk="hardest")
+        stops.append(f"{label}: {total:.2f} in all, {hardest:.2f} on the hardest tenth")
     return (
         "The cost of easy samples. (a) Fine-tuning risk by decile of the pretrained loss of the test points, each method stopped at its least R_ft "
         f"({'; '.join(stops)}): what FLOW leaves is on the hard ones. (b) Risk on the hardest tenth against fine-tuning risk along training (to the right), up to that "
@@ -586,35 +530,26 @@ def _caption_hard_samples(data: xr.Dataset) -> str:
 
 
 def _draw_digits(data: xr.Dataset) -> Figure:
-    """Real data: FLOW against no weights along training, right and wrong labels."""
-    figure, axes = canvas(4, 2, height=2.1)
-    quantities = {
-        "finetune": "fine-tuning test error",
-        "pretrain": "pretraining test error",
-        "hardest_accuracy": "accuracy, hardest tenth",
-    }
+    _, axes = canvas(4, 2, height=2.1)
+    texts = {"finetune": "fine-tuning test error", "pretrain": "pretraining test error"}
+    texts["hardest_accuracy"] = "accuracy, hardest tenth"
     for row, share in enumerate(data.share.values):
         panels = axes[4 * row : 4 * row + 4]
         for name, colour, label in (("unweighted", ORANGE, "no weights"), ("FLOW", BLUE, "FLOW")):
-            curve = data.sel(share=share, weighting=name)
-            for axis, (quantity, text) in zip(panels, quantities.items()):
-                low, high = (curve[quantity] + sign * curve[f"{quantity}_error"] for sign in (-1, 1))
-                axis.plot(data.time, curve[quantity], color=colour, label=label)
-                axis.fill_between(data.time, low, high, color=colour, alpha=0.25, linewidth=0)
+            curve, looks = data.sel(share=share, weighting=name), {"color": colour, "label": label}
+            for axis, (quantity, text) in zip(panels, texts.items()):
+                band(axis, data.time, curve[quantity], curve[f"{quantity}_error"], alpha=0.25, **looks)
                 axis.set(xscale="log", ylabel=text)
-            errors = (curve.finetune_error, curve.pretrain_error)
-            panels[3].errorbar(
-                curve.pretrain, curve.finetune, *errors, color=colour, fmt=".-", markersize=3, linewidth=1
-            )
+            both = (curve.pretrain, curve.finetune, curve.finetune_error, curve.pretrain_error)
+            panels[3].errorbar(*both, color=colour, fmt=".-", markersize=3, linewidth=1)
         panels[1].set_ylim(0, 0.8)
-        panels[3].set(xlim=(0.05, 0.8), ylabel="fine-tuning test error")
+        panels[3].set(xlim=(0.05, 0.8), ylabel=texts["finetune"])
         panels[0].set_title("all labels right" if share == 0 else f"{100 * share:.0f}% wrong labels", loc="right")
     for axis in axes[4:7]:
         axis.set_xlabel("training time")
-    axes[7].set_xlabel("pretraining test error")
+    axes[7].set_xlabel(texts["pretrain"])
     axes[0].legend()
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_digits(data: xr.Dataset) -> str:

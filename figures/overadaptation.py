@@ -1,7 +1,8 @@
 """The figures of the overadaptation paper (2506.01901) in its linear setting, theory beside simulation."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from types import SimpleNamespace as Setting
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import numpy as np
 import xarray as xr
 from jax import Array
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from figures.style import COLOURS, COLUMN, MARKERS, Picture, canvas, panel_letters, seed_of
+from figures.style import COLOURS, COLUMN, FORGETTING, TASK, Picture, band, bars, canvas, panel_letters, seed_of
 from linfit import GradientFlow, MinNorm, Ridge, TwoTaskProblem, aligned_problem, risk_forms, sample_designs, spectra
 from sims.overadaptation import monte_carlo, penalty_and_tau, phase_diagram, trade_off, training_time
 from sims.real_data import digits_along_tau
@@ -21,21 +23,10 @@ from theory.overadaptation import best_of_each_method
 
 __all__ = ["pictures"]
 
+FULL = Setting(n=200, p=2000, replicates=256, designs=8, phase_points=33, splits=12)
+QUICK = Setting(n=60, p=600, replicates=64, designs=3, phase_points=9, splits=2)
 
-class _Setting(NamedTuple):
-    """Sizes of a run; the quick one is for CI and first looks."""
-
-    n: int
-    p: int
-    replicates: int
-    designs: int
-    phase_points: int
-    splits: int
-
-
-FULL = _Setting(n=200, p=2000, replicates=256, designs=8, phase_points=33, splits=12)
-QUICK = _Setting(n=60, p=600, replicates=64, designs=3, phase_points=9, splits=2)
-
+MARKERS = {"min-norm": "o", "ridge": "s", "early stopping": "^"}
 PROBLEM_TEXT = (
     "Σ₁ = Σ₂ = diag(1/j), shift covariance Ω ∝ Σ^(−1/2) with tr ΩΣ = 1, label noise σ² = 0.5, "
     "pretrained weights with R_pre(θ₁) = 0.02"
@@ -64,42 +55,30 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     sizes = {"n": n, "p": p, "designs": designs, "seed": seed}
 
     data = monte_carlo(keys[1], problem, n, filters, tau, setting.replicates).assign_attrs(seed=seed)
-    yield Picture(
-        "risk_along_tau", "Both risks along the ensemble", data, _draw_risk_along_tau, _caption_risk_along_tau
-    )
-
-    alignments = [-0.5, 0.0, 0.5]
-    parts = [
-        monte_carlo(keys[4], _problem(p, alignment), n, {"min-norm": MinNorm()}, tau, setting.replicates // 2)
-        for alignment in alignments
-    ]
-    data = xr.concat(parts, xr.Variable("alignment", alignments), combine_attrs="override").isel(filter=0, drop=True)
-    data = data.assign_attrs(seed=seed)
-    yield Picture(
-        "bias_and_variance",
-        "Bias and variance along the ensemble",
-        data,
-        _draw_bias_and_variance,
-        _caption_bias_and_variance,
-    )
-
+    yield Picture("risk_along_tau", "Both risks along the ensemble", data, _draw_along_tau, _caption_along_tau)
+    data = _bias_and_variance(keys[4], n, p, tau, setting.replicates // 2).assign_attrs(seed=seed)
+    title = "Bias and variance along the ensemble"
+    yield Picture("bias_and_variance", title, data, _draw_bias_and_variance, _caption_bias_and_variance)
     data = trade_off(forms, best).assign_attrs(sizes)
     yield Picture("trade_off", "The trade-off plane", data, _draw_trade_off, _caption_trade_off)
-
     data = penalty_and_tau(forms.finetune, best).assign_attrs(sizes)
     yield Picture("penalty_and_tau", "Penalty × ensemble", data, _draw_penalty_and_tau, _caption_penalty_and_tau)
-
     data = training_time(keys[1], forms, problem, n, setting.replicates).assign_attrs(sizes)
     yield Picture("training_time", "Into the overfitting regime", data, _draw_training_time, _caption_training_time)
-
     cells, stds = np.linspace(-1, 1, setting.phase_points), np.logspace(-2, 1, setting.phase_points) ** 0.5
     data = phase_diagram(keys[2], n, p, 1.0, cells, stds, designs // 2 + 1).assign_attrs(seed=seed)
-    yield Picture(
-        "phase_diagram", "When does ensembling beat regularization?", data, _draw_phase_diagram, _caption_phase_diagram
-    )
-
+    title = "When does ensembling beat regularization?"
+    yield Picture("phase_diagram", title, data, _draw_phase_diagram, _caption_phase_diagram)
     data = digits_along_tau(keys[3], np.array([0.0, 0.2, 0.4]), np.linspace(0, 1.25, 51), setting.splits)
     yield Picture("digits", "Real data: digits", data.assign_attrs(seed=seed), _draw_digits, _caption_digits)
+
+
+def _bias_and_variance(key: Array, n: int, p: int, tau: Array, replicates: int) -> xr.Dataset:
+    """`monte_carlo` of min-norm for three alignments of the shift."""
+    alignments, filters = [-0.5, 0.0, 0.5], {"min-norm": MinNorm()}
+    parts = [monte_carlo(key, _problem(p, alignment), n, filters, tau, replicates) for alignment in alignments]
+    data = xr.concat(parts, xr.Variable("alignment", alignments), combine_attrs="override")
+    return data.isel(filter=0, drop=True)
 
 
 def _context(data: xr.Dataset) -> str:
@@ -116,10 +95,10 @@ def _agreement(data: xr.Dataset, lines: str = "exact risk of the same designs") 
     )
 
 
-def _points(axis: Axes, curve: xr.Dataset, name: str, colour: str, marker: str) -> None:
-    """Every fifth simulated value with its error."""
-    shown = curve.isel(tau=slice(0, None, 5))
-    axis.errorbar(shown.tau, shown[name], shown[f"{name}_error"], color=colour, fmt=marker, capsize=1.5)
+def _draw_curve(axis: Axes, curve: xr.Dataset, name: str, colour: str, marker: str, label: str) -> None:
+    """Exact values along τ, and every fifth simulated one with its error."""
+    axis.plot(curve.tau, curve[f"{name}_exact"], color=colour, label=label)
+    bars(axis, curve.isel(tau=slice(0, None, 5)), name, color=colour, fmt=marker)
 
 
 def _mark_lowest(axis: Axes, curve: xr.Dataset, colour: str) -> None:
@@ -127,25 +106,21 @@ def _mark_lowest(axis: Axes, curve: xr.Dataset, colour: str) -> None:
     axis.axvline(lowest, color=colour, linewidth=0.8, linestyle=":")
 
 
-def _draw_risk_along_tau(data: xr.Dataset) -> Figure:
-    """(a) R_ft and R_pre against τ."""
-    figure, axes = canvas(2)
-    labels = {"finetune": R"$R_\mathrm{ft}(\theta_\tau)$", "pretrain": R"$R_\mathrm{pre}(\theta_\tau)$"}
-    for axis, (name, label) in zip(axes, labels.items(), strict=True):
+def _draw_along_tau(data: xr.Dataset) -> Figure:
+    _, axes = canvas(2)
+    for axis, name, domain in zip(axes, ("finetune", "pretrain"), ("ft", "pre"), strict=True):
         for filter in data["filter"].values:
             curve, colour = data.sel(filter=filter), COLOURS[filter]
-            axis.plot(data.tau, curve[f"{name}_exact"], color=colour, label=filter)
-            _points(axis, curve, name, colour, MARKERS[filter])
+            _draw_curve(axis, curve, name, colour, MARKERS[filter], filter)
             if name == "finetune":
                 _mark_lowest(axis, curve, colour)
         axis.set_xlabel(f"{TAU_LABEL}   (0 pretrained, 1 fine-tuned)")
-        axis.set_ylabel(f"excess risk {label}")
+        axis.set_ylabel(Rf"excess risk $R_\mathrm{{{domain}}}(\theta_\tau)$")
     axes[0].legend(title="fine-tuned by", title_fontsize=7)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
-def _caption_risk_along_tau(data: xr.Dataset) -> str:
+def _caption_along_tau(data: xr.Dataset) -> str:
     return (
         "Averaging with the pretrained weights helps on the fine-tuning task itself (a, the minimum of each curve dotted, τ* < 1 "
         f"for min-norm: overadaptation) and forgets less (b). {_agreement(data)} {_context(data)}"
@@ -153,21 +128,19 @@ def _caption_risk_along_tau(data: xr.Dataset) -> str:
 
 
 def _draw_bias_and_variance(data: xr.Dataset) -> Figure:
-    """(b) bias², variance and total against τ, for min-norm and three alignments of the shift."""
     figure, axes = canvas(3, sharey=True)
     texts = ("shift in the tail", "isotropic shift", "shift along the head")
+    parts = (
+        ("finetune", "total", R"total $R_\mathrm{ft}$", "o"),
+        ("finetune_bias", "bias", "bias²", "s"),
+        ("finetune_variance", "variance", "variance", "^"),
+    )
     for axis, alignment, text in zip(axes, data.alignment.values, texts, strict=True):
         curve = data.sel(alignment=alignment)
-        for name, part, label, marker in (
-            ("finetune", "total", R"total $R_\mathrm{ft}$", "o"),
-            ("finetune_bias", "bias", "bias²", "s"),
-            ("finetune_variance", "variance", "variance", "^"),
-        ):
-            axis.plot(curve.tau, curve[f"{name}_exact"], color=COLOURS[part], label=label)
-            _points(axis, curve, name, COLOURS[part], marker)
+        for name, part, label, marker in parts:
+            _draw_curve(axis, curve, name, COLOURS[part], marker, label)
         _mark_lowest(axis, curve, COLOURS["total"])
-        axis.set_xlabel(TAU_LABEL)
-        axis.set_title(Rf"{text}, $\alpha = {alignment:g}$")
+        axis.set(xlabel=TAU_LABEL, title=Rf"{text}, $\alpha = {alignment:g}$")
     axes[0].set_ylabel(R"fine-tuning risk $R_\mathrm{ft}(\theta_\tau)$")
     axes[2].legend()
     return figure
@@ -183,7 +156,6 @@ def _caption_bias_and_variance(data: xr.Dataset) -> str:
 
 
 def _draw_trade_off(data: xr.Dataset) -> Figure:
-    """(c) the plane R_pre × R_ft, a curve for each method."""
     figure, (axis,) = canvas(1, width=COLUMN * 1.3, height=3.0)
     for name in ("early stopping", "ridge", "min-norm + ensemble", "ridge + ensemble"):
         axis.plot(*data[name.replace(" ", "_")], color=COLOURS[name], label=name)
@@ -192,8 +164,7 @@ def _draw_trade_off(data: xr.Dataset) -> Figure:
     for name, offset, side in (("pretrained", (6, 2), "left"), ("fine-tuned", (-5, 4), "right")):
         axis.plot(*data[name], "o", color=COLOURS[name])
         axis.annotate(name, tuple(data[name].values), offset, textcoords="offset points", ha=side, fontsize=7)
-    axis.set_xlabel(R"forgetting: pretraining risk $R_\mathrm{pre}$")
-    axis.set_ylabel(R"fine-tuning risk $R_\mathrm{ft}$")
+    axis.set(xlabel=FORGETTING, ylabel=TASK)
     axis.legend(loc="upper right")
     return figure
 
@@ -208,7 +179,6 @@ def _caption_trade_off(data: xr.Dataset) -> str:
 
 
 def _draw_penalty_and_tau(data: xr.Dataset) -> Figure:
-    """(d) R_ft over λ × τ with its minimum."""
     figure, (axis,) = canvas(1, width=COLUMN * 1.2, height=2.8)
     risk = data.risk.values
     levels = MaxNLocator(24).tick_values(risk.min(), min(risk.max(), 1.3))
@@ -217,7 +187,7 @@ def _draw_penalty_and_tau(data: xr.Dataset) -> Figure:
     axis.plot(data.penalty, data.optimal_tau, color="white", linestyle="--", linewidth=1.2)
     axis.axhline(1, color="white", linewidth=0.8)
     axis.set(xscale="log", xlabel=R"penalty $\lambda$", ylabel=TAU_LABEL, ylim=(data.tau[0], data.tau[-1]))
-    figure.colorbar(filled, ax=axis, label=R"fine-tuning risk $R_\mathrm{ft}$", format="%.2f")
+    figure.colorbar(filled, ax=axis, label=TASK, format="%.2f")
     return figure
 
 
@@ -231,21 +201,17 @@ def _caption_penalty_and_tau(data: xr.Dataset) -> str:
 
 
 def _draw_training_time(data: xr.Dataset) -> Figure:
-    """(e) risk against fine-tuning time, with and without ensembling."""
-    figure, axes = canvas(2)
+    _, axes = canvas(2)
     colour, averaged = COLOURS["fine-tuned"], R"ensemble at the best $\tau$ for $R_\mathrm{ft}$"
-    for axis, name, label in zip(
-        axes, ("finetune", "pretrain"), (R"$R_\mathrm{ft}$", R"$R_\mathrm{pre}$"), strict=True
-    ):
+    for axis, name, domain in zip(axes, ("finetune", "pretrain"), ("ft", "pre"), strict=True):
         axis.plot(data.time, data[name], color=colour, label=R"fine-tuned ($\tau = 1$)")
         axis.plot(data.time, data[f"{name}_ensemble"], color=COLOURS["ensemble"], label=averaged)
-        points, errors = data[f"{name}_simulated"], data[f"{name}_error_simulated"]
-        axis.errorbar(data.simulated_time, points, errors, color=colour, fmt="o", capsize=1.5)
-        axis.set(xscale="log", xlabel=R"fine-tuning time $t$ (gradient flow)", ylabel=f"excess risk {label}")
+        bars(axis, data, f"{name}_simulated", f"{name}_error_simulated", color=colour)
+        axis.set(xscale="log", xlabel=R"fine-tuning time $t$ (gradient flow)")
+        axis.set_ylabel(Rf"excess risk $R_\mathrm{{{domain}}}$")
     axes[0].axhline(data.oracle, color=COLOURS["oracle"], linestyle="--", linewidth=1, label="oracle filter")
     axes[0].legend()
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_training_time(data: xr.Dataset) -> str:
@@ -260,43 +226,35 @@ PHASE_METHODS = ("min-norm + ensemble", "ridge", "early stopping")
 
 
 def _draw_phase_diagram(data: xr.Dataset) -> Figure:
-    """(f) which method wins over alignment × noise, and by how much."""
     risk, variance = data.risk, data.noise_std**2
     winner = risk.sel(estimator=list(PHASE_METHODS)).argmin("estimator")
     regularised = risk.sel(estimator=["ridge", "early stopping"]).min("estimator")
-    margin = 100 * (regularised / risk.sel(estimator="min-norm + ensemble") - 1)
-    both = 100 * (regularised / risk.sel(estimator="ridge + ensemble") - 1)
+    ensembles = (risk.sel(estimator=f"{name} + ensemble") for name in ("min-norm", "ridge"))
+    margin, both = (100 * (regularised / ensemble - 1) for ensemble in ensembles)
     worst, most = min(float(np.floor(np.percentile(margin, 10))), -1.0), max(float(np.ceil(margin.max())), 1.0)
     figure, axes = canvas(3, height=3.2, sharey=True)
 
-    def draw_map(axis: Axes, values: xr.DataArray, norm: Normalize, cmap: str | ListedColormap, label: str, **bar):  # type: ignore[no-untyped-def]
-        mesh = axis.pcolormesh(
-            data.alignment, variance, values.T, norm=norm, cmap=cmap, shading="nearest", rasterized=True
-        )
-        colour_bar = figure.colorbar(mesh, ax=axis, location="bottom", **bar)
-        colour_bar.set_label(label)
-        return colour_bar
+    def draw_map(axis: Axes, values: xr.DataArray, norm: Normalize, cmap: Any, label: str, **bar: Any) -> Colorbar:
+        looks: dict[str, Any] = {"norm": norm, "cmap": cmap, "shading": "nearest", "rasterized": True}
+        mesh = axis.pcolormesh(data.alignment, variance, values.T, **looks)
+        return figure.colorbar(mesh, ax=axis, location="bottom", label=label, **bar)
 
     colours = ListedColormap([COLOURS[name] for name in PHASE_METHODS])
     bar = draw_map(axes[0], winner, Normalize(-0.5, len(PHASE_METHODS) - 0.5), colours, "best of these three")
     bar.set_ticks(range(len(PHASE_METHODS)), labels=["min-norm\n+ ensemble", "ridge", "early\nstopping"])
-    text = "ensembled min-norm against\nthe best regularization [%]"
+    text, ticks = "ensembled min-norm against\nthe best regularization [%]", [worst, worst / 2, 0, most / 2, most]
     bar = draw_map(axes[1], margin, TwoSlopeNorm(0, worst, most), "PuOr", text, extend="min")
-    ticks = [worst, worst / 2, 0, most / 2, most]
     bar.set_ticks(ticks, labels=[f"{tick:+.0f}" if tick else "0" for tick in ticks])
     text = "what the ensemble adds\nto the best regularization [%]"
     draw_map(axes[2], both, Normalize(0, None), "cividis", text)
     tau = data.tau.sel(estimator="min-norm + ensemble")
     axes[0].contour(data.alignment, variance, tau.T, levels=[1], colors="black", linestyles="--", linewidths=1)
     axes[1].contour(data.alignment, variance, margin.T, levels=[0], colors="black", linewidths=1)
+    text = "shift alignment $\\alpha$: $\\Omega \\propto \\Sigma^\\alpha$\n(−1 tail, 0 isotropic, +1 head)"
     for axis in axes:
-        axis.set(yscale="log", xticks=[-1, -0.5, 0, 0.5, 1])
-        axis.set_xlabel(
-            "shift alignment $\\alpha$: $\\Omega \\propto \\Sigma^\\alpha$\n(−1 tail, 0 isotropic, +1 head)"
-        )
+        axis.set(yscale="log", xticks=[-1, -0.5, 0, 0.5, 1], xlabel=text)
     axes[0].set_ylabel(R"label noise $\sigma^2$ (signal $\mathrm{tr}\,\Omega\Sigma = 1$)")
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_phase_diagram(data: xr.Dataset) -> str:
@@ -312,30 +270,21 @@ def _caption_phase_diagram(data: xr.Dataset) -> str:
 
 
 def _draw_digits(data: xr.Dataset) -> Figure:
-    """(g) real data: both test errors along τ at each noise level, the leave-one-out choice marked."""
     figure, axes = canvas(3, 2, height=2.1, sharex=True)
     at_choice = data.pretrain.sel(tau=data.test_tau, method="nearest")
     tops = {"finetune": 1.15, "pretrain": 1.15 * float(max(at_choice.max(), data.pretrain.sel(filter="ridge").max()))}
+    hollow: dict[str, Any] = {"fillstyle": "none", "markeredgewidth": 1.3, "linestyle": "none"}
     choices = (("test_tau", "o", 7, R"best $\tau$ on test"), ("loo_tau", "x", 5, R"leave-one-out $\tau$"))
     for column, level in enumerate(data.noise_std.values):
         for axis, (name, top) in zip(axes[column::3], tops.items(), strict=True):
             for filter in data["filter"].values:
                 curve, colour = data.sel(noise_std=level, filter=filter), COLOURS[filter]
-                axis.plot(data.tau, curve[name], color=colour, label=filter)
-                low, high = curve[name] - curve[f"{name}_error"], curve[name] + curve[f"{name}_error"]
-                axis.fill_between(data.tau, low, high, color=colour, alpha=0.25, linewidth=0)
+                error = curve[f"{name}_error"]
+                band(axis, data.tau, curve[name], error, color=colour, alpha=0.25, label=filter)
                 for choice, marker, size, label in choices:
-                    axis.plot(
-                        curve[choice],
-                        np.interp(curve[choice], data.tau, curve[name]),
-                        marker,
-                        color=colour,
-                        markersize=size,
-                        fillstyle="none",
-                        markeredgewidth=1.3,
-                        linestyle="none",
-                        label=label if filter == "min-norm" else None,
-                    )
+                    height = np.interp(curve[choice], data.tau, curve[name])
+                    named = label if filter == "min-norm" else None
+                    axis.plot(curve[choice], height, marker, color=colour, markersize=size, label=named, **hollow)
             axis.set_ylim(0, top)
         axes[column].set_title(f"label noise {level:g}")
         axes[3 + column].set_xlabel(TAU_LABEL)

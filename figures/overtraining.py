@@ -13,22 +13,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from figures.style import Picture, canvas, panel_letters, readable_ticks
+from figures.style import Picture, bars, canvas, panel_letters, readable_ticks, seed_of
 from sims import overtraining as sims
 from theory import overtraining as theory
 
 __all__ = ["pictures"]
 
 _START: dict[str, Any] = {"initial": 1e-3, "step_size": 0.05}
+_NOISY_STEPS: dict[str, Any] = {"batch": 8, "noise_std": 0.3}
 _FINETUNE_STEPS = 100
+_AFTER: dict[str, Any] = {"fmt": "o-", "capsize": 0, "markersize": 2.2}
+"""Looks of losses after fine-tuning, with their standard errors."""
 _TASKS = {"unrelated": "unrelated task", "rotated": "rotated by 0.5 rad", "stretched": "features × 1.5"}
 
 
 def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     """All figures of the paper, one after the other; the quick ones are for CI and first looks."""
     size, last, count = (8, 40.0, 13) if quick else (16, 100.0, 33)
-    seed = {"seed": str(int(jax.random.key_data(key).ravel()[-1]))}
-    keys = jax.random.split(key, 6)
+    seed, keys = {"seed": str(seed_of(key))}, jax.random.split(key, 6)
     target = sims.sample_target(keys[0], size)
     times = np.concatenate([[0.0], np.geomspace(0.5, last, count - 1)])
     times = np.unique(np.rint(times / _START["step_size"])) * _START["step_size"]  # whole steps
@@ -37,29 +39,21 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     data = sims.learning_curves(target, np.linspace(0, 40, 81), initial=_START["initial"], step_sizes=rates)
     data = data.assign_attrs(seed, step_size=_START["step_size"])
     yield Picture("singular_values", "Features, one after another", data, _draw_features, _caption_features)
-
     data = _perturbed(keys[1], target, times, 32 if quick else 400).assign_attrs(seed)
     yield Picture("perturbed_loss", "Progressive sensitivity", data, _draw_perturbed, _caption_perturbed)
 
-    data = sims.fine_tuned_losses(
-        sims.pretrain(target, times, **_START),
-        times,
-        target,
-        sims.sample_tasks(keys[2], target, 3 if quick else 8),
-        step_sizes=0.002 * 2.0 ** np.linspace(0, 6, 7 if quick else 13),
-        penalties=np.array([0.0, 0.3, 1.0]),
-        steps=_FINETUNE_STEPS,
-    ).sel(schedule="constant", drop=True)
-    data = data.assign_attrs(seed, **_START)
+    checkpoints, tasks = sims.pretrain(target, times, **_START), sims.sample_tasks(keys[2], target, 3 if quick else 8)
+    grid: dict[str, Any] = {"step_sizes": 0.002 * 2.0 ** np.linspace(0, 6, 7 if quick else 13)}
+    grid |= {"penalties": np.array([0.0, 0.3, 1.0]), "steps": _FINETUNE_STEPS}
+    data = sims.fine_tuned_losses(checkpoints, times, target, tasks, **grid)
+    data = data.sel(schedule="constant", drop=True).assign_attrs(seed, **_START)
     plain = _with_recursion(data.sel(penalty=0.0), target)
     yield Picture("after_fine_tuning", "Fine-tuning checkpoints", plain, _draw_after, _caption_after)
-    chosen = data.sel(task="unrelated")
-    title = "A penalty delays the inflection"
+    chosen, title = data.sel(task="unrelated"), "A penalty delays the inflection"
     yield Picture("penalty_against_overtraining", title, chosen, _draw_penalised, _caption_penalised)
     gammas, levels = np.geomspace(0.01, 0.5, 120), np.linspace(0, 0.12, 25)
     turns = sims.inflection_times(data, target, gammas, levels, initial=_START["initial"])
     yield Picture("inflection_time", "Inflection time", turns, _draw_inflections, _caption_inflections)
-
     data = _tokens(keys[3], quick).assign_attrs(seed)
     yield Picture("token_budget", "Overtraining on a token budget", data, _draw_tokens, _caption_tokens)
     data = _sharpness(keys[4], quick).assign_attrs(seed)
@@ -83,13 +77,7 @@ def _shades(count: int) -> np.ndarray:
 
 
 def _mark(axis: Axes, time: float, height: float, colour: object) -> None:
-    """A triangle at an inflection."""
     axis.plot(time, height, "v", color=colour, markersize=8, markeredgecolor="white")
-
-
-def _along_time(axis: Axes, curve: xr.Dataset, name: str, **style: Any) -> None:
-    """One of both losses after fine-tuning ± its standard error."""
-    axis.errorbar(curve.time, curve[name], curve[f"{name}_error"], markersize=2.2, **style)
 
 
 def _mark_inflection(axis: Axes, curve: xr.DataArray, colour: object) -> None:
@@ -103,9 +91,8 @@ def _noise_label(gamma: float) -> str:
 
 
 def _draw_features(data: xr.Dataset) -> Figure:
-    """Singular values against time, and the error of finite steps."""
     shown = (1, 2, 3, 5, 8)
-    figure, axes = canvas(2)
+    _, axes = canvas(2)
     for mode, colour in zip(shown, _shades(len(shown))):
         exact = data.exact.sel(mode=mode)
         axes[0].plot(data.time, exact, color=colour)
@@ -118,10 +105,8 @@ def _draw_features(data: xr.Dataset) -> Figure:
     axes[1].loglog(sizes, errors[-1] * sizes / sizes[-1], color="grey", linewidth=1)
     axes[1].annotate("∝ step size", (sizes[1], errors[1]), (-4, 8), textcoords="offset points", ha="right")
     axes[1].set(xlabel="step size", ylabel="largest |measured − closed form|")
-    readable_ticks(axes[1].xaxis)
-    readable_ticks(axes[1].yaxis)
-    panel_letters(axes)
-    return figure
+    readable_ticks(axes[1].xaxis, axes[1].yaxis)
+    return panel_letters(axes)
 
 
 def _caption_features(data: xr.Dataset) -> str:
@@ -139,32 +124,28 @@ def _perturbed(key: Array, target: Array, times: np.ndarray, replicas: int) -> x
     fine, a, m = np.geomspace(0.5, times[-1], 300), jnp.linalg.svd(target, compute_uv=False), len(target)
     exact = theory.perturbed_loss(_START["initial"], a, fine, gammas[:, None], (m, m, m))
     dims = ("gamma", "line_time")
-    return data.assign(line=(dims, exact.total), sensitivity_line=(dims, exact.sensitivity)).assign_coords(
-        line_time=fine
-    )
+    data = data.assign(line=(dims, exact.total), sensitivity_line=(dims, exact.sensitivity))
+    return data.assign_coords(line_time=fine)
 
 
 def _draw_perturbed(data: xr.Dataset) -> Figure:
-    """Loss under Gaussian perturbation against pretraining time, and the sensitivity."""
-    figure, axes = canvas(2)
+    _, axes = canvas(2)
     last = float(data.time[-1])
-    points = data.isel(time=slice(1, None, 4))
     for gamma, colour in zip(data.gamma.values, _shades(data.gamma.size)):
-        curve, shown = data.sel(gamma=gamma), points.sel(gamma=gamma)
-        style = {"color": colour, "fmt": "o", "capsize": 1.5}
+        curve = data.sel(gamma=gamma)
+        shown = curve.isel(time=slice(1, None, 4)).assign(rise=curve.perturbed - curve.loss)
         axes[0].plot(curve.line_time, curve.line, color=colour, label=_noise_label(gamma))
-        axes[0].errorbar(shown.time, shown.perturbed, shown.perturbed_error, **style)
+        bars(axes[0], shown, "perturbed", color=colour)
         turn = float(curve.inflection_flow)
         if 0 < turn < last:
             _mark(axes[0], turn, float(np.interp(turn, curve.line_time, curve.line)), colour)
         if gamma > 0:
             axes[1].plot(curve.line_time, curve.sensitivity_line, color=colour)
-            axes[1].errorbar(shown.time, shown.perturbed - shown.loss, shown.perturbed_error, **style)
+            bars(axes[1], shown, "rise", "perturbed_error", color=colour)
     for axis, label in zip(axes, ("pretraining loss", "sensitivity: rise of the loss")):
         axis.set(xscale="log", xlim=(0.5, last), xlabel="pretraining time", ylabel=label)
     axes[0].legend(title="perturbation", title_fontsize=7)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_perturbed(data: xr.Dataset) -> str:
@@ -182,26 +163,23 @@ def _with_recursion(data: xr.Dataset, target: Array) -> xr.Dataset:
     """With the losses of stretched features in closed form, at the rates that are shown."""
     rates = data.step_size.sel(step_size=[0.004, 0.008, 0.016, 0.064], method="nearest").values
     fine, a = np.geomspace(0.5, float(data.time[-1]), 200), jnp.linalg.svd(target, compute_uv=False)
-    exact = theory.fine_tuning(
-        _START["initial"], a, 1.5 * a, fine, rates[:, None] * _FINETUNE_STEPS, steps=_FINETUNE_STEPS
-    )
+    training_times = rates[:, None] * _FINETUNE_STEPS
+    exact = theory.fine_tuning(_START["initial"], a, 1.5 * a, fine, training_times, steps=_FINETUNE_STEPS)
     dims = ("shown_rate", "line_time")
     lines = {f"{name}_line": (dims, loss) for name, loss in exact.after._asdict().items()}
     return data.assign(lines).assign_coords(shown_rate=rates, line_time=fine)
 
 
 def _draw_after(data: xr.Dataset) -> Figure:
-    """Pretraining and fine-tuning loss after fine-tuning against pretraining time, where it turns and where not."""
-    figure, axes = canvas(3, 2, height=2.1, sharex=True)
+    _, axes = canvas(3, 2, height=2.1, sharex=True)
     rates = data.shown_rate.values
     for column, (task, title) in enumerate(_TASKS.items()):
-        rows = {"pretrain": axes[column], "finetune": axes[3 + column]}
-        here = data.sel(task=task)
+        rows, here = {"pretrain": axes[column], "finetune": axes[3 + column]}, data.sel(task=task)
         best = sims.tuned(here)
         for name, axis in rows.items():
             for rate, colour in zip(rates, _shades(len(rates))):
-                style = {"color": colour, "fmt": "o" if task == "stretched" else "o-", "label": f"{rate:.3g}"}
-                _along_time(axis, here.sel(step_size=rate), name, **style)
+                style = _AFTER | {"fmt": "o" if task == "stretched" else "o-"}
+                bars(axis, here.sel(step_size=rate), name, color=colour, label=f"{rate:.3g}", **style)
                 if task == "stretched":
                     axis.plot(data.line_time, here[f"{name}_line"].sel(shown_rate=rate), color=colour)
                 if name == "pretrain":
@@ -215,8 +193,7 @@ def _draw_after(data: xr.Dataset) -> Figure:
     readable_ticks(axes[0].yaxis)
     axes[3].set_ylabel("fine-tuning loss after")
     axes[4].legend(title="learning rate", title_fontsize=7, loc="upper right")
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_after(data: xr.Dataset) -> str:
@@ -230,27 +207,22 @@ def _caption_after(data: xr.Dataset) -> str:
 
 
 def _draw_penalised(data: xr.Dataset) -> Figure:
-    """What a penalty towards the pretrained weights delays, and what it costs."""
     rate = float(data.step_size.sel(step_size=0.016, method="nearest"))
-    figure, axes = canvas(3, height=2.5)
-    for penalty, colour in zip(data.penalty.values, _shades(data.penalty.size)):
-        fixed, best = data.sel(penalty=penalty, step_size=rate), sims.tuned(data.sel(penalty=penalty))
-        style = {"color": colour, "fmt": "o-", "label": f"μ = {penalty:g}"}
-        _along_time(axes[0], fixed, "pretrain", **style)
-        _along_time(axes[1], fixed, "finetune", **style)
-        _along_time(axes[2], best, "pretrain", **style)
-        _mark_inflection(axes[0], fixed.pretrain, colour)
-        _mark_inflection(axes[2], best.pretrain, colour)
-    for axis, loss, title in zip(
-        axes, ("pretraining", "fine-tuning", "pretraining"), (*[f"rate {rate:.3g}"] * 2, "rate tuned")
-    ):
+    _, axes = canvas(3, height=2.5)
+    losses, titles = {"pretrain": "pretraining", "finetune": "fine-tuning"}, (*[f"rate {rate:.3g}"] * 2, "rate tuned")
+    for axis, name, title in zip(axes, ("pretrain", "finetune", "pretrain"), titles):
+        for penalty, colour in zip(data.penalty.values, _shades(data.penalty.size)):
+            curves = data.sel(penalty=penalty)
+            curve = sims.tuned(curves) if title == "rate tuned" else curves.sel(step_size=rate)
+            bars(axis, curve, name, color=colour, label=f"μ = {penalty:g}", **_AFTER)
+            if name == "pretrain":
+                _mark_inflection(axis, curve.pretrain, colour)
         axis.set(xscale="log", xlim=(0.5, float(data.time[-1])), xlabel="pretraining time")
-        axis.set(ylabel=f"{loss} loss after", title=title)
+        axis.set(ylabel=f"{losses[name]} loss after", title=title)
     axes[2].set_yscale("log")
     readable_ticks(axes[2].yaxis)
     axes[0].legend()
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_penalised(data: xr.Dataset) -> str:
@@ -261,8 +233,12 @@ def _caption_penalised(data: xr.Dataset) -> str:
     )
 
 
+def _proper(times: xr.DataArray) -> xr.DataArray:
+    """Inflections that are neither at once nor never; NaN for the others."""
+    return times.where((times > 0) & np.isfinite(times))
+
+
 def _draw_inflections(data: xr.Dataset) -> Figure:
-    """Inflection time against γ, against the learning rate, and over both."""
     figure, axes = canvas(3, height=2.6)
     modes, exact = (values.where(values > 0) for values in (data.mode_inflection, data.inflection))
     for index, colour in zip((0, 1, 3, 7), _shades(4)):
@@ -278,9 +254,8 @@ def _draw_inflections(data: xr.Dataset) -> Figure:
     for task, marker, colour in zip(data.task.values, "os^D", ("#D55E00", "#0072B2", "#009E73", "#CC79A7")):
         turns = data.fine_tuning_inflection.sel(task=task)
         for penalty, line, fill in ((0.0, "-", "full"), (1.0, ":", "none")):
-            curve = turns.sel(penalty=penalty)
-            shown = curve.where((curve > 0) & np.isfinite(curve))
-            axes[1].plot(curve.step_size, shown, line, marker=marker, fillstyle=fill, color=colour)
+            curve = _proper(turns.sel(penalty=penalty))
+            axes[1].plot(curve.step_size, curve, line, marker=marker, fillstyle=fill, color=colour)
         label = task if np.isfinite(turns).any() else f"{task}: none"
         axes[1].plot([], [], "-", marker=marker, color=colour, label=label)
     axes[1].plot([], [], ":", marker="o", fillstyle="none", color="grey", label="with μ = 1")
@@ -289,8 +264,7 @@ def _draw_inflections(data: xr.Dataset) -> Figure:
     readable_ticks(axes[1].yaxis)
     axes[1].legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=2)
 
-    both = data.combined_inflection.transpose("gamma_after", "step_size")
-    both = both.where((both > 0) & np.isfinite(both))
+    both = _proper(data.combined_inflection.transpose("gamma_after", "step_size"))
     norm = mpl.colors.LogNorm(0.5, data.last_time)
     axes[2].set_facecolor("0.88")
     mesh = axes[2].pcolormesh(data.step_size, data.gamma_after, both, cmap="viridis", norm=norm, rasterized=True)
@@ -311,36 +285,25 @@ def _caption_inflections(data: xr.Dataset) -> str:
 
 
 def _tokens(key: Array, quick: bool) -> xr.Dataset:
-    """Pretraining on a budget of fresh tokens, two schedules."""
     size, steps, replicas, count = (6, 900, 3, 5) if quick else (12, 12_000, 12, 13)
-    return sims.token_budgets(
-        key,
-        sims.sample_target(jax.random.fold_in(key, 1), size),
-        np.unique(np.rint(np.geomspace(40, steps, count)).astype(int)) * 8,
-        np.array([0.0, 0.05, 0.1, 0.15]),
-        batch=8,
-        step_size=0.05,
-        noise_std=0.3,
-        scale=0.01,
-        replicas=replicas,
-        schedules=("constant", "cosine"),
-    )
+    target, gammas = sims.sample_target(jax.random.fold_in(key, 1), size), np.array([0.0, 0.05, 0.1, 0.15])
+    budgets = np.unique(np.rint(np.geomspace(40, steps, count)).astype(int)) * 8
+    setting: dict[str, Any] = {"step_size": 0.05, "scale": 0.01, "schedules": ("constant", "cosine")}
+    return sims.token_budgets(key, target, budgets, gammas, replicas=replicas, **_NOISY_STEPS, **setting)
 
 
 def _draw_tokens(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(2, sharey=True)
+    _, axes = canvas(2, sharey=True)
     for axis, schedule in zip(axes, data.schedule.values):
         for gamma, colour in zip(data.gamma.values, _shades(data.gamma.size)):
             curve = data.sel(schedule=schedule, gamma=gamma)
-            style = {"color": colour, "fmt": "o-", "capsize": 1.5, "label": _noise_label(gamma)}
-            axis.errorbar(data.budget, curve.perturbed, curve.perturbed_error, **style)
+            bars(axis, curve, "perturbed", color=colour, fmt="o-", label=_noise_label(gamma))
             _mark_inflection(axis, curve.perturbed.rename(budget="time"), colour)
         axis.set(xscale="log", yscale="log", xlabel="pretraining tokens", title=f"{schedule} learning rate")
         axis.xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("pretraining loss")
     axes[0].legend()
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_tokens(data: xr.Dataset) -> str:
@@ -358,25 +321,16 @@ def _sharpness(key: Array, quick: bool) -> xr.Dataset:
     size, steps, replicas = (6, 300, 3) if quick else (12, 4000, 12)
     target_key, task_key, run_key = jax.random.split(key, 3)
     target = sims.sample_target(target_key, size)
-    return sims.sharpness_and_forgetting(
-        run_key,
-        target,
-        target + sims.sample_unrelated_task(task_key, target, 0.05 * (12 / size) ** 0.5),
-        step_sizes=np.array([0.05, 0.1] if quick else [0.02, 0.03, 0.05, 0.1, 0.2]),
-        steps=steps,
-        batch=8,
-        noise_std=0.3,
-        scales=(0.3, 0.01),
-        replicas=replicas,
-        level=0.05,
-        finetune_step_size=0.02,
-        finetune_steps=3000,
-    )
+    task = target + sims.sample_unrelated_task(task_key, target, 0.05 * (12 / size) ** 0.5)
+    rates = np.array([0.05, 0.1] if quick else [0.02, 0.03, 0.05, 0.1, 0.2])
+    pretraining = _NOISY_STEPS | {"step_sizes": rates, "steps": steps, "scales": (0.3, 0.01), "replicas": replicas}
+    finetuning: dict[str, Any] = {"level": 0.05, "finetune_step_size": 0.02, "finetune_steps": 3000}
+    return sims.sharpness_and_forgetting(run_key, target, task, **pretraining, **finetuning)
 
 
 def _draw_sharpness(data: xr.Dataset) -> Figure:
     mean, error = data.mean("replica"), data.std("replica", ddof=1) / data.sizes["replica"] ** 0.5
-    figure, axes = canvas(2, height=2.6)
+    _, axes = canvas(2, height=2.6)
     for schedule, marker, colour in zip(data.schedule.values, "os^", ("#D55E00", "#0072B2", "#009E73")):
         line, spread = mean.sel(schedule=schedule), error.sel(schedule=schedule)
         style: dict = {"color": colour, "marker": marker, "capsize": 1.5, "label": schedule}
@@ -389,8 +343,7 @@ def _draw_sharpness(data: xr.Dataset) -> Figure:
     readable_ticks(axes[0].xaxis)
     axes[0].legend()
     axes[1].set(xlabel="sharpness after pretraining", ylabel="forgetting at matched fine-tuning loss")
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_sharpness(data: xr.Dataset) -> str:

@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from types import SimpleNamespace as Setting
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import COLOURS, COLUMN, Picture, canvas, panel_letters, readable_ticks
+from figures.style import COLOURS, COLUMN, FORGETTING, Picture, bars, canvas, panel_letters, readable_ticks, seed_of
 from linfit import Filter, MinNorm, Ridge, sample_designs
 from sims import s3ft as sims
 from theory import s3ft as theory
@@ -21,34 +22,16 @@ from theory.s3ft import Procedure, VectorProblem
 
 __all__ = ["pictures"]
 
-
-class _Setting(NamedTuple):
-    """Sizes of a run."""
-
-    n: int = 80
-    p: int = 320
-    designs: int = 4
-    replicates: int = 64
-    points: int = 61
-    """Along each line."""
-    population: int = 2000
-    """Samples that stand for unlimited data."""
-    population_replicates: int = 64
-    styles: tuple[int, ...] = (0, 2, 4, 8, 16)
-    sizes: int = 11
-    simulated_sizes: slice = slice(None, None, 4)
-    """Which sizes are simulated: every size is compiled for."""
-    splits: int = 8
-    digits_p: int = 2048
-    digits_pretrain: int = 700
-
-
-_FULL = _Setting()
-_QUICK = _Setting(
-    n=30, p=120, designs=2, replicates=16, points=21, population=500, population_replicates=8, styles=(0, 8),
-    sizes=4, simulated_sizes=slice(1), splits=2, digits_p=1024, digits_pretrain=400,
+_FULL = Setting(
+    n=80, p=320, designs=4, replicates=64, points=61, population=2000, population_replicates=64,
+    styles=(0, 2, 4, 8, 16), sizes=11, simulated_sizes=slice(None, None, 4), splits=8, digits_p=2048, digits_pretrain=700,
 )  # fmt: skip
-"""For CI and first looks."""
+_QUICK = Setting(
+    n=30, p=120, designs=2, replicates=16, points=21, population=500, population_replicates=8,
+    styles=(0, 8), sizes=4, simulated_sizes=slice(1), splits=2, digits_p=1024, digits_pretrain=400,
+)  # fmt: skip
+"""Sizes of a run: points along each line, samples that stand for an unlimited population, which sample sizes are simulated
+(every one is compiled for)."""
 
 _CONTENT_RANK, _STYLE_DIMENSION, _NOISE_STD = 2, 4, 0.5**0.5
 _RESIDUAL_STD = (1 + _NOISE_STD**2) ** 0.5
@@ -72,6 +55,7 @@ _LINES = {
     "pretrained": COLOURS["pretrained"],
 }
 _MARKS = {"SFT": "o", "S3FT": "s", "S3FT without paraphrase": "^", "SFT + ensemble": "D", "pretrained": "x"}
+_POINTS: dict[str, dict[str, Any]] = {name: {"color": _LINES[name], "fmt": mark} for name, mark in _MARKS.items()}
 _SOURCES = {"own": COLOURS["ridge"], "paraphrase": COLOURS["ridge + ensemble"], "gold": COLOURS["variance"]}
 _LABELS = {
     "strictness": R"tolerance of the judge $/\sqrt{v}$",
@@ -93,14 +77,11 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     stack = sample_designs(keys[1], problem.finetune_covariance, setting.n, setting.designs)
     filter = _bayes_ridge(problem, setting.n)
     procedures = [procedure for _, procedure in _sweeps(_SHOWN).values()]
-    simulated = sims.monte_carlo(
-        keys[2], stack, problem, sims.settings_of(*procedures), filter, replicates=setting.replicates
-    )
-    expected = {
-        name: sims.expected_on(stack, problem, procedure, filter)
-        for name, (_, procedure) in _sweeps(setting.points).items()
-    }
-    attributes = dict(simulated.attrs) | {"seed": int(jax.random.key_data(key).ravel()[-1])}
+    settings, replicates = sims.settings_of(*procedures), setting.replicates
+    simulated = sims.monte_carlo(keys[2], stack, problem, settings, filter, replicates=replicates)
+    lines = {name: procedure for name, (_, procedure) in _sweeps(setting.points).items()}
+    expected = {name: sims.expected_on(stack, problem, procedure, filter) for name, procedure in lines.items()}
+    attributes = dict(simulated.attrs) | {"seed": seed_of(key)}
 
     def picture(name: str, title: str, data: xr.Dataset, draw: Any, caption: Any) -> Picture:
         return Picture(name, title, data.assign_attrs(attributes | data.attrs), draw, caption)
@@ -120,7 +101,7 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     yield picture("s3ft_digits", "S3FT on the digits", data, _draw_digits, _caption_digits)
 
 
-def _vector_problem(key: Array, setting: _Setting, style_dimension: int = _STYLE_DIMENSION) -> VectorProblem:
+def _vector_problem(key: Array, setting: Setting, style_dimension: int = _STYLE_DIMENSION) -> VectorProblem:
     return sims.content_and_style_problem(key, setting.p, _CONTENT_RANK, style_dimension, noise_std=_NOISE_STD)
 
 
@@ -161,23 +142,13 @@ def _context(data: xr.Dataset) -> str:
     return f"{_PROBLEM_TEXT}; n = {data.n}, p = {data.p}; seed {data.seed}."
 
 
-def _points(axis: Axes, points: xr.DataArray, error: xr.DataArray, method: str, **options: Any) -> None:
-    """Measured values along their only dimension, with bars of one standard error."""
-    at = points[points.dims[0]]
-    looks: dict[str, Any] = {"color": _LINES[method], "fmt": _MARKS.get(method, ""), "capsize": 1.5}
-    axis.errorbar(at, points, error, **looks | options)
-
-
 def _legend_above(figure: Figure, axis: Axes, columns: int) -> None:
     handles, labels = axis.get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))
     figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=columns)
 
 
-# Where targets come from ---------------------------------------------------------------------------------------------
-
-
-def _shares(simulated: xr.Dataset, expected: dict[str, xr.Dataset], setting: _Setting) -> xr.Dataset:
+def _shares(simulated: xr.Dataset, expected: dict[str, xr.Dataset], setting: Setting) -> xr.Dataset:
     """Shares over three properties of the procedure, and the same summed up to two edges, expected and simulated."""
     variables: dict[str, Any] = {}
     for name, (values, procedure) in _sweeps(setting.points).items():
@@ -203,15 +174,13 @@ def _draw_shares(data: xr.Dataset) -> Figure:
         for source, lower, upper in zip(_SOURCES, edges[:-1], edges[1:], strict=True):
             axis.fill_between(values, lower, upper, color=_SOURCES[source], linewidth=0, label=source)
         axis.plot(values, data[f"{name}_expected"].T, color="black", linewidth=0.8, linestyle="--")
-        looks = {"color": "black", "fmt": "o", "markersize": 3, "markerfacecolor": "white", "clip_on": False}
+        looks: dict[str, Any] = {"color": "black", "markersize": 3, "markerfacecolor": "white", "clip_on": False}
         for edge in (0, 1):
-            points, error = (data[f"{name}_simulated{which}"].isel(edge=edge) for which in ("", "_error"))
-            _points(axis, points, error, "S3FT", **looks)
+            bars(axis, data.isel(edge=edge), f"{name}_simulated", **looks)
         axis.set(xlabel=_LABELS[name], xlim=(values[0], values[-1]), ylim=(0, 1))
     axes[0].set_ylabel("share of targets")
     _legend_above(figure, axes[0], 3)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_shares(data: xr.Dataset) -> str:
@@ -221,34 +190,25 @@ def _caption_shares(data: xr.Dataset) -> str:
     )
 
 
-# Against supervised fine-tuning --------------------------------------------------------------------------------------
-
-
 def _against_supervised(
-    key: Array, simulated: xr.Dataset, expected: dict[str, xr.Dataset], stack: Array, filter: Filter, setting: _Setting
+    key: Array, simulated: xr.Dataset, expected: dict[str, xr.Dataset], stack: Array, filter: Filter, setting: Setting
 ) -> xr.Dataset:
     """Task risk and forgetting relative to supervised fine-tuning, over four properties."""
     variables: dict[str, Any] = {}
     supervised = expected["strictness"].sel(procedure="SFT").isel(setting=0)
     for name, (values, _) in _sweeps(setting.points).items():
-        points = _points_of(simulated, name)
+        points, shown = _points_of(simulated, name), ("procedure", f"{name}_shown")
         variables |= {f"{name}_value": values, f"{name}_shown": _sweeps(_SHOWN)[name][0]}
         for quantity in _ROWS:
             unit, over = float(supervised[quantity]), f"{quantity}_over_{name}"
-            shown = ("procedure", f"{name}_shown")
-            variables |= {
-                over: (("procedure", f"{name}_value"), expected[name][quantity].values / unit),
-                f"{over}_simulated": (shown, points[quantity].values / unit),
-                f"{over}_simulated_error": (shown, points[f"{quantity}_error"].values / unit),
-            }
+            variables[over] = (("procedure", f"{name}_value"), expected[name][quantity].values / unit)
+            for ending in ("", "_error"):
+                variables[f"{over}_simulated{ending}"] = (shown, points[f"{quantity}{ending}"].values / unit)
     draw_key, replicates = jax.random.fold_in(key, 1), max(setting.replicates // 4, 2)
-    runs = [
-        sims.monte_carlo(
-            draw_key, stack, _vector_problem(key, setting, number), _BASE, filter, replicates=replicates
-        ).isel(setting=0)
-        for number in setting.styles
-    ]
-    along = xr.concat(runs, xr.Variable("style_dimension", list(setting.styles)), combine_attrs="override")
+    problems = [_vector_problem(key, setting, number) for number in setting.styles]
+    runs = [sims.monte_carlo(draw_key, stack, one, _BASE, filter, replicates=replicates) for one in problems]
+    styles = xr.Variable("style_dimension", list(setting.styles))
+    along = xr.concat([run.isel(setting=0) for run in runs], styles, combine_attrs="override")
     for quantity in _ROWS:
         own_unit, over = along[f"{quantity}_exact"].sel(procedure="SFT", drop=True), f"{quantity}_over_style_dimension"
         for suffix, ending in (("", "_exact"), ("_simulated", ""), ("_simulated_error", "_error")):
@@ -261,17 +221,16 @@ def _against_supervised(
 def _draw_against(data: xr.Dataset) -> Figure:
     figure, axes = canvas(4, 2, height=2.1, sharex="col", sharey="row")
     panels = list(zip(axes, itertools.product(_ROWS, _LABELS), strict=True))
+    unmoved: dict[str, Any] = {"color": _LINES["pretrained"], "linewidth": 1, "linestyle": ":"}
     for axis, (quantity, name) in panels:
         for method in _SHOWN_METHODS:
-            parts = (data[f"{quantity}_over_{name}{suffix}"] for suffix in ("", "_simulated", "_simulated_error"))
-            line, points, error = (part.sel(procedure=method) for part in parts)
-            axis.plot(line[line.dims[0]], line, color=_LINES[method])
-            _points(axis, points, error, method)
+            chosen, over = data.sel(procedure=method), f"{quantity}_over_{name}"
+            axis.plot(chosen[chosen[over].dims[0]], chosen[over], color=_LINES[method])
+            bars(axis, chosen, f"{over}_simulated", **_POINTS[method])
     for axis, (quantity, name) in panels:
         axis.axhline(1, color=_LINES["SFT"], linewidth=1.2, label="SFT")
         if name != "style_dimension":
-            unmoved = data.attrs[f"unmoved_{quantity}"]
-            axis.axhline(unmoved, color=_LINES["pretrained"], linewidth=1, linestyle=":")
+            axis.axhline(data.attrs[f"unmoved_{quantity}"], **unmoved)
         axis.set_ylim(0, None)
     for axis, label in zip(axes[4:], _LABELS.values(), strict=True):
         axis.set_xlabel(label)
@@ -279,11 +238,9 @@ def _draw_against(data: xr.Dataset) -> Figure:
         axes[4 * row].set_ylabel(text)
     for method in _SHOWN_METHODS:
         axes[0].plot([], [], color=_LINES[method], marker=_MARKS[method], label=method)
-    label = "pretrained = own right answers only"
-    axes[0].plot([], [], color=_LINES["pretrained"], linewidth=1, linestyle=":", label=label)
+    axes[0].plot([], [], label="pretrained = own right answers only", **unmoved)
     _legend_above(figure, axes[0], 4)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_against(data: xr.Dataset) -> str:
@@ -298,10 +255,7 @@ def _caption_against(data: xr.Dataset) -> str:
     )
 
 
-# The plane of forgetting and task risk -------------------------------------------------------------------------------
-
-
-def _trade_off(stack: Array, problem: VectorProblem, filter: Filter, setting: _Setting) -> xr.Dataset:
+def _trade_off(stack: Array, problem: VectorProblem, filter: Filter, setting: Setting) -> xr.Dataset:
     """S3FT over its tolerance, and ensembles of SFT and of S3FT with a strict judge over τ."""
     tolerances, tau = np.linspace(0, 5, setting.points) * _RESIDUAL_STD, np.linspace(0, 1, 21)
     path = sims.expected_on(stack, problem, _BASE._replace(tolerance=tolerances), filter)
@@ -317,22 +271,19 @@ def _trade_off(stack: Array, problem: VectorProblem, filter: Filter, setting: _S
 
 
 def _draw_trade_off(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(1, width=COLUMN * 1.5, height=3.1)
-    axis = axes[0]
-    for method in _SHOWN_METHODS:
-        curve, label = data.sel(procedure=method), f"{method}, tolerance 0 to 5√v"
-        axis.plot(
-            curve.forgetting_along_tolerance, curve.content_risk_along_tolerance, color=_LINES[method], label=label
-        )
-    for method, style, colour in (("SFT", "-", _LINES["SFT + ensemble"]), ("S3FT", "--", _LINES["S3FT"])):
-        curve, label = data.sel(procedure=method), f"{method} + ensemble, τ from 0 to 1"
-        axis.plot(curve.forgetting_along_tau, curve.content_risk_along_tau, color=colour, linestyle=style, label=label)
+    figure, (axis,) = canvas(1, width=COLUMN * 1.5, height=3.1)
+    lines = [(name, "tolerance", "-", name, f"{name}, tolerance 0 to 5√v") for name in _SHOWN_METHODS]
+    for method, style, colour in (("SFT", "-", "SFT + ensemble"), ("S3FT", "--", "S3FT")):
+        lines.append((method, "tau", style, colour, f"{method} + ensemble, τ from 0 to 1"))
+    for method, along, style, colour, label in lines:
+        curve = (data[f"{name}_along_{along}"].sel(procedure=method) for name in ("forgetting", "content_risk"))
+        axis.plot(*curve, color=_LINES[colour], linestyle=style, label=label)
     for name, tau in (("pretrained", 0), ("SFT", -1)):
         end = data.sel(procedure="SFT").isel(tau=tau)
         point = float(end.forgetting_along_tau), float(end.content_risk_along_tau)
         axis.plot(*point, "o", color=_LINES[name])
         axis.annotate(name, point, (5, 4), textcoords="offset points", fontsize=7)
-    axis.set(xlabel=R"forgetting: pretraining risk $R_\mathrm{pre}$, all outputs", ylabel="task: content risk")
+    axis.set(xlabel=f"{FORGETTING}, all outputs", ylabel="task: content risk")
     axis.legend(loc="upper right")
     return figure
 
@@ -345,10 +296,7 @@ def _caption_trade_off(data: xr.Dataset) -> str:
     )
 
 
-# Over the number of samples ------------------------------------------------------------------------------------------
-
-
-def _sample_size(keys: Array, problem: VectorProblem, setting: _Setting) -> xr.Dataset:
+def _sample_size(keys: Array, problem: VectorProblem, setting: Setting) -> xr.Dataset:
     """Everything expected over n, min-norm and ridge, simulated at some n, and the population limit."""
     sizes = np.unique(np.geomspace(setting.p / 16, 8 * setting.p, setting.sizes).astype(int))
     sizes = sizes[abs(np.log(sizes / setting.p)) > 0.2]
@@ -383,21 +331,20 @@ def _draw_sample_size(data: xr.Dataset) -> Figure:
             chosen, colour = over.sel(procedure=method, filter=name), _LINES[method]
             for side in (chosen.n < 1, chosen.n > 1):
                 axis.plot(chosen.n[side], chosen[quantity][side], color=colour)
-            points, error = chosen[f"{quantity}_simulated"], chosen[f"{quantity}_error_simulated"]
-            _points(axis, points, error, method, markersize=3, label=method)
+            looks = {"markersize": 3, "label": method} | _POINTS[method]
+            bars(axis, chosen, f"{quantity}_simulated", f"{quantity}_error_simulated", **looks)
             if (limit := float(chosen[f"{quantity}_limit"])) > 0:
                 axis.axhline(limit, color=colour, linewidth=0.8, linestyle=":")
         axis.set(xscale="log", yscale="log", xlabel="samples / features", title=name)
     for column, text in enumerate(("task: content risk", R"forgetting $R_\mathrm{pre}$")):
         pair = axes[2 * column : 2 * column + 2]
-        low, high = min(axis.get_ylim()[0] for axis in pair), max(axis.get_ylim()[1] for axis in pair)
+        low, high = zip(*(axis.get_ylim() for axis in pair), strict=True)
         for axis in pair:
-            axis.set_ylim(low, high)
+            axis.set_ylim(min(low), max(high))
             readable_ticks(axis.yaxis)
         pair[0].set_ylabel(text)
     _legend_above(figure, axes[0], 3)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_sample_size(data: xr.Dataset) -> str:
@@ -409,21 +356,20 @@ def _caption_sample_size(data: xr.Dataset) -> str:
     )
 
 
-# Where training ends -------------------------------------------------------------------------------------------------
-
 _RANKS = {1: ("-", "o"), 2: ("--", ""), 8: (":", "^")}
 """Line and marker of each content rank; those with a marker are measured."""
 _STRICT = {0.1: ("-", ""), 1.0: ("--", "s"), 2.0: (":", "^")}
 """Tolerances, in units of √v, for own answers alone, likewise."""
 
 
-def _coefficients(key: Array, setting: _Setting) -> xr.Dataset:
+def _coefficients(key: Array, setting: Setting) -> xr.Dataset:
     """The two coefficients of S3FT, and that of own answers alone, over what drives them: formulas and least squares.
 
     v = 1, one style output; all that is measured of a rank in one run.
     """
     tolerance, sampling = np.linspace(0, 4, setting.points), np.linspace(0, 2, setting.points)
     shown, marked = np.linspace(0.5, 3.5, 7), np.array([0.4, 0.8, 1.2, 1.6, 2.0])
+    strengths = {"content_signal": 0.5, "style_signal": 0.5, "noise_std": _NOISE_STD}
     variables: dict[str, Any] = {}
     gaps = []
 
@@ -440,13 +386,9 @@ def _coefficients(key: Array, setting: _Setting) -> xr.Dataset:
             variables[f"{name}_{rank}"] = ("tolerance", np.asarray(curve))
         if not mark or (rank > 1 and setting is _QUICK):  # once is enough for a first look
             continue
-        problem = sims.content_and_style_problem(
-            key, 12, rank, 1, content_signal=0.5, style_signal=0.5, noise_std=_NOISE_STD
-        )
-        procedures = sims.settings_of(half, *(alone.values() if rank == 1 else ()))
-        data = sims.measured_coefficients(
-            key, problem, setting.population, procedures, replicates=setting.population_replicates
-        )
+        problem = sims.content_and_style_problem(key, 12, rank, 1, **strengths)
+        procedures, n = sims.settings_of(half, *(alone.values() if rank == 1 else ())), setting.population
+        data = sims.measured_coefficients(key, problem, n, procedures, replicates=setting.population_replicates)
         for name, exact in theory.coefficients(half, rank, 1.0)._asdict().items():
             add(f"{name}_{rank}", "tolerance_shown", data.isel(setting=slice(len(shown))), name, exact)
         if rank == 1:
@@ -458,15 +400,15 @@ def _coefficients(key: Array, setting: _Setting) -> xr.Dataset:
     for strict in _STRICT:
         curve = theory.rejection_coefficient(Procedure(strict, sampling_std=sampling), 1, 0.5, _NOISE_STD)
         variables[f"rejection_{strict:g}"] = ("sampling_std", np.asarray(curve))
-    coordinates = {"tolerance": tolerance, "sampling_std": sampling}
-    coordinates |= {"tolerance_shown": shown, "sampling_std_shown": marked}
+    coordinates = {"tolerance": tolerance, "sampling_std": sampling, "tolerance_shown": shown}
     z = np.abs(np.concatenate(gaps))
     attributes = {"n": setting.population, "replicates": setting.population_replicates, "p": 12}
-    return xr.Dataset(variables, coordinates, attributes | {"largest_gap": float(z.max()), "gaps": z.size})
+    attributes |= {"largest_gap": float(z.max()), "gaps": z.size}
+    return xr.Dataset(variables, coordinates | {"sampling_std_shown": marked}, attributes)
 
 
 def _draw_coefficients(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(3, height=2.6, sharey=True)
+    _, axes = canvas(3, height=2.6, sharey=True)
     panels: list[tuple[str, dict, str]] = [
         ("content", _RANKS, "S3FT"), ("style", _RANKS, "S3FT"), ("rejection", _STRICT, "own right answers only")
     ]  # fmt: skip
@@ -475,15 +417,13 @@ def _draw_coefficients(data: xr.Dataset) -> Figure:
             curve, label = data[f"{name}_{value:g}"], f"k = {value}" if looks is _RANKS else f"{value:g}"
             axis.plot(curve[curve.dims[0]], curve, color=_LINES[method], linestyle=line, label=label)
             if f"{name}_{value:g}_measured" in data:
-                points, error = (data[f"{name}_{value:g}_measured{which}"] for which in ("", "_error"))
-                _points(axis, points, error, method, fmt=mark)
+                bars(axis, data, f"{name}_{value:g}_measured", color=_LINES[method], fmt=mark)
     axes[0].set(xlabel=_LABELS["strictness"], ylabel="coefficient", title="S3FT: content")
     axes[1].set(xlabel=_LABELS["strictness"], title="S3FT: style")
     axes[2].set(xlabel=R"sampling noise $s/\sqrt{v}$", title="own right answers only", ylim=(-0.03, 1.08))
     for axis, title in zip(axes, ("content rank", "content rank", R"tolerance $/\sqrt{v}$"), strict=True):
         axis.legend(title=title, title_fontsize=7)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_coefficients(data: xr.Dataset) -> str:
@@ -496,42 +436,30 @@ def _caption_coefficients(data: xr.Dataset) -> str:
     )
 
 
-# The digits ----------------------------------------------------------------------------------------------------------
-
-
 def _draw_digits(data: xr.Dataset) -> Figure:
     figure, axes = canvas(3, height=2.5)
     styles = data.style_dimension.values
-    quantities = {
-        "content_risk": "task: error turned",
-        "style_drift": "style drift",
-        "forgetting": "forgetting: error upright",
-    }
-    for axis, (quantity, label) in zip(axes, quantities.items(), strict=True):
+    labels = ("task: error turned", "style drift", "forgetting: error upright")
+    for axis, quantity, label in zip(axes, ("content_risk", "style_drift", "forgetting"), labels, strict=True):
         for index, method in enumerate(data.procedure.values):
             places = np.arange(len(styles)) + 0.12 * (index - 2)
             chosen = data.sel(procedure=method).assign_coords(style_dimension=places)
-            _points(axis, chosen[quantity], chosen[f"{quantity}_error"], method, label=method, clip_on=False)
-        axis.set(xticks=range(len(styles)), xticklabels=[str(count) for count in styles])
-        axis.set(xlabel="style outputs", ylabel=label)
-        axis.set_ylim(0, None)
+            bars(axis, chosen, quantity, label=method, clip_on=False, **_POINTS[method])
+        axis.set_xticks(range(len(styles)), labels=[str(count) for count in styles])
+        axis.set(xlabel=_LABELS["style_dimension"], ylabel=label, ylim=(0, None))
     _legend_above(figure, axes[0], 5)
-    panel_letters(axes)
-    return figure
+    return panel_letters(axes)
 
 
 def _caption_digits(data: xr.Dataset) -> str:
     chosen, most = data.sel(procedure="S3FT").isel(style_dimension=0), data.isel(style_dimension=-1)
-    accuracy = data.accuracy.isel(style_dimension=0)
+    names, accuracy = data.procedure.values, data.accuracy.isel(style_dimension=0)
+    accuracies = ", ".join(f"{name} {float(accuracy.sel(procedure=name)):.2f}" for name in names)
+    forgotten = ", ".join(f"{float(most.forgetting.sel(procedure=name)):.1f} for {name}" for name in names[1:])
     return (
         f"Handwritten digits, random Fourier features (p = {data.p}): pretrained on {data.n_pretrain} upright images, fine-tuned by min-norm on 150 images turned by 45°. "
         "Content: ten class indicators, an own answer right if its class is; style: outputs that are other linear functions of the features in fine-tuning than in pretraining. "
         f"Noise 0.1 on all gold answers; the judge errs with probability {data.false_accept} either way. Targets of S3FT: {float(chosen.own):.0%} own, {float(chosen.paraphrase):.0%} paraphrased, "
-        f"{float(chosen.gold):.0%} gold. Accuracy on turned digits: "
-        + ", ".join(f"{name} {float(accuracy.sel(procedure=name)):.2f}" for name in data.procedure.values)
-        + f". Squared errors: of the indicators on turned images in (a), of all outputs on upright ones in (c); at {int(most.style_dimension)} style outputs forgetting is "
-        + ", ".join(
-            f"{float(most.forgetting.sel(procedure=name)):.1f} for {name}" for name in data.procedure.values[1:]
-        )
-        + f". Mean over {data.splits} splits ± one standard error, held-out images with clean labels; SFT + ensemble at τ = ½. Outputs do not share weights here, so the task does not depend on the style. Seed {data.seed}."
+        f"{float(chosen.gold):.0%} gold. Accuracy on turned digits: {accuracies}. Squared errors: of the indicators on turned images in (a), of all outputs on upright ones in (c); "
+        f"at {int(most.style_dimension)} style outputs forgetting is {forgotten}. Mean over {data.splits} splits ± one standard error, held-out images with clean labels; SFT + ensemble at τ = ½. Outputs do not share weights here, so the task does not depend on the style. Seed {data.seed}."
     )

@@ -1,7 +1,7 @@
 """One look for every figure: colour-blind safe (Okabe–Ito), readable in print at column width, one name per method."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import matplotlib as mpl
@@ -12,18 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-__all__ = [
-    "COLOURS",
-    "COLUMN",
-    "MARKERS",
-    "PAGE",
-    "SETTINGS",
-    "Picture",
-    "canvas",
-    "panel_letters",
-    "readable_ticks",
-    "seed_of",
-]
+__all__ = ["COLOURS", "Picture", "canvas"]
 
 COLUMN, PAGE = 3.4, 7.0
 """Widths of one column and of the page, in inches."""
@@ -45,24 +34,19 @@ COLOURS = {
 }
 """Of every method and quantity, in every figure."""
 
-MARKERS = {"min-norm": "o", "ridge": "s", "early stopping": "^"}
-
-SETTINGS = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
+SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8),
+    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 7),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "lines.linewidth": 1.4,
     "lines.markersize": 3.5,
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
     "pdf.fonttype": 42,
 }
+
+FORGETTING, TASK = R"forgetting: pretraining risk $R_\mathrm{pre}$", R"fine-tuning risk $R_\mathrm{ft}$"
+"""Labels of axes."""
 
 
 class Picture(NamedTuple):
@@ -72,7 +56,6 @@ class Picture(NamedTuple):
     """
 
     name: str
-    """File name without ending."""
     title: str
     data: xr.Dataset
     """Every plotted number; settings as attributes."""
@@ -82,32 +65,42 @@ class Picture(NamedTuple):
 
 
 def seed_of(key: Array) -> int:
-    """The seed that `jax.random.key` made the key of.
-
-    >>> seed_of(jax.random.key(7))
-    7
-    """
+    """The seed that `jax.random.key` made the key of."""
     return int(jax.random.key_data(key).ravel()[-1])
 
 
 def canvas(
     columns: int = 1, rows: int = 1, *, width: float = PAGE, height: float = 2.4, **kwargs: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure in the common style and its axes, row by row; no display is needed."""
+    """A figure in the common style and its axes, row by row, `height` inches each; no display is needed."""
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(width, height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     return figure, list(axes.ravel())
 
 
-def panel_letters(axes: list[Axes]) -> None:
-    """(a), (b), … in the upper left corner of each panel."""
+def panel_letters(axes: list[Axes]) -> Figure:
+    """(a), (b), … in the upper left corner of each panel; their figure."""
     for letter, axis in zip("abcdefgh", axes, strict=False):
         axis.set_title(f"({letter})", loc="left", fontweight="bold")
+    return cast(Figure, axes[0].figure)
 
 
-def readable_ticks(axis: Axis) -> None:
-    """1, 2, 5 per decade on a logarithmic axis, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def readable_ticks(*lines: Axis) -> None:
+    """1, 2, 5 per decade on logarithmic axes, as plain numbers."""
+    for line in lines:
+        line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        line.set_minor_formatter(NullFormatter())
+
+
+def band(axis: Axes, x: Any, mean: Any, error: Any, *, color: str, alpha: float = 0.2, **looks: Any) -> None:
+    """A line with a band of one standard error."""
+    axis.plot(x, mean, color=color, **looks)
+    axis.fill_between(x, mean - error, mean + error, color=color, alpha=alpha, linewidth=0)
+
+
+def bars(axis: Axes, data: xr.Dataset, name: str, error: str = "", **looks: Any) -> None:
+    """The variable `name` along its only dimension, with bars of its standard error, the variable `error`."""
+    values, looks = data[name], {"fmt": "o", "capsize": 1.5, **looks}
+    axis.errorbar(values[values.dims[0]], values, data[error or f"{name}_error"], **looks)
