@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -27,12 +28,9 @@ from linfit.bridge.checkpoint import INDEX_NAME, Checkpoint, Files, Shard, Tenso
 from linfit.bridge.numbers import ITEM_SIZE
 from linfit.internal.files import sync
 
-Write = Callable[[int, int, np.ndarray], None]
-"""write(output, position, bytes): `position` counts from the start of the tensor."""
-Piece = Callable[[Files, Write], None]
-"""One unit of work for one worker."""
-Progress = Callable[[int, int], None]
-"""progress(done, total)."""
+Write = Callable[[int, int, np.ndarray], None]  # (output, position from the start of the tensor, bytes)
+Piece = Callable[[Files, Write], None]  # one unit of work for one worker
+Progress = Callable[[int, int], None]  # (done, total)
 
 
 class Planned(NamedTuple):
@@ -41,8 +39,7 @@ class Planned(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    sources: tuple[Tensor, ...]
-    """What its pieces read."""
+    sources: tuple[Tensor, ...]  # what its pieces read
     pieces: Callable[[], Iterator[Piece]]
 
     @property
@@ -55,13 +52,11 @@ class Written(NamedTuple):
     """What a merge or perturbation has written."""
 
     folders: list[Path]
-    notes: list[str]
-    """What deserves attention: choices made, tensors that could not be averaged."""
+    notes: list[str]  #: What deserves attention: choices made, tensors that could not be averaged.
     bytes_read: int
     bytes_written: int
     seconds: float
-    resumed_shards: int
-    """Shards found finished from an interrupted run."""
+    resumed_shards: int  #: Found finished from an interrupted run.
 
 
 def write_checkpoints(
@@ -79,21 +74,11 @@ def write_checkpoints(
     workers: int,
     progress: Progress | None,
 ) -> Written:
-    """Write `out` (or `out/label` for several outputs) tensor by tensor, then rename it into place.
+    """Write `out` (or `out/label` for several outputs) tensor by tensor, then rename it into place, or leave nothing.
 
-    Args:
-        out: folder to create, outside the inputs.
-        cards: label of each output and the facts for its model card, under the heading `title`.
-        template: the checkpoint whose shards, index and model card are followed.
-        plan: what becomes of each of its tensors; None leaves one out.
-        inputs, arguments: what a resumed run must find unchanged.
-        side_folders: where config, tokenizer and the like come from, a later one on top; `dtype` goes into the config.
-        notes: for the result; they may grow until the last piece has run.
-        workers: threads that read, compute and write.
-        progress: told how many bytes are written, and of how many.
-
-    Raises ValueError if `out` exists, another run is writing it, or the disk has too little space; nothing appears at
-    `out` unless everything succeeded.
+    `cards` maps labels to the facts of a model card, `plan` says what becomes of each tensor of `template` (None leaves
+    one out); a resumed run must find `inputs` and `arguments` unchanged; config, tokenizer and the like come from
+    `side_folders`, a later one on top; `notes` may grow until the last piece has run.
     """
     out = Path(out).absolute()
     if out.exists() or out.is_symlink():
@@ -130,8 +115,7 @@ class _PlannedShard(NamedTuple):
 
     file_name: str
     header: bytes
-    starts: dict[str, int]
-    """Where each tensor's bytes begin in the file."""
+    starts: dict[str, int]  # where each tensor's bytes begin in the file
     tensors: tuple[Planned, ...]
     file_size: int
 
@@ -149,19 +133,18 @@ def _plan_shard(template: Shard, planned: Iterable[Planned]) -> _PlannedShard:
         starts = {tensor.name: tensor.start for tensor in template.tensors}
         size = max((tensor.stop for tensor in template.tensors), default=len(template.header))
         return _PlannedShard(template.path.name, template.header, starts, tensors, size)
-    ordered = sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor.dtype])  # keeps every tensor aligned
+    tensors = tuple(sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor.dtype]))  # keeps every tensor aligned
     entries: dict[str, Any] = {"__metadata__": template.metadata} if template.metadata else {}
     offsets, position = {}, 0
-    for tensor in ordered:
-        offsets[tensor.name] = position
-        end = position + tensor.byte_size
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+    for name, dtype, shape, *_ in tensors:
+        offsets[name], end = position, position + prod(shape) * ITEM_SIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     starts = {name: len(header) + offset for name, offset in offsets.items()}
-    return _PlannedShard(template.path.name, header, starts, tuple(ordered), len(header) + position)
+    return _PlannedShard(template.path.name, header, starts, tensors, len(header) + position)
 
 
 def _fingerprint(arguments: Mapping[str, Any], inputs: Sequence[Checkpoint | Adapter]) -> str:
@@ -171,8 +154,8 @@ def _fingerprint(arguments: Mapping[str, Any], inputs: Sequence[Checkpoint | Ada
     return hashlib.sha256(json.dumps([arguments, files], sort_keys=True, default=str).encode()).hexdigest()
 
 
+# In the hidden folder until it is renamed; no file copied from an input has a name that starts with a dot.
 _LOCK, _IDENTITY = ".lock", ".identity"
-"""In the hidden folder until it is renamed; no file copied from an input has a name that starts with a dot."""
 
 
 @contextmanager
@@ -197,14 +180,16 @@ def _hidden_folder(out: Path, identity: str) -> Iterator[Path]:
         yield partial
 
 
+_Run = Callable[[Iterator[tuple]], None]
+
+
 def _write_shards(
     shards: Sequence[_PlannedShard], folders: Sequence[Path], out: Path, workers: int, progress: Progress | None
 ) -> tuple[int, int]:
     """Write all shards, one after the other; bytes read and written."""
     needed = sum(shard.file_size for shard in shards) * len(folders)
     occupied = sum(path.stat().st_size for folder in folders for path in folder.glob("*.writing"))
-    free = shutil.disk_usage(folders[0]).free + occupied
-    if needed > free:
+    if needed > (free := shutil.disk_usage(folders[0]).free + occupied):
         raise ValueError(f"{out} needs {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free")
     total = sum(tensor.byte_size for shard in shards for tensor in shard.tensors) * len(folders)
     bytes_read = done = 0
@@ -218,18 +203,13 @@ def _write_shards(
     with ThreadPoolExecutor(workers) as pool:
         for shard in shards:
             with Files(source for tensor in shard.tensors for source in tensor.sources) as files:
-                _write_shard(shard, folders, files, pool, workers, count)
+                _write_shard(shard, folders, files, partial(_run, pool, 2 * workers), count)
             bytes_read += files.bytes_read
     return bytes_read, needed
 
 
 def _write_shard(
-    shard: _PlannedShard,
-    folders: Sequence[Path],
-    files: Files,
-    pool: ThreadPoolExecutor,
-    workers: int,
-    count: Callable[[int], None],
+    shard: _PlannedShard, folders: Sequence[Path], files: Files, run: _Run, count: Callable[[int], None]
 ) -> None:
     paths = [folder / f"{shard.file_name}.writing" for folder in folders]
     descriptors = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in paths]
@@ -248,7 +228,7 @@ def _write_shard(
         for descriptor in descriptors:
             _write_all(descriptor, shard.header, 0)
             os.ftruncate(descriptor, shard.file_size)
-        _run(((work, tensor, piece) for tensor in shard.tensors for piece in tensor.pieces()), pool, 2 * workers)
+        run((work, tensor, piece) for tensor in shard.tensors for piece in tensor.pieces())
         for descriptor in descriptors:
             os.fsync(descriptor)
     finally:
@@ -258,7 +238,7 @@ def _write_shard(
         path.replace(path.with_suffix(""))
 
 
-def _run(jobs: Iterator[tuple], pool: ThreadPoolExecutor, at_once: int) -> None:
+def _run(pool: ThreadPoolExecutor, at_once: int, jobs: Iterator[tuple]) -> None:
     """All jobs (function, arguments …), a few of them submitted at a time; the first error stops the rest."""
     running: set[Future[None]] = set()
     while running := running | {pool.submit(*job) for job in islice(jobs, at_once - len(running))}:
@@ -304,9 +284,9 @@ def _publish(partial: Path, out: Path) -> None:
     sync(out.parent)
 
 
-_WEIGHT_SUFFIXES = {
+_WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".zip",
-}  # fmt: skip
+)  # fmt: skip
 _NOT_COPIED = {INDEX_NAME, "pytorch_model.bin.index.json", "trainer_state.json", "adapter_config.json", "README.md"}
 
 
@@ -314,16 +294,12 @@ def _copy_side_files(source: Path, target: Path) -> None:
     """Config, tokenizer, chat templates, custom code: all but weights, training state and hidden files."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        if path.suffix in _WEIGHT_SUFFIXES or relative.name in _NOT_COPIED:
-            continue
-        if len(relative.parts) > 1 and path.suffix not in (".py", ".jinja", ".json"):
-            continue
-        if relative.parts[0].startswith("checkpoint-"):
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / relative)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights_or_state = path.suffix in _WEIGHT_SUFFIXES or relative.name in _NOT_COPIED
+        foreign = len(relative.parts) > 1 and path.suffix not in (".py", ".jinja", ".json")
+        if path.is_file() and not (hidden or weights_or_state or foreign or str(relative).startswith("checkpoint-")):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
 
 
 def _set_config_dtype(folder: Path, dtype: str | None) -> None:

@@ -47,10 +47,8 @@ def marchenko_pastur_median(aspect: float) -> float:
 class Noise(NamedTuple):
     """What a pure-noise delta of this shape would look like."""
 
-    entry_std: float
-    """σ of one entry, estimated from the median singular value."""
-    edge: float
-    """σ(√m + √n): singular values of noise end here."""
+    entry_std: float  # σ of one entry, estimated from the median singular value
+    edge: float  # σ(√m + √n): singular values of noise end here
 
 
 def noise_level(singular_values: np.ndarray, shape: tuple[int, int]) -> Noise:
@@ -93,12 +91,9 @@ def optimal_shrinkage(singular_values: np.ndarray, shape: tuple[int, int], entry
 class Filter(NamedTuple):
     """ΔW ↦ ΔW · V diag(g) Vᵀ, applied to any block of rows."""
 
-    directions: np.ndarray
-    """V (n, k), orthonormal."""
-    gains: np.ndarray
-    """g (k,)."""
-    missed: int = 0
-    """Directions with a gain that did not fit into memory and are left out."""
+    directions: np.ndarray  # V (n, k), orthonormal
+    gains: np.ndarray  # g (k,)
+    missed: int = 0  # directions with a gain that did not fit into memory and are left out
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
         """Rows (b, n) filtered."""
@@ -122,10 +117,9 @@ def shrinkage(blocks: Blocks, shape: tuple[int, int]) -> Filter | None:
         return int(np.sum(values > noise.edge)) if noise.entry_std > 0 else 0
 
     spectrum = spectrum_of(blocks, min(shape), above_edge)
-    values, noise = spectrum.singular_values, noise_level(spectrum.singular_values, shape)
+    directions, noise = spectrum.directions, noise_level(spectrum.singular_values, shape)
     if noise.entry_std == 0:
         return None
-    kept = values[: spectrum.directions.shape[1]]
-    return Filter(
-        spectrum.directions, optimal_shrinkage(kept, shape, noise.entry_std) / kept, spectrum.wanted - kept.size
-    )
+    kept = spectrum.singular_values[: directions.shape[1]]
+    gains = optimal_shrinkage(kept, shape, noise.entry_std) / kept
+    return Filter(directions, gains, spectrum.wanted - kept.size)
