@@ -41,7 +41,7 @@ class Curve(NamedTuple):
     @property
     def best_tau_error(self) -> float:
         """Standard error of τ*, to first order in the errors of b and c."""
-        return _error(self._best_tau_gradient(), self.covariance)
+        return float(_errors(self._best_tau_gradient(), self.covariance))
 
     def _best_tau_gradient(self) -> np.ndarray:
         _, b, c = self.coefficients
@@ -53,8 +53,7 @@ class Curve(NamedTuple):
 
     def error(self, tau: Any) -> np.ndarray:
         """Standard error of the fit at τ (…)."""
-        rows = _powers(tau)
-        return np.sqrt(np.maximum(np.einsum("...i,ij,...j->...", rows, self.covariance, rows), 0))
+        return _errors(_powers(tau), self.covariance)
 
     @property
     def gain_over_full(self) -> tuple[float, float]:
@@ -62,7 +61,7 @@ class Curve(NamedTuple):
         if not self.convex:
             return float("nan"), float("nan")
         rows = _powers(1.0) - _powers(self.best_tau)  # the gradient: L is flat at τ*
-        return float(rows @ self.coefficients), _error(rows, self.covariance)
+        return float(rows @ self.coefficients), float(_errors(rows, self.covariance))
 
     @property
     def verdict(self) -> str:
@@ -105,8 +104,9 @@ def _powers(tau: Any) -> np.ndarray:
     return np.stack([np.ones_like(tau), tau, tau**2], axis=-1)
 
 
-def _error(gradient: np.ndarray, covariance: np.ndarray) -> float:
-    return float(np.sqrt(np.maximum(gradient @ covariance @ gradient, 0)))
+def _errors(rows: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """√(g C gᵀ) of every row g (…, 3)."""
+    return np.sqrt(np.maximum(np.einsum("...i,ij,...j->...", rows, covariance, rows), 0))
 
 
 def fit_curve(tau: Numbers, value: Numbers, standard_error: Numbers | None = None, *, maximize: bool = False) -> Curve:

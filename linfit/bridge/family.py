@@ -44,10 +44,8 @@ def open_family(base: str | Path, tuned: Paths, *, shared: bool = False, mixed_d
     if not paths:
         raise ValueError("tuned must name at least one fine-tuned checkpoint")
     start = Checkpoint(base)
-    adapted = [(Path(path) / CONFIG_NAME).is_file() for path in paths]
-    members = tuple(
-        Adapter(path, start) if is_adapter else Checkpoint(path) for path, is_adapter in zip(paths, adapted)
-    )
+    adapted = [path for path in paths if (Path(path) / CONFIG_NAME).is_file()]
+    members = tuple(Adapter(path, start) if path in adapted else Checkpoint(path) for path in paths)
     full = [start, *(member for member in members if isinstance(member, Checkpoint))]
     for checkpoint in full:
         refuse_quantised(checkpoint, "averaged")

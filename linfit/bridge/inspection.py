@@ -28,7 +28,7 @@ class TensorReport(NamedTuple):
     changed: float  # share of entries that differ at all: small where a low-precision format swallowed the update
     effective_rank: float | None = None  # (Σs²)²/Σs⁴
     top_singular_values: tuple[float, ...] | None = None
-    noise_edge: float | None = None  # where the Marchenko–Pastur spectrum of noise of the median σ would end
+    noise_edge: float | None = None  # where noise would end (Marchenko–Pastur), σ from the median singular value
     above_edge: int | None = None  # number of singular values beyond it
     signal_share: float | None = None  # Ση(s)²/Σs²: the energy that optimal shrinkage keeps
     overlap: float | None = None  # ‖V_kᵀ(ΔW) V_k(W)‖²/k: of the top singular subspaces on the shorter side
@@ -58,13 +58,7 @@ class Inspection(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         tensors = [report._asdict() for report in self.tensors]
-        return {
-            "base": self.base,
-            "tuned": self.tuned,
-            "kinds": self.by_kind(),
-            "tensors": tensors,
-            "notes": self.notes,
-        }
+        return {**self._asdict(), "kinds": self.by_kind(), "tensors": tensors}
 
 
 _AVERAGED = (

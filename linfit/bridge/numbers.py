@@ -35,11 +35,7 @@ CHUNK_BYTES = 1 << 20  # of the largest operand handled at once, so that a chunk
 
 
 def stored_dtype(name: str) -> str:
-    """The safetensors name of a floating dtype: `bfloat16`, `bf16` and `BF16` are the same.
-
-    >>> stored_dtype("bfloat16")
-    'BF16'
-    """
+    """The safetensors name of a floating dtype: `bfloat16`, `bf16` and `BF16` are the same."""
     found = _NAMES.get(name.lower(), name.upper())
     if found not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join([*FLOATS, *_NAMES])}, got {name!r}")
@@ -47,11 +43,7 @@ def stored_dtype(name: str) -> str:
 
 
 def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored bytes (uint8, contiguous) as float32, exactly; float64 for F64.
-
-    >>> decode(np.array([0x80, 0x3f], np.uint8), "BF16")
-    array([1.], dtype=float32)
-    """
+    """Stored bytes (uint8, contiguous) as float32, exactly; float64 for F64."""
     if dtype == "BF16":
         wide = raw.view(np.uint16).astype(np.uint32)
         wide <<= 16
@@ -61,13 +53,7 @@ def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Float32 or float64 values rounded once, to nearest even, to stored bytes (uint8).
-
-    Raises ValueError if a finite value is beyond the range of the format.
-
-    >>> encode(np.array([1.0], np.float32), "BF16")
-    array([128,  63], dtype=uint8)
-    """
+    """Float32 or float64 values rounded once, to nearest even, to stored bytes (uint8); ValueError beyond the range."""
     values = np.ascontiguousarray(values).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype in _NATIVE:

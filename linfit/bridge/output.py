@@ -13,9 +13,8 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -31,6 +30,7 @@ from linfit.internal.files import sync
 Write = Callable[[int, int, np.ndarray], None]  # (output, position from the start of the tensor, bytes)
 Piece = Callable[[Files, Write], None]  # one unit of work for one worker
 Progress = Callable[[int, int], None]  # (done, total)
+_Count = Callable[[int], None]  # (bytes written)
 
 
 class Planned(NamedTuple):
@@ -87,7 +87,10 @@ def write_checkpoints(
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"the output {out} must lie outside the input {folder}")
     shards = [_plan_shard(shard, filter(None, map(plan, shard.tensors))) for shard in template.shards]
-    with _hidden_folder(out, _fingerprint(arguments, inputs)) as partial:
+    paths = [shard.path for each in inputs for shard in each.shards]
+    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    asked = json.dumps([arguments, state], sort_keys=True, default=str)
+    with _hidden_folder(out, hashlib.sha256(asked.encode()).hexdigest()) as partial:
         folders = [partial / label for label in cards] if len(cards) > 1 else [partial]
         for folder in folders:
             folder.mkdir(exist_ok=True)
@@ -98,12 +101,15 @@ def write_checkpoints(
         except ValueError:  # will not go away by running again: leave nothing behind
             shutil.rmtree(partial)
             raise
+        own = template.folder / "README.md"
+        card = own.read_text(encoding="utf-8").rstrip() + "\n\n" if own.is_file() else ""
         for folder, facts in zip(folders, cards.values()):
             _write_index(folder, shards, template)
             for source in side_folders:
                 _copy_side_files(source, folder)
             _set_config_dtype(folder, dtype)
-            _write_card(template.folder, folder, title, facts)
+            lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+            (folder / "README.md").write_text(f"{card}## {title}\n\n{lines}\n", encoding="utf-8")
         _publish(partial, out)
     final = [out / folder.relative_to(partial) for folder in folders]
     seconds = time.perf_counter() - started
@@ -147,13 +153,6 @@ def _plan_shard(template: Shard, planned: Iterable[Planned]) -> _PlannedShard:
     return _PlannedShard(template.path.name, header, starts, tensors, len(header) + position)
 
 
-def _fingerprint(arguments: Mapping[str, Any], inputs: Sequence[Checkpoint | Adapter]) -> str:
-    """A hash of what is asked and of the state of the input files."""
-    paths = [shard.path for each in inputs for shard in each.shards]
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return hashlib.sha256(json.dumps([arguments, files], sort_keys=True, default=str).encode()).hexdigest()
-
-
 # In the hidden folder until it is renamed; no file copied from an input has a name that starts with a dot.
 _LOCK, _IDENTITY = ".lock", ".identity"
 
@@ -180,9 +179,6 @@ def _hidden_folder(out: Path, identity: str) -> Iterator[Path]:
         yield partial
 
 
-_Run = Callable[[Iterator[tuple]], None]
-
-
 def _write_shards(
     shards: Sequence[_PlannedShard], folders: Sequence[Path], out: Path, workers: int, progress: Progress | None
 ) -> tuple[int, int]:
@@ -203,13 +199,13 @@ def _write_shards(
     with ThreadPoolExecutor(workers) as pool:
         for shard in shards:
             with Files(source for tensor in shard.tensors for source in tensor.sources) as files:
-                _write_shard(shard, folders, files, partial(_run, pool, 2 * workers), count)
+                _write_shard(shard, folders, files, pool, workers, count)
             bytes_read += files.bytes_read
     return bytes_read, needed
 
 
 def _write_shard(
-    shard: _PlannedShard, folders: Sequence[Path], files: Files, run: _Run, count: Callable[[int], None]
+    shard: _PlannedShard, folders: Sequence[Path], files: Files, pool: Executor, workers: int, count: _Count
 ) -> None:
     paths = [folder / f"{shard.file_name}.writing" for folder in folders]
     descriptors = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in paths]
@@ -228,7 +224,7 @@ def _write_shard(
         for descriptor in descriptors:
             _write_all(descriptor, shard.header, 0)
             os.ftruncate(descriptor, shard.file_size)
-        run((work, tensor, piece) for tensor in shard.tensors for piece in tensor.pieces())
+        _run(((work, tensor, piece) for tensor in shard.tensors for piece in tensor.pieces()), pool, 2 * workers)
         for descriptor in descriptors:
             os.fsync(descriptor)
     finally:
@@ -238,7 +234,7 @@ def _write_shard(
         path.replace(path.with_suffix(""))
 
 
-def _run(pool: ThreadPoolExecutor, at_once: int, jobs: Iterator[tuple]) -> None:
+def _run(jobs: Iterator[tuple], pool: Executor, at_once: int) -> None:
     """All jobs (function, arguments …), a few of them submitted at a time; the first error stops the rest."""
     running: set[Future[None]] = set()
     while running := running | {pool.submit(*job) for job in islice(jobs, at_once - len(running))}:
@@ -277,8 +273,8 @@ def _publish(partial: Path, out: Path) -> None:
     """One rename makes the output appear; everything in it is on disk by then."""
     for path in partial.rglob("*"):
         sync(path)
-    (partial / _IDENTITY).unlink()
-    (partial / _LOCK).unlink()
+    for name in (_IDENTITY, _LOCK):
+        (partial / name).unlink()
     sync(partial)
     os.rename(partial, out)
     sync(out.parent)
@@ -314,11 +310,3 @@ def _set_config_dtype(folder: Path, dtype: str | None) -> None:
             if key in part:
                 part[key] = name
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_card(source: Path, target: Path, title: str, facts: Mapping[str, str]) -> None:
-    """The model card with a provenance note at its end; a card of its own if the source has none."""
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8").rstrip() + "\n\n" if card.is_file() else ""
-    lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    (target / "README.md").write_text(f"{text}## {title}\n\n{lines}\n", encoding="utf-8")

@@ -1,12 +1,7 @@
 """The delta of a weight matrix as signal plus noise: spectra, noise edge, and filters on the delta (docs, B2, B3).
 
-Just as a fine-tuner of a linear model is a filter g(s) on the eigenvalues of XXᵀ/n, everything that can be done to a
-delta ΔW = Σ s_i u_i v_iᵀ without looking elsewhere is a filter on its singular values,
-
-    ΔW ↦ Σ g(s_i) s_i u_i v_iᵀ:   interpolation g = τ · truncation g = 1[i ≤ r] · optimal shrinkage g = η(s)/s.
-
-Truncation and shrinkage keep only the k largest: with their right singular vectors V the result is ΔW · V diag(g) Vᵀ,
-so ΔW itself is read in blocks and never held.
+A filter on the singular values, ΔW ↦ Σ g(s_i) s_i u_i v_iᵀ, that keeps only the k largest is ΔW · V diag(g) Vᵀ with
+their right singular vectors V, so ΔW itself is read in blocks and never held.
 """
 
 from functools import lru_cache
@@ -21,17 +16,12 @@ from linfit.bridge.spectrum import Blocks, spectrum_of
 
 @lru_cache(maxsize=256)
 def marchenko_pastur_median(aspect: float) -> float:
-    """Median eigenvalue of the Marchenko–Pastur law with aspect ratio β = n/m ≤ 1 and unit variance.
-
-    The law has density √((b−x)(x−a)) / (2πβx) on [a, b] = [(1−√β)², (1+√β)²]. Raises ValueError unless 0 < β ≤ 1.
-
-    >>> round(marchenko_pastur_median(1.0), 4)
-    0.6528
-    """
+    """Median eigenvalue of the Marchenko–Pastur law with aspect ratio β = n/m ≤ 1 and unit variance."""
     if not 0 < aspect <= 1:
         raise ValueError(f"aspect must be in (0, 1], got {aspect}")
     root = aspect**0.5
 
+    # Density √((b−x)(x−a)) / (2πβx) on [a, b] = [(1−√β)², (1+√β)²].
     # x = 1 + β + 2√β cos φ turns the square-root edges into a smooth integrand on [0, π].
     def mass_above(angle: float) -> float:
         def density(phi: float) -> float:

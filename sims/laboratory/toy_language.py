@@ -125,13 +125,8 @@ def make_family(
 ) -> tuple[Path, list[Path]]:
     """Pretrain a base on stories and a few sums, fine-tune it on few sums, and save all; their folders.
 
-    Args:
-        folder: where `base`, `tuned_0`, … are written by transformers, in shards of `shard_size`.
-        architecture, hidden, tied: of the model, as for `build`.
-        runs: number of fine-tuned models, each on other data.
-        pretrain_steps, finetune_steps, finetune_lines, finetune_rate: steps of AdamW, number of sums, learning rate.
-        dtype: stored format, a name of torch.
-        seed: of everything random.
+    `base`, `tuned_0`, …, each fine-tuned on other data with AdamW, are written by transformers in shards of
+    `shard_size`, in the format `dtype` of torch.
     """
     import torch
 
@@ -168,7 +163,7 @@ def merges_along_tau(taus: np.ndarray, *, lines: int, seed: int, **family: Any) 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     generator = np.random.default_rng([seed, 9])
-    held_out = {"stories": story_text(generator, lines), "sums": counting_text(generator, 2 * lines)}
+    held_out = {"stories": encode(story_text(generator, lines)), "sums": encode(counting_text(generator, 2 * lines))}
     matrix = "model.layers.0.mlp.up_proj.weight"
     losses: dict[str, list[np.ndarray]] = {"stories": [], "sums": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -176,8 +171,8 @@ def merges_along_tau(taus: np.ndarray, *, lines: int, seed: int, **family: Any) 
         for name, members in (("one", tuned[:1]), ("all", tuned)):
             for path in merge(base, members, Path(folder) / name, tau=taus.tolist()).folders:
                 model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-                for task, text in held_out.items():
-                    losses[task].append(_held_out_losses(model, encode(text)))
+                for task, tokens in held_out.items():
+                    losses[task].append(_held_out_losses(model, tokens))
         inspection = inspect(base, tuned)
         values = delta_singular_values(base, tuned[0], matrix)
     rows, columns = next(tensor.shape for tensor in inspection.tensors if tensor.name == matrix)
