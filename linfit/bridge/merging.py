@@ -65,8 +65,9 @@ def merge(
         workers: threads that read, compute and write.
         progress: told how many bytes are written, and of how many.
 
-    Raises ValueError, with nothing at `out`, for folders that do not fit together, damaged files, values beyond the
-    range of `dtype`, an existing `out`, or a full disk.
+    Returns `folders`, `notes`, `bytes_read`, `bytes_written`, `seconds` and `resumed_shards`. Raises ValueError, with
+    nothing at `out`, for folders that do not fit together, damaged files, values beyond the range of `dtype`, an
+    existing `out`, or a full disk.
     """
     taus = [float(value) for value in ([tau] if isinstance(tau, int | float) else tau)]
     layer_tau = layer_tau or {}
@@ -76,17 +77,10 @@ def merge(
     weights = _run_weights(run_weights, len(family.tuned), method)
     notes = list(family.notes)
     notes += [f"τ = {value:g} is outside [0, 1]: extrapolation" for value in taus if not 0 <= value <= 1]
-    by_layer = f", by layer: {dict(layer_tau)}" if layer_tau else ""
-    facts = {
-        "base": _label(family.base.folder),
-        "fine-tuned": ", ".join(f"{_label(each.folder)} ({w:g})" for each, w in zip(family.tuned, weights)),
-        "τ": "",
-        "method": f"{method}: {METHODS[method]}" + (f", r = {rank}" if rank else ""),
-        "arithmetic": "float32, rounded once to the stored dtype",
-    }
+    filtered = f"{method}: {METHODS[method]}" + (f", r = {rank}" if rank else "")
     return write_checkpoints(
         out,
-        {f"tau_{value:g}": facts | {"τ": f"{value:g}{by_layer}"} for value in taus},
+        {f"tau_{value:g}": _card(family, value, layer_tau, filtered, weights) for value in taus},
         family.template,
         _Plan(family, _taus(taus, layer_tau, family.names), method, rank, weights, target, notes),
         title="Merged with linfit",
@@ -137,13 +131,21 @@ def _taus(taus: list[float], patterns: Mapping[str, float], names: Sequence[str]
     return {name: [fixed.get(name, tau) for tau in taus] for name in names}
 
 
-def _label(folder: Path) -> str:
-    """Folder name; OWNER/NAME@REVISION for a snapshot in the cache of the Hugging Face Hub."""
-    folder = folder.resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return f"`{repository.removeprefix('models--').replace('--', '/')}@{folder.name}`"
-    return f"`{folder.name}`"
+def _card(family: Family, tau: float, layer_tau: Mapping[str, float], method: str, weights: list[float]) -> dict:
+    """Where a merged model comes from; OWNER/NAME@REVISION for a snapshot in the cache of the Hugging Face Hub."""
+    labels = []
+    for folder in (each.folder.resolve() for each in (family.base, *family.tuned)):
+        repository = folder.parent.parent.name
+        in_cache = folder.parent.name == "snapshots" and repository.startswith("models--")
+        name = repository.removeprefix("models--").replace("--", "/") + "@" if in_cache else ""
+        labels.append(f"`{name}{folder.name}`")
+    return {
+        "base": labels[0],
+        "fine-tuned": ", ".join(f"{label} ({weight:g})" for label, weight in zip(labels[1:], weights)),
+        "τ": f"{tau:g}" + (f", by layer: {dict(layer_tau)}" if layer_tau else ""),
+        "method": method,
+        "arithmetic": "float32, rounded once to the stored dtype",
+    }
 
 
 _one_decomposition = threading.Lock()
