@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
-import jax
 import matplotlib as mpl
 import numpy as np
 import xarray as xr
@@ -12,7 +12,7 @@ from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import COLOURS, COLUMN, PAGE, SETTINGS, Picture, canvas, panel_letters
+from figures.style import COLOURS, COLUMN, PAGE, SETTINGS, Picture, canvas, panel_letters, seed_of
 from linfit.bridge import Curve, Inspection, fit_curve
 from sims.laboratory.toy_language import merges_along_tau
 
@@ -23,36 +23,27 @@ BASE_TASK, TUNED_TASK = COLOURS["ridge"], COLOURS["ensemble"]
 
 def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     """The figure of a small real model: loss on both tasks along τ, signal share by layer, spectrum of a delta."""
-    data = merges_along_tau(
-        np.linspace(0, 1.2, 4 if quick else 13),
-        runs=3,
-        hidden=32 if quick else 64,
-        pretrain_steps=20 if quick else 300,
-        finetune_steps=10 if quick else 40,
-        finetune_lines=100,
-        finetune_rate=5e-4,
-        shard_size="1MB",
-        lines=30 if quick else 250,
-        seed=int(np.ravel(jax.random.key_data(key))[-1]),
-    )
+    taus = np.linspace(0, 1.2, 4 if quick else 13)
+    sizes: dict[str, Any] = {"hidden": 32 if quick else 64, "lines": 30 if quick else 250, "shard_size": "1MB"}
+    sizes |= {"pretrain_steps": 20 if quick else 300, "finetune_steps": 10 if quick else 40}
+    data = merges_along_tau(taus, seed=seed_of(key), runs=3, finetune_lines=100, finetune_rate=5e-4, **sizes)
     yield Picture("bridge", "A real language model along τ", data, _draw, _caption)
 
 
 def _fits(data: xr.Dataset) -> list[Curve]:
     """A quadratic through the paired losses within 0.35 of the best evaluated τ, or of all if that leaves too few."""
-    fits = []
+    fits, taus = [], data["tau"].values
     for losses in data["sums_loss"].values:
-        near = np.abs(data["tau"].values - data["tau"].values[losses.mean(axis=1).argmin()]) <= 0.35
+        near = np.abs(taus - taus[losses.mean(axis=1).argmin()]) <= 0.35
         near = near if near.sum() >= 4 else np.ones_like(near)
-        fits.append(fit_curve(data["tau"].values[near], losses[near]))
+        fits.append(fit_curve(taus[near], losses[near]))
     return fits
 
 
 def _draw(data: xr.Dataset) -> Figure:
     figure, axes = canvas(3, width=PAGE, height=2.7)
-    _draw_losses(axes[0], data)
-    _draw_layers(axes[1], data)
-    _draw_spectrum(axes[2], data)
+    for axis, draw_panel in zip(axes, (_draw_losses, _draw_layers, _draw_spectrum)):
+        draw_panel(axis, data)
     panel_letters(axes)
     return figure
 
@@ -63,27 +54,19 @@ def _draw_losses(axis: Axes, data: xr.Dataset) -> None:
         for task, colour in (("stories", BASE_TASK), ("sums", TUNED_TASK)):
             losses = data[f"{task}_loss"].values[row]
             change = losses - losses[0]  # paired: the same samples at every τ
-            error = change.std(axis=-1, ddof=1) / change.shape[-1] ** 0.5
-            axis.errorbar(
-                data["tau"],
-                change.mean(axis=-1),
-                error,
-                color=colour,
-                label=f"{task}, {who}",
-                marker=marker,
-                linestyle="none",
-                markerfacecolor=colour if row == 0 else "white",
-            )
+            mean, error = change.mean(axis=-1), change.std(axis=-1, ddof=1) / change.shape[-1] ** 0.5
+            filling = colour if row == 0 else "white"
+            label = f"{task}, {who}"
+            axis.errorbar(data["tau"], mean, error, fmt=marker, color=colour, markerfacecolor=filling, label=label)
         dense = np.linspace(fit.taus.min(), fit.taus.max(), 60)
         axis.plot(dense, fit(dense) - losses[0].mean(), color=TUNED_TASK, linewidth=1)
         if fit.convex:
             axis.axvline(fit.best_tau, color=TUNED_TASK, linestyle=style, linewidth=0.8)
     axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
-    axis.set_xlabel("ensemble coefficient τ")
-    axis.set_ylabel("held-out loss − loss of base (nats)")
-    axis.legend(fontsize=6, loc="upper left")
     low, high = axis.get_ylim()
+    axis.set(xlabel="ensemble coefficient τ", ylabel="held-out loss − loss of base (nats)")
     axis.set_ylim(low, high + 0.45 * (high - low))
+    axis.legend(fontsize=6, loc="upper left")
 
 
 def _draw_layers(axis: Axes, data: xr.Dataset) -> None:
@@ -94,9 +77,7 @@ def _draw_layers(axis: Axes, data: xr.Dataset) -> None:
     colour = COLOURS["early stopping + ensemble"]
     axis.plot(rows["suggested_tau_of_average"], at, "s", color=colour, label="shared by the runs")
     axis.set_yticks(at, [_short(kind) for kind in rows["kind"].values], fontsize=6)
-    axis.set_xlim(0, 1.05)
-    axis.set_ylim(-0.5, at.size + 1.2)
-    axis.set_xlabel("signal share of ‖Δ‖²")
+    axis.set(xlim=(0, 1.05), ylim=(-0.5, at.size + 1.2), xlabel="signal share of ‖Δ‖²")
     axis.legend(fontsize=6, loc="upper left")
 
 
@@ -111,17 +92,15 @@ def _draw_spectrum(axis: Axes, data: xr.Dataset) -> None:
     axis.semilogy(rank, noise, color=COLOURS["early stopping"], label="pure noise")
     edge = float(data["noise_edge"])
     axis.axhline(edge, color=COLOURS["early stopping"], linestyle="--", linewidth=0.8, label="noise edge")
+    matrix = data.matrix.removesuffix(".weight").removeprefix("model.")
+    axis.set(xlabel=f"rank of singular value\n({matrix})", ylabel="singular value of ΔW")
     axis.set_ylim(max(s[s > 0].min(), noise.min()) / 2, s.max() * 3)
-    axis.set_xlabel(f"rank of singular value\n({data.matrix.removesuffix('.weight').removeprefix('model.')})")
-    axis.set_ylabel("singular value of ΔW")
     axis.legend(fontsize=6, loc="upper right")
 
 
 def _caption(data: xr.Dataset) -> str:
     fits, s = _fits(data), data["singular_value"]
-    one, average = (
-        f"τ* = {fit.best_tau:.2f} ± {fit.best_tau_error:.2f}" if fit.convex else "no minimum" for fit in fits
-    )
+    best = [f"τ* = {f.best_tau:.2f} ± {f.best_tau_error:.2f}" if f.convex else "no minimum" for f in fits]
     residual = max(float(np.abs(fit.residuals).max()) for fit in fits)
     gain, gain_error = fits[0].gain_over_full
     whole = fit_curve(data["tau"].values, data["sums_loss"].values[0])
@@ -129,8 +108,8 @@ def _caption(data: xr.Dataset) -> str:
         f"A two-layer Llama-style model with {data.parameters:,} parameters, pretrained on stories and sums and fine-tuned "
         f"on 100 lines of sums, {data.runs} runs; all losses by transformers on held-out text, characters as tokens, seed {data.seed}. "
         f"(a) Change of held-out loss of θ_τ from the base (paired one-standard-error bars), for one run and for the average of all; "
-        f"curves: quadratic fit near the minimum, largest residual {residual:.2g} nats. One run: {one}, which gains "
-        f"{gain:.3f} ± {gain_error:.3f} nats over τ = 1; average of {data.runs}: {average}. "
+        f"curves: quadratic fit near the minimum, largest residual {residual:.2g} nats. One run: {best[0]}, which gains "
+        f"{gain:.3f} ± {gain_error:.3f} nats over τ = 1; average of {data.runs}: {best[1]}. "
         f"A quadratic through all τ misses one run by up to {np.abs(whole.residuals).max():.2g} nats (p = {whole.p_value:.1g}). "
         "Sizes and learning rate were chosen after trying three settings, so that a single run overadapts visibly; errors are "
         "over held-out windows, not over training runs. "
@@ -169,10 +148,8 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
                 at = [row] * len(values)
                 axis.scatter(values, at, s=14, c=shades, cmap="Blues", vmin=0, vmax=1, edgecolors="0.3", linewidths=0.3)
             axis.grid(axis="y", color="0.9", linewidth=0.5)
-            axis.set_axisbelow(True)
             largest = max(tensor.relative_norm for tensor in tensors) if name == "relative_norm" else 1
-            axis.set_xlim(0, 1.06 * (largest or 1))
-            axis.set_xlabel(quantities[name])
+            axis.set(axisbelow=True, xlim=(0, 1.06 * (largest or 1)), xlabel=quantities[name])
         axes[0].set_yticks(range(len(kinds)), [_short(kind) for kind in kinds], fontsize=6)
         axes[0].invert_yaxis()
         names = ", ".join(Path(each).name for each in inspection.tuned)
@@ -198,7 +175,6 @@ def draw_curves(fits: Mapping[str, Curve], path: Path) -> None:
                 if np.isfinite(error):
                     axis.axvspan(best - error, best + error, color=COLOURS["ensemble"], alpha=0.2, linewidth=0)
             verdict = fill(fit.verdict.replace(" = ", "\u00a0=\u00a0"), 46)
-            axis.set_xlabel(f"ensemble coefficient τ\n{verdict}")
-            axis.set_ylabel(f"{metric}\n({better} is better)")
+            axis.set(xlabel=f"ensemble coefficient τ\n{verdict}", ylabel=f"{metric}\n({better} is better)")
             axis.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, columnspacing=1.0, handlelength=1.5)
         figure.savefig(path)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from sims.laboratory.toy_language import make_family
+
 
 def write_single(folder: Path, tensors: dict, config: dict | None = None, metadata: dict | None = None) -> Path:
     """One model.safetensors written by the safetensors library."""
@@ -25,11 +27,16 @@ def write_sharded(folder: Path, shards: list[dict], config: dict | None = None) 
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
-    total = sum(value.nbytes for tensors in shards for value in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    size = {"total_size": sum(value.nbytes for tensors in shards for value in tensors.values())}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": size, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps({"model_type": "toy", **(config or {})}))
     return folder
+
+
+def model_of(folder: Path, **options):
+    """The model of a folder, by transformers."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
@@ -44,12 +51,10 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 def families(tmp_path_factory):
     """Bases and fine-tuned runs (three of llama), really trained, in bfloat16 (GPT-2 in float32)."""
     pytest.importorskip("transformers")
-    from sims.laboratory.toy_language import make_family
-
     root = tmp_path_factory.mktemp("families")
     sizes = {"pretrain_steps": 6, "finetune_steps": 8, "hidden": 32, "shard_size": "12KB"}
-    return {
-        "llama": make_family(root / "llama", architecture="llama", dtype="bfloat16", runs=3, **sizes),
-        "qwen2": make_family(root / "qwen2", architecture="qwen2", dtype="bfloat16", runs=1, tied=True, **sizes),
-        "gpt2": make_family(root / "gpt2", architecture="gpt2", dtype="float32", runs=1, tied=True, **sizes),
-    }
+    families = {}
+    for name, dtype, runs in (("llama", "bfloat16", 3), ("qwen2", "bfloat16", 1), ("gpt2", "float32", 1)):
+        options = {"architecture": name, "dtype": dtype, "runs": runs, "tied": name != "llama"}
+        families[name] = make_family(root / name, **options, **sizes)
+    return families

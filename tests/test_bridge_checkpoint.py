@@ -50,8 +50,7 @@ BAD_HEADERS = {
 def test_bad_files_are_refused_by_name_and_nothing_is_written(tmp_path, case):
     header, data, message = BAD_HEADERS[case]
     good = write_single(tmp_path / "good", {"a": np.float32([1, 2])})
-    bad = tmp_path / "bad"
-    bad.mkdir()
+    (bad := tmp_path / "bad").mkdir()
     path = bad / "model.safetensors"
     path.write_bytes(data) if header is None else raw_file(path, header, data)
     with pytest.raises(ValueError, match=message) as caught:
@@ -82,36 +81,29 @@ def test_bad_indexes_are_refused(tmp_path, case):
         Checkpoint(folder)
 
 
-def test_pickles_are_never_opened(tmp_path):
-    folder = tmp_path / "pickled"
-    folder.mkdir()
-    (folder / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n")
-    with pytest.raises(ValueError, match=r"only pickled weights .*save_pretrained"):
-        Checkpoint(folder)
-
-
-def test_other_folders_are_refused(tmp_path):
+def test_other_folders_are_refused_and_pickles_never_opened(tmp_path):
     with pytest.raises(ValueError, match="no such checkpoint folder"):
         Checkpoint(tmp_path / "m")
-    with pytest.raises(ValueError, match="no safetensors file"):
-        Checkpoint(tmp_path)
-    for name in "ab":
-        (tmp_path / f"{name}.safetensors").touch()
-    with pytest.raises(ValueError, match=r"no model.safetensors.index"):
-        Checkpoint(tmp_path)
+    for names, message in (
+        ((), "no safetensors file"),
+        (("pytorch_model.bin",), r"only pickled weights .*save_pretrained"),
+        (("a.safetensors", "b.safetensors"), r"no model.safetensors.index"),
+    ):
+        for name in names:
+            (tmp_path / name).write_bytes(b"cposix\nsystem\n")
+        with pytest.raises(ValueError, match=message):
+            Checkpoint(tmp_path)
 
 
-# Fuzzing: an error or the right tensors, never a wrong file ----------------------------------------------------------
-
+# Fuzzing: an error or the right tensors, never a wrong file.
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 40), st.integers(2**31, 2**65), st.floats(), st.text(max_size=4),
     st.lists(st.integers(-2, 40), max_size=3),
 )  # fmt: skip
 DTYPES = st.sampled_from(["F32", "F16", "BF16", "I8", "BOOL", "F64", "U16", "F8_E4M3", "F8_E5M2", "X", "f32"])
+SHAPES = st.lists(st.integers(0, 4), max_size=3)
 ENTRIES = st.one_of(
-    st.fixed_dictionaries(
-        {"dtype": DTYPES, "shape": st.lists(st.integers(0, 4), max_size=3), "data_offsets": st.just(None)}
-    ),
+    st.fixed_dictionaries({"dtype": DTYPES, "shape": SHAPES, "data_offsets": st.just(None)}),
     st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "more"]), VALUES, max_size=4),
     VALUES,
 )
@@ -122,13 +114,9 @@ SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "BOOL": 1, "F64": 8, "U16": 2, 
 def files(draw):
     """Bytes of a file that is right, almost right, or not at all."""
     entries = draw(st.dictionaries(st.sampled_from("abcde"), ENTRIES, max_size=4))
-    position = 0
+    position, fields = 0, {"dtype", "shape", "data_offsets"}
     for entry in entries.values():
-        if (
-            isinstance(entry, dict)
-            and set(entry) == {"dtype", "shape", "data_offsets"}
-            and entry["data_offsets"] is None
-        ):
+        if isinstance(entry, dict) and set(entry) == fields and entry["data_offsets"] is None:
             sizes = entry["shape"] if isinstance(entry["shape"], list) else []
             length = SIZES.get(str(entry["dtype"]), 1) * int(np.prod([size for size in sizes if isinstance(size, int)]))
             length = min(max(length, 0), 1000)
@@ -156,9 +144,8 @@ def check_file(folder, content: bytes) -> bool:
             raise AssertionError(f"the error does not name the file: {error}") from error
         return False
     reference = dict(safetensors.deserialize(content))  # the library accepts whatever this reader accepts…
-    assert {tensor.name: list(tensor.shape) for tensor in shard.tensors} == {
-        k: v["shape"] for k, v in reference.items()
-    }
+    shapes = {name: entry["shape"] for name, entry in reference.items()}
+    assert {tensor.name: list(tensor.shape) for tensor in shard.tensors} == shapes
     for tensor in shard.tensors:  # …and sees the same bytes in it
         assert content[tensor.start : tensor.stop] == bytes(reference[tensor.name]["data"])
     return True
@@ -186,9 +173,8 @@ def test_fuzzer_reaches_both_sides(tmp_path):
     assert 10 < sum(verdicts) < len(verdicts) - 10
 
 
-NAMES = st.sampled_from(
-    ["model-1.safetensors", "model-2.safetensors", "../a.safetensors", "/a.safetensors", "m.bin", ""]
-)
+ONE, TWO = "model-1.safetensors", "model-2.safetensors"
+NAMES = st.sampled_from([ONE, TWO, "../a.safetensors", "/a.safetensors", "m.bin", ""])
 
 
 @pytest.mark.slow
@@ -206,16 +192,13 @@ def test_fuzzed_indexes_are_refused_or_read_right(tmp_path_factory, weight_map, 
             (folder / f"model-{number:05d}-of-00002.safetensors").rename(folder / f"model-{number}.safetensors")
     text = json.dumps({**extra, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(text[:-3] if broken else text)
-    one, two = "model-1.safetensors", "model-2.safetensors"
-    right = [{"a": one, "b": two, "c": two}, {"a": one}, {"b": two, "c": two}]
+    right = [{"a": ONE, "b": TWO, "c": TWO}, {"a": ONE}, {"b": TWO, "c": TWO}]
     try:
         checkpoint = Checkpoint(folder)
     except ValueError:
         assert broken or weight_map not in right
         return
-    assert not broken
-    assert weight_map in right
-    assert set(checkpoint.tensors) == set(weight_map)
+    assert (broken, weight_map in right, set(checkpoint.tensors)) == (False, True, set(weight_map))
 
 
 @pytest.mark.slow
@@ -227,19 +210,14 @@ def test_fuzzed_indexes_are_refused_or_read_right(tmp_path_factory, weight_map, 
     data=st.data(),
 )
 def test_fuzzed_merges_are_right(tmp_path_factory, shapes, kind, tau, data):
-    root = tmp_path_factory.mktemp("merge")
-    seed = data.draw(st.integers(0, 2**32 - 1))
-    generator = np.random.default_rng(seed)
+    root, generator = tmp_path_factory.mktemp("merge"), np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     sides = [{f"t{i}": (generator.standard_normal(s) * 9).astype(kind) for i, s in enumerate(shapes)} for _ in range(2)]
     base, tuned = (write_single(root / name, side) for name, side in zip(("base", "tuned"), sides))
     out = merge(base, tuned, root / "out", tau=tau).folders[0]
     precision = np.float64 if kind == np.float64 else np.float32
     for name, merged in read_all(out).items():
         a, b = sides[0][name], sides[1][name]
-        if kind == np.int32 or tau == 1:
-            expected = b
-        elif tau == 0:
-            expected = a
-        else:
-            expected = (precision(1 - tau) * a.astype(precision) + precision(tau) * b.astype(precision)).astype(kind)
+        expected = (precision(1 - tau) * a.astype(precision) + precision(tau) * b.astype(precision)).astype(kind)
+        if tau in (0, 1) or kind == np.int32:
+            expected = a if tau == 0 and kind != np.int32 else b
         np.testing.assert_array_equal(merged, expected)

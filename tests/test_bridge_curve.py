@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from figures.commands import checkpoints
 from linfit.bridge import fit_curve, read_evaluations
 
 TAUS = np.array([0.0, 0.3, 0.5, 0.8, 1.0])
@@ -36,9 +37,9 @@ def test_error_of_the_best_tau_covers(seed, paired):
     for _ in range(400):
         if paired:
             samples = truth(TAUS)[:, None] + generator.standard_normal(300) + 0.2 * generator.standard_normal((5, 300))
-            curve = fit_curve(TAUS, samples)
         else:
-            curve = fit_curve(TAUS, truth(TAUS) + 0.01 * generator.standard_normal(5), np.full(5, 0.01))
+            samples = truth(TAUS) + 0.01 * generator.standard_normal(5)
+        curve = fit_curve(TAUS, samples, None if paired else np.full(5, 0.01))
         pulls.append((curve.best_tau - 2 / 3) / curve.best_tau_error)
         p_values.append(curve.p_value)
     assert abs(np.std(pulls) - 1) < 5 / 800**0.5
@@ -62,14 +63,10 @@ def test_a_concave_curve_has_no_best_tau():
 def test_next_tau_shrinks_the_error_most():
     taus, errors = np.array([0.0, 0.5, 1.0]), np.full(3, 0.05)
     curve = fit_curve(taus, truth(taus), errors)
-    chosen = curve.next_tau()
-
-    def error_after(tau):
-        more = np.append(taus, tau)
-        return fit_curve(more, truth(more), np.full(4, 0.05)).best_tau_error
-
-    assert error_after(chosen) <= min(error_after(tau) for tau in np.linspace(0.03, 0.97, 30)) + 1e-9
-    assert error_after(chosen) < curve.best_tau_error
+    more = [np.append(taus, tau) for tau in (curve.next_tau(), *np.linspace(0.03, 0.97, 30))]
+    chosen, *others = [fit_curve(each, truth(each), np.full(4, 0.05)).best_tau_error for each in more]
+    assert chosen <= min(others) + 1e-9
+    assert chosen < curve.best_tau_error
 
 
 @pytest.mark.parametrize(
@@ -94,12 +91,9 @@ def test_bad_input(arguments, message):
 def test_tables(tmp_path, form):
     rows = [{"tau": t, "loss": float(truth(t)), "loss_stderr": 0.1, "acc": t} for t in (0, 0.5, 1)]
     path = tmp_path / f"table.{form}"
-    if form == "csv":
-        path.write_text(
-            "tau,loss,loss_stderr,acc\n" + "\n".join(",".join(str(v) for v in row.values()) for row in rows)
-        )
-    else:
-        path.write_text(json.dumps(rows) if form == "json" else "\n".join(map(json.dumps, rows)))
+    csv = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    texts = {"csv": "\n".join(csv), "json": json.dumps(rows), "jsonl": "\n".join(map(json.dumps, rows))}
+    path.write_text(texts[form])
     found = read_evaluations([str(path)], "loss")
     np.testing.assert_allclose(found.values, truth(np.array([0, 0.5, 1])))
     np.testing.assert_allclose(found.standard_errors, 0.1)
@@ -136,10 +130,8 @@ def harness_result(tau: float) -> dict:
 def harness(tmp_path):
     """`TAU=FOLDER` of three evaluations; the first one ran twice, the latest counts."""
     for tau in (0.0, 0.5, 1.0):
-        folder = tmp_path / f"{tau}" / f"runs__tau_{tau:g}"
-        folder.mkdir(parents=True)
-        text = json.dumps(harness_result(tau), indent=2)
-        (folder / "results_2026-03-01T10-00-00.123456.json").write_text(text)
+        (folder := tmp_path / f"{tau}" / f"runs__tau_{tau:g}").mkdir(parents=True)
+        (folder / "results_2026-03-01T10-00-00.123456.json").write_text(json.dumps(harness_result(tau), indent=2))
     stale = tmp_path / "0.0" / "runs__tau_0" / "results_2026-02-28T23-00-00.123456.json"
     stale.write_text(json.dumps(harness_result(7.0)))
     return [f"{tau}={tmp_path}/{tau}" for tau in (0.0, 0.5, 1.0)]
@@ -160,10 +152,7 @@ def test_harness_results(harness, metric, values, error, larger):
     found = read_evaluations(harness, metric)
     np.testing.assert_allclose(found.values, values)
     assert found.larger_is_better is larger
-    if error is None:
-        assert found.standard_errors is None
-    else:
-        np.testing.assert_allclose(found.standard_errors, error)
+    np.testing.assert_array_equal(found.standard_errors, None if error is None else [error] * 3)
 
 
 def test_harness_groups_that_are_not_repeated_among_the_results(tmp_path):
@@ -189,8 +178,7 @@ def test_metrics_that_harness_results_do_not_have(harness, metric, message):
 
 
 def test_harness_files_that_cannot_be_used(harness, tmp_path):
-    other = tmp_path / "0.0" / "another"
-    other.mkdir()
+    (other := tmp_path / "0.0" / "another").mkdir()
     (other / "results_2026.json").write_text("{}")
     (tmp_path / "torn.json").write_text('{"results": {')
     (tmp_path / "list.json").write_text("[]")
@@ -228,17 +216,15 @@ def test_harness_samples_are_paired_by_document_and_of_one_filter(tmp_path, gene
 
 
 def test_curve_takes_the_direction_from_the_results(harness, capsys):
-    from figures.commands.checkpoints import curve
-
-    curve(tuple(harness), metric="mmlu/acc", json=True)
+    checkpoints.curve(tuple(harness), metric="mmlu/acc", json=True)
     printed = capsys.readouterr()
     fit = json.loads(printed.out)["metrics"][0]
     assert fit["maximize"]
     assert abs(fit["best_tau"]) < 1e-9
     assert "mmlu/acc is better when larger" in printed.err
     with pytest.raises(ValueError, match="word_perplexity is better when smaller"):
-        curve(tuple(harness), metric="wikitext/word_perplexity", maximize=True)
-    curve(tuple(harness), metric="wikitext/word_perplexity", json=True)
+        checkpoints.curve(tuple(harness), metric="wikitext/word_perplexity", maximize=True)
+    checkpoints.curve(tuple(harness), metric="wikitext/word_perplexity", json=True)
     assert abs(json.loads(capsys.readouterr().out)["metrics"][0]["best_tau"] - 2 / 3) < 1e-9
 
 

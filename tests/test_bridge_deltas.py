@@ -1,5 +1,7 @@
 """Spectra of deltas: random-matrix facts by simulation, optimality by brute force, splits by Monte Carlo."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -33,10 +35,8 @@ def test_noise_edge_bounds_noise_and_finds_spikes(generator):
     assert abs(level.entry_std - 0.3) < 0.005
     assert np.linalg.norm(noise, 2) < 1.02 * level.edge
     a, b = (np.linalg.qr(generator.standard_normal((size, 3)))[0] for size in shape)
-    spikes = noise + 40 * a @ b.T
-    s = np.linalg.svd(spikes, compute_uv=False)
-    level = noise_level(s, shape)
-    assert (s > 1.02 * level.edge).sum() == 3
+    s = np.linalg.svd(noise + 40 * a @ b.T, compute_uv=False)
+    assert (s > 1.02 * noise_level(s, shape).edge).sum() == 3
 
 
 @pytest.mark.parametrize("shape", [(160, 100), (100, 160)])
@@ -76,10 +76,7 @@ def test_filters_equal_those_of_a_full_decomposition(tiny_budget, spikes, genera
     shape = (900, 700)
     delta = spiked(generator, shape, spikes, 120.0)
     u, s, vt = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
-
-    def blocks():
-        return iter(np.array_split(delta, 7))
-
+    blocks = partial(np.array_split, delta, 7)
     kept = truncation(blocks, 700, spikes - 2)
     expected = (u[:, : spikes - 2] * s[: spikes - 2]) @ vt[: spikes - 2]
     error = np.linalg.norm(kept(delta) - expected) / np.linalg.norm(expected)
@@ -87,8 +84,7 @@ def test_filters_equal_those_of_a_full_decomposition(tiny_budget, spikes, genera
     filtered = shrinkage(blocks, shape)
     expected = (u * optimal_shrinkage(s, shape, noise_level(s, shape).entry_std)) @ vt
     error = np.linalg.norm(filtered(delta) - expected) / np.linalg.norm(expected)
-    assert filtered.gains.size == spikes
-    assert filtered.missed == 0
+    assert (filtered.gains.size, filtered.missed) == (spikes, 0)
     assert error < (1e-5 if tiny_budget == "exact" else 1e-2)
     assert error < 0.1 * np.linalg.norm(delta - expected) / np.linalg.norm(expected)  # doing nothing is far away
 
@@ -173,12 +169,9 @@ def test_inspection_of_known_deltas(tmp_path, generator):
     np.testing.assert_allclose(first.effective_rank, 30**2 / (256 + 81 + 16 + 1), rtol=1e-4)
     np.testing.assert_allclose(first.top_singular_values, [4, 3, 2, 1], rtol=1e-4)
     assert first.overlap > 0.999
-    assert first.overlap_by_chance == 0.1
-    assert (first.noise_edge, first.signal_share) == (0, 1)
+    assert (first.overlap_by_chance, first.noise_edge, first.signal_share) == (0.1, 0, 1)
     assert any(note.startswith("1 deltas of low rank") for note in inspection.notes)
-    assert reports["h.1.w"].delta_norm == 0
-    assert reports["h.1.w"].effective_rank is None
-    assert reports["norm"].changed == 0.2
+    assert (reports["h.1.w"].delta_norm, reports["h.1.w"].effective_rank, reports["norm"].changed) == (0, None, 0.2)
     assert {entry["kind"] for entry in inspection.by_kind()} == {"h.*.w", "norm"}
     np.testing.assert_allclose(delta_singular_values(base, tuned, "h.0.w")[:4], [4, 3, 2, 1], rtol=1e-4)
 
@@ -197,12 +190,13 @@ def test_inspection_of_several_real_runs(families):
 
 def test_bad_inspections(tmp_path):
     folder = write_single(tmp_path / "a", {"w": np.ones((3, 3), np.float32)})
-    with pytest.raises(ValueError, match="fits no floating tensor"):
-        inspect(folder, folder, only="x*")
-    with pytest.raises(ValueError, match="subspace must be at least 1"):
-        inspect(folder, folder, subspace=0)
-    with pytest.raises(ValueError, match="at least one fine-tuned"):
-        inspect(folder, [])
+    for tuned, options, message in (
+        (folder, {"only": "x*"}, "fits no floating tensor"),
+        (folder, {"subspace": 0}, "subspace must be at least 1"),
+        ([], {}, "at least one fine-tuned"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inspect(folder, tuned, **options)
     assert "base and tuned are identical" in inspect(folder, folder).notes
 
 

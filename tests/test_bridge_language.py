@@ -13,7 +13,9 @@ import pytest
 
 from figures.commands import main
 from linfit.bridge import choose_targets, judge_named, load, merge, perturb, read_records, weigh, write_records
-from tests.bridge_checkpoints import write_single
+from linfit.bridge.language import encode_record, write_losses
+from sims.laboratory.toy_language import build, counting_text, encode, story_text
+from tests.bridge_checkpoints import model_of, write_single
 
 
 @pytest.fixture
@@ -22,13 +24,10 @@ def command(monkeypatch, capsys):
 
     def call(*arguments, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["linfit", *map(str, arguments)])
-        ended = 0
-        try:
-            main()
-        except SystemExit as exit:
-            ended = exit.code or 0
+        with pytest.raises(SystemExit) as ended:
+            sys.exit(main())
         printed = capsys.readouterr()
-        assert ended == code, printed.err
+        assert (ended.value.code or 0) == code, printed.err
         return printed.out if code == 0 else printed.err
 
     for name in ("JAX_ENABLE_X64", "OPENBLAS_NUM_THREADS", "NPROC"):  # what a command sets for its own process
@@ -38,8 +37,6 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def sums(tmp_path):
-    from sims.laboratory.toy_language import counting_text, encode
-
     generator = np.random.default_rng(5)
     records = [{"input_ids": encode(counting_text(generator, k % 3 + 1)).tolist()} for k in range(11)]
     records[3]["labels"] = [-100] * 4 + records[3]["input_ids"][4:]
@@ -50,14 +47,11 @@ def sums(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_losses_are_those_of_the_model_itself(families, sums, tmp_path, batch_size):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from linfit.bridge.language import write_losses
-
+    torch = pytest.importorskip("torch")
     path, records = sums
     base = families["llama"][0]
     write_losses(base, path, tmp_path / "out.jsonl", batch_size=batch_size, tokens=True, dtype="float32")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    found = read_records(tmp_path / "out.jsonl")
+    model, found = model_of(base, dtype=torch.float32), read_records(tmp_path / "out.jsonl")
     for number, (line, record) in enumerate(zip(found, records, strict=True)):
         ids, labels = (torch.tensor([record.get(key, record["input_ids"])]) for key in ("input_ids", "labels"))
         targets = int((labels[:, 1:] != -100).sum())
@@ -74,10 +68,7 @@ def test_losses_are_those_of_the_model_itself(families, sums, tmp_path, batch_si
 
 
 def test_losses_resume_after_an_interruption(families, sums, tmp_path):
-    from linfit.bridge.language import write_losses
-
-    path, _ = sums
-    base, out = families["llama"][0], tmp_path / "out.jsonl"
+    path, base, out = sums[0], families["llama"][0], tmp_path / "out.jsonl"
 
     def stop(done, total):
         if done >= 6:
@@ -98,8 +89,6 @@ def test_losses_resume_after_an_interruption(families, sums, tmp_path):
 
 
 def test_records_are_cut_and_bad_ones_named():
-    from linfit.bridge.language import encode_record
-
     assert encode_record({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, None, 2, 0) == ([5, 6], [-100, 6])
     with pytest.raises(ValueError, match=r"record 4: needs text, prompt and completion.* found question"):
         encode_record({"question": "a"}, None, 100, 4)
@@ -118,21 +107,14 @@ def talkers(tmp_path_factory):
     """A base and a tuned model with trained byte-pair encodings; only the tuned one has a chat template."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    from sims.laboratory.toy_language import counting_text, story_text
-
     generator = np.random.default_rng(0)
     text = story_text(generator, 300) + counting_text(generator, 300)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        text.splitlines(keepends=True),
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=["<s>", "</s>", "<|user|>", "<|assistant|>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    special, alphabet = ["<s>", "</s>", "<|user|>", "<|assistant|>"], tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": 400, "special_tokens": special, "initial_alphabet": alphabet}
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), tokenizers.trainers.BpeTrainer(**options))
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     saved = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     folders = []
@@ -152,9 +134,8 @@ def talkers(tmp_path_factory):
 def test_tokenizer_and_chat_template_come_with_the_merge(talkers, tmp_path):
     transformers = pytest.importorskip("transformers")
     base, tuned = talkers
-    zero, half = merge(base, tuned, tmp_path / "out", tau=[0.0, 0.5]).folders
     messages = [{"role": "user", "content": "17+25="}, {"role": "assistant", "content": "42."}]
-    for folder in (zero, half):
+    for folder in merge(base, tuned, tmp_path / "out", tau=[0.0, 0.5]).folders:
         own, merged = (transformers.AutoTokenizer.from_pretrained(each) for each in (tuned, folder))
         assert merged.apply_chat_template(messages, tokenize=False) == own.apply_chat_template(messages, tokenize=False)
         assert merged("the cat sees 7+8=15.").input_ids == own("the cat sees 7+8=15.").input_ids
@@ -180,19 +161,13 @@ def test_losses_of_text_prompts_and_conversations(talkers, command, tmp_path):
     write_records(tmp_path / "data.jsonl", records)
     command("losses", folder, tmp_path / "data.jsonl", "--out", tmp_path / "losses.jsonl")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    conversation = f"<s><|user|>\n{question}</s>\n<|assistant|>\n"
-    expected = [
-        ("", "<s>the old king finds an open door."),
-        ("<s>my friend sees", " the sea."),
-        (conversation, f"{answer}</s>\n"),
-    ]
+    model, conversation = model_of(folder), f"<s><|user|>\n{question}</s>\n<|assistant|>\n"
+    expected = [("", "<s>the old king finds an open door."), ("<s>my friend sees", " the sea.")]
+    expected.append((conversation, f"{answer}</s>\n"))
     for line, (given, target) in zip(read_records(tmp_path / "losses.jsonl"), expected, strict=True):
         encoded = tokenizer(given + target, add_special_tokens=False, return_offsets_mapping=True)
-        ids = torch.tensor([encoded.input_ids])
-        labels = torch.tensor(
-            [[i if end > len(given) else -100 for i, (_, end) in zip(ids[0], encoded.offset_mapping)]]
-        )
+        ids, ends = torch.tensor([encoded.input_ids]), torch.tensor(encoded.offset_mapping)[:, 1]
+        labels = torch.where(ends > len(given), ids, -100)
         with torch.no_grad():
             loss = float(model(input_ids=ids, labels=labels).loss)
         np.testing.assert_allclose(line["loss"], loss, rtol=1e-5)
@@ -268,9 +243,8 @@ def test_bad_jsonl(tmp_path, content, message):
 
 
 def test_noise_has_the_size_asked_for(families, tmp_path):
-    base = families["gpt2"][0]
+    base, start = families["gpt2"][0], load(families["gpt2"][0])
     outcome = perturb(base, tmp_path / "out", gamma=[0.0, 0.01, 0.1], seed=[0, 1])
-    start = load(base)
     moved = {folder.name: load(folder) for folder in outcome.folders}
     name = "transformer.h.0.mlp.c_fc.weight"
     size = start[name].size
@@ -333,8 +307,7 @@ def test_from_checkpoints_to_the_best_tau(families, sums, command, tmp_path):
     pairs = [f"{tau}={folder}.jsonl" for tau, folder in zip((0, 0.5, 1), merged["folders"])]
     picture = tmp_path / "curve.png"
     fit = json.loads(command("curve", *pairs, "--json", "--plot", picture))["metrics"][0]
-    assert fit["metric"] == "loss"
-    assert len(fit["values"]) == 3
+    assert (fit["metric"], len(fit["values"])) == ("loss", 3)
     assert picture.stat().st_size > 5000
     assert "temperature" in command("weights", f"{merged['folders'][0]}.jsonl", "-o", tmp_path / "weights.jsonl")
     weights = [record["weight"] for record in read_records(tmp_path / "weights.jsonl")]
@@ -387,24 +360,17 @@ def test_figure_is_drawn_with_its_numbers():
 def test_the_weighted_loss_of_the_documentation():
     """With weights 1 it is the model's own loss; in general Σ w_i Σ_t nll / tokens."""
     torch, _ = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from sims.laboratory.toy_language import build
-
     text = (Path(__file__).parents[1] / "docs" / "bridge.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(class WeightedTrainer.*?)```", text, re.DOTALL)[1]
     names = {"Trainer": object, "torch": torch}
     exec(code, names)
     trainer, model = names["WeightedTrainer"](), build("llama", hidden=16, layers=1).eval()
     ids = torch.arange(1, 25).reshape(3, 8)
-    labels = ids.clone()
-    labels[0, :4] = -100
+    inputs, weight = {"input_ids": ids, "labels": ids.clone()}, torch.tensor([0.2, 1.0, 0.5])
+    inputs["labels"][0, :4] = -100
     with torch.no_grad():
-        own = model(input_ids=ids, labels=labels).loss
-        plain = trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "weight": torch.ones(3)})
-        assert torch.allclose(own, plain)
-        weight = torch.tensor([0.2, 1.0, 0.5])
-        weighted = trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "weight": weight})
-        parts = [
-            trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "weight": torch.eye(3)[row]})
-            for row in range(3)
-        ]
+        own = model(**inputs).loss
+        rows = (torch.ones(3), weight, *torch.eye(3))
+        plain, weighted, *parts = [trainer.compute_loss(model, {**inputs, "weight": row}) for row in rows]
+    assert torch.allclose(own, plain)
     assert torch.allclose(weighted, sum(w * part for w, part in zip(weight, parts)))

@@ -9,12 +9,17 @@ import tyro
 from figures.commands.language import Numbers, Out, local_folder, note, numbers, print_json, progress
 
 if TYPE_CHECKING:
-    from linfit.bridge import Curve, Inspection, Written
+    from linfit.bridge import Curve, Inspection
+    from linfit.bridge.output import Written
+
+
+Model = Annotated[str, tyro.conf.Positional]
+Models = Annotated[tuple[str, ...], tyro.conf.Positional]
 
 
 def merge(
-    base: Annotated[str, tyro.conf.Positional],
-    tuned: Annotated[tuple[str, ...], tyro.conf.Positional],
+    base: Model,
+    tuned: Models,
     /,
     out: Out,
     tau: Numbers = (),
@@ -50,28 +55,17 @@ def merge(
 
     patterns = dict(_assignment(text) for text in layer_tau)
     if layer_tau_file is not None:
-        patterns |= {
-            name: value for name, value in bridge.read_layer_taus(layer_tau_file).items() if name not in patterns
-        }
-    _write(
-        bridge.merge,
-        local_folder(base),
-        [local_folder(path) for path in tuned],
-        out,
-        tau=numbers("tau", tau) or [1.0],
-        method=method,
-        rank=rank,
-        layer_tau=patterns,
-        run_weights=numbers("run_weights", (run_weights,)) if run_weights is not None else None,
-        dtype=dtype,
-        shared=shared,
-        workers=workers,
-        json=json,
-    )
+        more = bridge.read_layer_taus(layer_tau_file)
+        patterns |= {name: value for name, value in more.items() if name not in patterns}
+    taus = numbers("tau", tau) or [1.0]
+    weights = numbers("run_weights", (run_weights,)) if run_weights is not None else None
+    options: dict[str, object] = {"tau": taus, "method": method, "rank": rank, "run_weights": weights}
+    options |= {"layer_tau": patterns, "dtype": dtype, "shared": shared, "workers": workers}
+    _write(json, bridge.merge, local_folder(base), [local_folder(path) for path in tuned], out, **options)
 
 
 def perturb(
-    model: Annotated[str, tyro.conf.Positional],
+    model: Model,
     /,
     out: Out,
     gamma: Numbers,
@@ -99,28 +93,18 @@ def perturb(
     seeds = numbers("seed", seed) or [0.0]
     if any(value % 1 for value in seeds):
         raise ValueError(f"--seed must be whole numbers, got {', '.join(seed)}")
-    _write(
-        bridge.perturb,
-        local_folder(model),
-        out,
-        gamma=numbers("gamma", gamma),
-        seed=[int(value) for value in seeds],
-        init_scale=init_scale,
-        only=only,
-        workers=workers,
-        json=json,
-    )
+    noise = {"gamma": numbers("gamma", gamma), "seed": [int(value) for value in seeds], "init_scale": init_scale}
+    _write(json, bridge.perturb, local_folder(model), out, only=only, workers=workers, **noise)
 
 
-def _write(write: "Callable[..., Written]", *arguments: object, json: bool, **options: object) -> None:
+def _write(json: bool, write: "Callable[..., Written]", *arguments: object, **options: object) -> None:
     """Run `merge` or `perturb` with a progress bar, and say what was written."""
     with progress("writing", of_bytes=True) as bar:
         written = write(*arguments, progress=bar, **options)
     speed = written.bytes_written / max(written.seconds, 1e-9)
     if json:
         folders = [str(folder) for folder in written.folders]
-        print_json({**written._asdict(), "folders": folders, "bytes_per_second": speed})
-        return
+        return print_json({**written._asdict(), "folders": folders, "bytes_per_second": speed})
     for text in written.notes:
         note(text)
     if written.resumed_shards:
@@ -131,8 +115,8 @@ def _write(write: "Callable[..., Written]", *arguments: object, json: bool, **op
 
 
 def inspect(
-    base: Annotated[str, tyro.conf.Positional],
-    tuned: Annotated[tuple[str, ...], tyro.conf.Positional],
+    base: Model,
+    tuned: Models,
     /,
     json: bool = False,
     plot: Path | None = None,
@@ -157,14 +141,10 @@ def inspect(
 
     if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot must end in .png, .pdf or .svg, got {plot}")
+    folders = [local_folder(path) for path in tuned]
     with progress("inspecting") as bar:
         inspection = bridge.inspect(
-            local_folder(base),
-            [local_folder(path) for path in tuned],
-            subspace=subspace,
-            only=only,
-            shared=shared,
-            progress=bar,
+            local_folder(base), folders, subspace=subspace, only=only, shared=shared, progress=bar
         )
     if json:
         print_json(inspection.as_dict())
@@ -205,7 +185,7 @@ def _print_inspection(inspection: "Inspection", by_tensor: bool) -> None:
 
 
 def curve(
-    evaluations: Annotated[tuple[str, ...], tyro.conf.Positional],
+    evaluations: Models,
     /,
     metric: str = "loss",
     maximize: bool = False,
@@ -273,20 +253,11 @@ def _summary(fits: "Mapping[str, Curve]") -> dict[str, object]:
     for name, fit in fits.items():
         sign = -1 if fit.maximize else 1
         gain, gain_error = fit.gain_over_full
-        derived = {
-            "metric": name,
-            "values": sign * fit.values,
-            "coefficients": sign * fit.coefficients,
-            "residuals": sign * fit.residuals,
-            "best_tau": fit.best_tau,
-            "best_tau_error": fit.best_tau_error,
-            "gain_over_full": gain,
-            "gain_over_full_error": gain_error,
-            "value_at_first_best_tau": sign * fit(first.best_tau),
-            "verdict": fit.verdict,
-            "next_tau": fit.next_tau(),
-        }
-        metrics.append(fit._asdict() | derived)
+        signed = {field: sign * getattr(fit, field) for field in ("values", "coefficients", "residuals")}
+        derived = {"metric": name} | {field: getattr(fit, field) for field in ("best_tau", "best_tau_error", "verdict")}
+        derived |= {"gain_over_full": gain, "gain_over_full_error": gain_error, "next_tau": fit.next_tau()}
+        derived["value_at_first_best_tau"] = sign * fit(first.best_tau)
+        metrics.append(fit._asdict() | signed | derived)
     return {"metrics": metrics, "trade_off": _trade_off(fits)}
 
 

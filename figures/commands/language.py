@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-Numbers = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-"""`--tau 0.2,0.4` and `--tau 0.2 --tau 0.4` are the same."""
+Numbers = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # `--tau 0.2,0.4` is `--tau 0.2 --tau 0.4`
 
 
 def numbers(name: str, texts: tuple[str, ...]) -> list[float]:
@@ -32,18 +31,15 @@ def local_folder(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ModuleNotFoundError:
-        raise ValueError(
-            f"{name} is no folder here; to fetch it from the Hub: pip install 'linfit[llm]', or give a local folder"
-        ) from None
+        advice = "to fetch it from the Hub: pip install 'linfit[llm]', or give a local folder"
+        raise ValueError(f"{name} is no folder here; {advice}") from None
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{name} is no folder here and could not be fetched from the Hub ({reason}); fetch it where there is a "
-            f"network, `hf download {name} --local-dir FOLDER`, and give that folder"
-        ) from None
+        reason = f"{name} is no folder here and could not be fetched from the Hub ({str(error).splitlines()[0]})"
+        advice = f"fetch it where there is a network, `hf download {name} --local-dir FOLDER`, and give that folder"
+        raise ValueError(f"{reason}; {advice}") from None
 
 
 def require_parent(out: Path) -> None:

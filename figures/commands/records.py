@@ -1,7 +1,7 @@
 """Subcommands for datasets of language models. Nothing heavy is imported until one of them runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -73,19 +73,10 @@ def losses(
     require_parent(out)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "tokens": tokens}
+    options |= {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with progress("losses") as bar:
-        resumed = write_losses(
-            model,
-            data,
-            out,
-            batch_size=batch_size,
-            max_length=max_length,
-            tokens=tokens,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            progress=bar,
-        )
+        resumed = write_losses(model, data, out, progress=bar, **options)
     print(f"written to {out}" + (f"; {resumed} records were finished before" if resumed else ""))
 
 

@@ -12,28 +12,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from linfit.bridge.checkpoint import Checkpoint, load
     from linfit.bridge.curve import Curve, fit_curve
-    from linfit.bridge.delta import Split, split_deltas
+    from linfit.bridge.delta import split_deltas
     from linfit.bridge.evaluations import read_evaluations
     from linfit.bridge.inspection import Inspection, delta_singular_values, inspect
     from linfit.bridge.language import write_losses
     from linfit.bridge.merging import merge, read_layer_taus
-    from linfit.bridge.output import Written
     from linfit.bridge.perturbation import perturb
     from linfit.bridge.records import choose_targets, judge_named, read_records, weigh, write_records
-    from linfit.bridge.signal import Noise, noise_level, optimal_shrinkage
+    from linfit.bridge.signal import noise_level, optimal_shrinkage
 
 _PUBLIC = {
     "checkpoint": ("Checkpoint", "load"),
     "curve": ("Curve", "fit_curve"),
-    "delta": ("Split", "split_deltas"),
+    "delta": ("split_deltas",),
     "evaluations": ("read_evaluations",),
     "inspection": ("Inspection", "delta_singular_values", "inspect"),
     "language": ("write_losses",),
     "merging": ("merge", "read_layer_taus"),
-    "output": ("Written",),
     "perturbation": ("perturb",),
     "records": ("choose_targets", "judge_named", "read_records", "weigh", "write_records"),
-    "signal": ("Noise", "noise_level", "optimal_shrinkage"),
+    "signal": ("noise_level", "optimal_shrinkage"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -13,6 +13,7 @@ import numpy as np
 from linfit.bridge.checkpoint import Checkpoint, Files, Tensor, some
 from linfit.bridge.numbers import FLOATS
 
+CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.[^.]+)*?(\.weight)?$")
 
@@ -20,13 +21,10 @@ _FACTOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side
 class LowRank(NamedTuple):
     """ΔW = scaling · B A (m, n), or its transpose; the factors are read when they are needed."""
 
-    a: Tensor
-    """(r, n)."""
-    b: Tensor
-    """(m, r)."""
+    a: Tensor  # (r, n)
+    b: Tensor  # (m, r)
     scaling: float
-    transposed: bool
-    """Whether the base stores Wᵀ, as an embedding and GPT-2's Conv1D do."""
+    transposed: bool  # whether the base stores Wᵀ, as an embedding and GPT-2's Conv1D do
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,11 +48,10 @@ class Adapter:
 
     def __init__(self, folder: str | Path, base: Checkpoint):
         self.folder = Path(folder)
-        path = self.folder / "adapter_config.json"
+        path = self.folder / CONFIG_NAME
         settings = json.loads(path.read_text(encoding="utf-8"))
         _require_lora(settings, path)
-        file = self.folder / "adapter_model.safetensors"
-        if not file.is_file():
+        if not (file := self.folder / "adapter_model.safetensors").is_file():
             raise ValueError(
                 f"{self.folder}: no adapter_model.safetensors; a pickled adapter_model.bin is never opened here; save "
                 "the adapter again with save_pretrained(…, safe_serialization=True)"
@@ -66,20 +63,17 @@ class Adapter:
         for name, tensor in stored.tensors.items():
             if "lora_magnitude_vector" in name:
                 raise ValueError(f"{path}: {_DORA}")
-            match = _FACTOR.match(name)
-            if match:
+            if match := _FACTOR.match(name):
                 key = (match["module"].removeprefix(_PREFIX), bool(match["embedding"]))
                 factors.setdefault(key, {})[match["side"]] = tensor
             else:
                 self.changes[_replaced_name(name, settings)] = tensor
         for (module, embedding), pair in factors.items():
             self.changes[f"{module}.weight"] = _low_rank(module, pair, embedding, settings)
-        unknown = sorted(self.changes.keys() - base.tensors.keys())
-        if unknown:
+        if unknown := sorted(self.changes.keys() - base.tensors.keys()):
             raise ValueError(f"{self.folder}: the base {base.folder} lacks {some(unknown, 'adapted tensor')}")
         for name, change in self.changes.items():
-            shape = base.tensors[name].shape
-            if change.shape != shape:
+            if change.shape != (shape := base.tensors[name].shape):
                 raise ValueError(f"{self.folder}: {name} is {list(change.shape)}, in the base {list(shape)}")
 
     def version(self, name: str) -> Tensor | LowRank | None:
@@ -91,11 +85,6 @@ _DORA = (
     "DoRA rescales each column of the adapted weight, so its update is not a delta B·A that can be scaled by τ; merge "
     "it into the base with PEFT's merge_and_unload() and use the resulting folder"
 )
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (Path(folder) / "adapter_config.json").is_file()
 
 
 def _require_lora(settings: dict[str, Any], path: Path) -> None:
@@ -119,31 +108,16 @@ def _require_lora(settings: dict[str, Any], path: Path) -> None:
 def _replaced_name(name: str, settings: dict[str, Any]) -> str:
     name = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
     for module in settings.get("modules_to_save") or ():
-        name = name.replace(f"{module}.modules_to_save.default.", f"{module}.")
-        name = name.replace(f"{module}.modules_to_save.", f"{module}.")
+        name = re.sub(rf"({re.escape(module)}\.)modules_to_save\.(default\.)?", r"\1", name)
     if ".lora_" in name:
-        raise ValueError(
-            f"adapter tensor {name!r} is not a LoRA factor known here; merge with PEFT's merge_and_unload()"
-        )
+        raise ValueError(f"adapter tensor {name!r} is no LoRA factor known here; merge with PEFT's merge_and_unload()")
     return name
 
 
 def _pattern_value(patterns: dict[str, float] | None, module: str, default: float) -> float:
     """PEFT's rank_pattern and alpha_pattern: regular expressions for the end of a module name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def scaling(settings: dict[str, Any], module: str, rank: int) -> float:
-    """α/r, or α/√r for rank-stabilised LoRA.
-
-    >>> scaling({"lora_alpha": 8, "r": 4, "use_rslora": True}, "layer", 4)
-    4.0
-    """
-    alpha = _pattern_value(settings.get("alpha_pattern"), module, float(settings.get("lora_alpha", rank)))
-    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    fitting = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(fitting, default)
 
 
 def _low_rank(module: str, pair: dict[str, Tensor], embedding: bool, settings: dict[str, Any]) -> LowRank:
@@ -156,9 +130,9 @@ def _low_rank(module: str, pair: dict[str, Tensor], embedding: bool, settings: d
     rank = a.shape[0]
     if rank != b.shape[1]:
         raise ValueError(f"adapter of {module}: factors {list(b.shape)} and {list(a.shape)} do not multiply")
-    usual_rank: Any = settings.get("r", rank)
-    declared = _pattern_value(settings.get("rank_pattern"), module, usual_rank)
+    declared = _pattern_value(settings.get("rank_pattern"), module, settings.get("r", rank))
     if declared != rank:
         raise ValueError(f"adapter of {module}: factors have rank {rank}, the configuration says {declared}")
-    transposed = embedding or bool(settings.get("fan_in_fan_out"))
-    return LowRank(a, b, scaling(settings, module, rank), transposed)
+    alpha = _pattern_value(settings.get("alpha_pattern"), module, float(settings.get("lora_alpha", rank)))
+    scaling = alpha / (rank**0.5 if settings.get("use_rslora") else rank)  # the former if rank-stabilised
+    return LowRank(a, b, scaling, embedding or bool(settings.get("fan_in_fan_out")))

@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +27,7 @@ class Tensor(NamedTuple):
     """Where one stored tensor lies. Its bytes are `path[start:stop]`, row-major, little-endian."""
 
     name: str
-    dtype: str
-    """As safetensors writes it: F32, BF16, …"""
+    dtype: str  # as safetensors writes it: F32, BF16, …
     shape: tuple[int, ...]
     path: Path
     start: int
@@ -44,14 +44,9 @@ class Tensor(NamedTuple):
         return ITEM_SIZE[self.dtype]
 
     @property
-    def rows(self) -> int:
-        """Length of the first axis; 1 for a scalar."""
-        return self.shape[0] if self.shape else 1
-
-    @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(rows, everything else)."""
-        return self.rows, prod(self.shape[1:])
+        """(first axis, everything else); ones for a scalar."""
+        return self.shape[0] if self.shape else 1, prod(self.shape[1:])
 
     def describe(self) -> str:
         """`BF16 [32, 64]`."""
@@ -62,11 +57,9 @@ class Shard(NamedTuple):
     """One safetensors file."""
 
     path: Path
-    header: bytes
-    """Length, JSON and padding: everything before the data."""
+    header: bytes  # length, JSON and padding: everything before the data
     metadata: dict[str, str]
-    tensors: tuple[Tensor, ...]
-    """In the order of their bytes."""
+    tensors: tuple[Tensor, ...]  # in the order of their bytes
 
 
 def _parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
@@ -107,11 +100,7 @@ def _tensor(name: str, entry: object, path: Path, data_start: int) -> Tensor:
 
 
 def read_shard(path: Path) -> Shard:
-    """The header of one safetensors file, checked against the file's own size.
-
-    Raises ValueError naming the file if the header is truncated, is not JSON, has an unknown dtype, sizes that do not
-    follow from shape and dtype, or offsets that overlap, leave a gap, or do not end where the file ends.
-    """
+    """The header of one safetensors file, checked against the file's own size; ValueError naming the file if bad."""
     with open(path, "rb") as file:
         file_size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -119,9 +108,7 @@ def read_shard(path: Path) -> Shard:
             raise ValueError(f"{path}: truncated, {file_size} bytes are too few for a safetensors header")
         (length,) = struct.unpack("<Q", prefix)
         if length > _MAX_HEADER_BYTES or 8 + length > file_size:
-            raise ValueError(
-                f"{path}: the header claims {length} bytes, the file has {file_size}: truncated or foreign"
-            )
+            raise ValueError(f"{path}: the header claims {length} of {file_size} bytes: truncated or foreign")
         text = file.read(length)
     if not text.startswith(b"{"):
         raise ValueError(f"{path}: the header must start with '{{'")
@@ -175,8 +162,7 @@ class Checkpoint:
             self.tensors[tensor.name] = tensor
         if self.index is not None:
             listed, held = self.index["weight_map"], {name: each.path.name for name, each in self.tensors.items()}
-            wrong = sorted(name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name))
-            if wrong:
+            if wrong := sorted(name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name)):
                 raise ValueError(
                     f"{self.folder / INDEX_NAME}: disagrees with its shards about {some(wrong, 'tensor')}; "
                     f"{wrong[0]!r} is listed in {listed.get(wrong[0])} and found in {held.get(wrong[0])}"
@@ -195,12 +181,9 @@ def _indexed_paths(weight_map: object, index: Path) -> list[Path]:
     for name in weight_map.values():
         plain = isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
         if not plain or "\\" in name or "\0" in name:
-            raise ValueError(
-                f"{index}: points outside its folder: {name!r:.80}; a shard needs a plain *.safetensors name"
-            )
+            raise ValueError(f"{index}: points outside its folder: {name!r:.80}; it needs a plain *.safetensors name")
     paths = [index.parent / name for name in sorted(set(weight_map.values()))]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path.name for path in paths if not path.is_file()]:
         raise ValueError(f"{index}: missing {some(missing, 'shard')}")
     return paths
 
@@ -211,15 +194,14 @@ def _only_safetensors(folder: Path) -> Path:
         return found[0]
     if len(found) > 1:
         raise ValueError(f"{folder}: {len(found)} safetensors files but no {INDEX_NAME} to say which belong together")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-    if pickles:
+    pickled = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in pickled):
         raise ValueError(
             f"{folder}: only pickled weights ({some(pickles, 'file')}), which may run code when loaded and are never "
             "opened here; convert once, where you trust them: transformers' "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
         )
-    snapshots = sorted(path.name for path in folder.glob("snapshots/*"))
-    if snapshots:
+    if snapshots := sorted(path.name for path in folder.glob("snapshots/*")):
         raise ValueError(f"{folder}: a repository of the Hub cache; give one of its {some(snapshots, 'snapshot')}")
     raise ValueError(f"{folder}: no safetensors file")
 
@@ -231,16 +213,17 @@ def some(names: Iterable[str], noun: str, limit: int = 6) -> str:
     return f"{len(listed)} {noun}{'s' if len(listed) != 1 else ''}: {shown}"
 
 
-class Files:
+class Files(ExitStack):
     """Open descriptors for all files that hold some tensors, and exact positioned reads; shared between threads."""
 
     def __init__(self, tensors: Iterable[Tensor]):
-        self.bytes_read = 0
-        self._count = threading.Lock()
+        super().__init__()
+        self.bytes_read, self._count = 0, threading.Lock()
         self._descriptors: dict[Path, int] = {}
         try:
             for path in {tensor.path for tensor in tensors}:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
+                self.callback(os.close, self._descriptors[path])
         except OSError:
             self.close()
             raise
@@ -264,18 +247,6 @@ class Files:
     def values(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Elements [start, stop) of a floating tensor in float32, float64 for F64."""
         return decode(self.read(tensor, start, stop), tensor.dtype)
-
-    def close(self) -> None:
-        """Close all."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-    def __enter__(self) -> "Files":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def load(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:

@@ -7,8 +7,7 @@ multiply-adds: other bits than those promised. Numba's defaults keep IEEE arithm
 import numpy as np
 from numba import njit
 
-BLOCK = 2048
-"""Elements handled at once: two blocks of float32 stay in the first-level cache."""
+BLOCK = 2048  # elements handled at once: two blocks of float32 stay in the first-level cache
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

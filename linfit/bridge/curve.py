@@ -10,29 +10,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
+Numbers = Sequence[float] | np.ndarray
+
 
 class Curve(NamedTuple):
     """A fitted L(τ) = a + bτ + cτ²."""
 
-    taus: np.ndarray
-    """τ (T,)."""
-    values: np.ndarray
-    """L (T,)."""
-    standard_errors: np.ndarray | None
-    """(T,), or None if unknown; of samples, those of the differences from each sample's mean over τ."""
-    coefficients: np.ndarray
-    """(a, b, c)."""
-    covariance: np.ndarray
-    """Of the coefficients (3, 3); NaN if it cannot be known."""
-    residuals: np.ndarray
-    """L − fit (T,)."""
-    chi_square: float
-    """Squared residuals in standard errors; NaN with three points or without errors."""
+    taus: np.ndarray  #: τ (T,).
+    values: np.ndarray  #: L (T,).
+    standard_errors: np.ndarray | None  #: (T,) if known; of samples, of the differences from each one's mean over τ.
+    coefficients: np.ndarray  #: (a, b, c).
+    covariance: np.ndarray  #: Of the coefficients (3, 3); NaN if it cannot be known.
+    residuals: np.ndarray  #: L − fit (T,).
+    chi_square: float  #: Squared residuals in standard errors; NaN with three points or without errors.
     degrees_of_freedom: int
-    p_value: float
-    """Chance of residuals at least this large if the curve is a quadratic."""
-    maximize: bool
-    """Whether L is minus a score, which is better when larger."""
+    p_value: float  #: Chance of residuals at least this large if the curve is a quadratic.
+    maximize: bool  #: Whether L is minus a score, which is better when larger.
 
     @property
     def convex(self) -> bool:
@@ -48,7 +41,7 @@ class Curve(NamedTuple):
     @property
     def best_tau_error(self) -> float:
         """Standard error of τ*, to first order in the errors of b and c."""
-        return _error(self._best_tau_gradient(), self.covariance)
+        return float(_errors(self._best_tau_gradient(), self.covariance))
 
     def _best_tau_gradient(self) -> np.ndarray:
         _, b, c = self.coefficients
@@ -60,8 +53,7 @@ class Curve(NamedTuple):
 
     def error(self, tau: Any) -> np.ndarray:
         """Standard error of the fit at τ (…)."""
-        rows = _powers(tau)
-        return np.sqrt(np.maximum(np.einsum("...i,ij,...j->...", rows, self.covariance, rows), 0))
+        return _errors(_powers(tau), self.covariance)
 
     @property
     def gain_over_full(self) -> tuple[float, float]:
@@ -69,7 +61,7 @@ class Curve(NamedTuple):
         if not self.convex:
             return float("nan"), float("nan")
         rows = _powers(1.0) - _powers(self.best_tau)  # the gradient: L is flat at τ*
-        return float(rows @ self.coefficients), _error(rows, self.covariance)
+        return float(rows @ self.coefficients), float(_errors(rows, self.covariance))
 
     @property
     def verdict(self) -> str:
@@ -85,19 +77,18 @@ class Curve(NamedTuple):
             return f"not exactly a quadratic ({missed}): refine near the best evaluated τ"
         return f"consistent with a quadratic ({missed})"
 
-    def next_tau(self, grid: Sequence[float] | None = None) -> float:
+    def next_tau(self) -> float:
         """The τ worth evaluating next: what shrinks the error of τ* most; if the form fails, beside the best one."""
-        low, high = min(0.0, self.taus.min()), max(1.0, self.taus.max())
-        candidates = np.linspace(low, high, 41) if grid is None else np.asarray(grid, float)
-        fresh = candidates[np.abs(candidates[:, None] - self.taus).min(axis=1) > 0.02]
         if not self.convex or (np.isfinite(self.p_value) and self.p_value < 0.01):
             order = np.argsort(self.taus)
             taus, values = self.taus[order], self.values[order]
             at = int(np.argmin(values))
             sides = [other for other in (at - 1, at + 1) if 0 <= other < taus.size]
             return float((taus[at] + taus[min(sides, key=lambda other: values[other])]) / 2)
-        known = self.standard_errors is not None and bool((self.standard_errors > 0).all())
-        weights = 1 / self.standard_errors**2 if known else np.ones(self.taus.size)  # type: ignore[operator]
+        candidates = np.linspace(min(0.0, self.taus.min()), max(1.0, self.taus.max()), 41)
+        fresh = candidates[np.abs(candidates[:, None] - self.taus).min(axis=1) > 0.02]
+        errors = self.standard_errors
+        weights = np.ones(self.taus.size) if errors is None or (errors <= 0).any() else 1 / errors**2
         information = (_powers(self.taus).T * weights) @ _powers(self.taus)
         gradient = self._best_tau_gradient()
 
@@ -113,17 +104,12 @@ def _powers(tau: Any) -> np.ndarray:
     return np.stack([np.ones_like(tau), tau, tau**2], axis=-1)
 
 
-def _error(gradient: np.ndarray, covariance: np.ndarray) -> float:
-    return float(np.sqrt(np.maximum(gradient @ covariance @ gradient, 0)))
+def _errors(rows: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """√(g C gᵀ) of every row g (…, 3)."""
+    return np.sqrt(np.maximum(np.einsum("...i,ij,...j->...", rows, covariance, rows), 0))
 
 
-def fit_curve(
-    tau: Sequence[float] | np.ndarray,
-    value: Sequence[float] | np.ndarray,
-    standard_error: Sequence[float] | np.ndarray | None = None,
-    *,
-    maximize: bool = False,
-) -> Curve:
+def fit_curve(tau: Numbers, value: Numbers, standard_error: Numbers | None = None, *, maximize: bool = False) -> Curve:
     """Least-squares quadratic through a metric at three τ or more (docs, B1).
 
     Args:
@@ -163,8 +149,7 @@ def _fit_means(tau: np.ndarray, value: np.ndarray, errors: np.ndarray | None, ma
     weights = np.ones(tau.size) if errors is None else 1 / errors**2
     covariance = np.linalg.inv((rows.T * weights) @ rows)
     coefficients = covariance @ (rows.T @ (weights * value))
-    residuals = value - rows @ coefficients
-    freedom = tau.size - 3
+    residuals, freedom = value - rows @ coefficients, tau.size - 3
     square = float(np.sum(weights * residuals**2)) if freedom else np.nan
     if errors is None:  # the spread around the fit is taken for noise
         covariance, square = covariance * (square / freedom if freedom else np.nan), np.nan
@@ -175,11 +160,9 @@ def _fit_samples(tau: np.ndarray, losses: np.ndarray, maximize: bool) -> Curve:
     n = losses.shape[1]
     if n <= tau.size:
         raise ValueError(f"value (T, n) needs more samples than τ values, got n = {n} for T = {tau.size}")
-    rows = _powers(tau)
+    rows, mean, scatter = _powers(tau), losses.mean(axis=1), np.cov(losses) / n
     solve = np.linalg.pinv(rows)
-    mean, scatter = losses.mean(axis=1), np.cov(losses) / n
-    covariance = np.cov(solve @ losses) / n
-    coefficients = solve @ mean
+    coefficients, covariance = solve @ mean, np.cov(solve @ losses) / n
     residuals = mean - rows @ coefficients
     # The residuals live in the T − 3 dimensions orthogonal to 1, τ, τ².
     complement = np.linalg.svd(rows)[0][:, 3:]

@@ -61,13 +61,9 @@ class Delta:
             files.read(tensor, row * columns + start, row * columns + stop, raw[row])
         return decode(raw.reshape(-1), tensor.dtype).reshape(rows, stop - start).T
 
-    def blocks(self, files: Files) -> Iterator[np.ndarray]:
-        """All blocks in order."""
-        return (self.block(files, *span) for span in self.spans())
-
-    def base_blocks(self, files: Files) -> Iterator[np.ndarray]:
-        """The base in the same blocks."""
-        return (self.base_block(files, *span) for span in self.spans())
+    def blocks(self, files: Files, of_base: bool = False) -> Iterator[np.ndarray]:
+        """All blocks of Δ, or of the base, in order."""
+        return ((self.base_block if of_base else self.block)(files, *span) for span in self.spans())
 
 
 def inner_products(arrays: Iterable[np.ndarray]) -> np.ndarray:
@@ -82,10 +78,8 @@ class Split(NamedTuple):
     Euclidean metric, and the variance of the runs at hand (seeds, data splits) only.
     """
 
-    mean_square: float
-    """‖δ̄‖², δ̄ the mean of the K deltas."""
-    variance: float
-    """V̂ = Σ_k ‖δ_k − δ̄‖² / (K−1), the variance of one run, summed over entries."""
+    mean_square: float  # ‖δ̄‖², δ̄ the mean of the K deltas
+    variance: float  # V̂ = Σ_k ‖δ_k − δ̄‖² / (K−1), the variance of one run, summed over entries
     runs: int
 
     @property
@@ -123,18 +117,15 @@ def split_of(gram: np.ndarray) -> Split:
 
 
 def split_deltas(deltas: Sequence[object]) -> object:
-    """`Split` for every leaf of K pytrees of deltas with one structure.
+    """The signal, variance, `signal_to_noise` and `tau()` of K pytrees of deltas with one structure, leaf by leaf.
 
+    >>> from linfit.bridge import split_deltas
     >>> split_deltas([{"w": np.array([1.0, 0.0])}, {"w": np.array([1.0, 2.0])}])["w"].signal
     1.0
     """
     import jax
 
-    def leaf(*arrays: object) -> Split:
-        rows = np.stack([np.asarray(array, np.float64).ravel() for array in arrays])
-        return split_of(rows @ rows.T)
-
-    return jax.tree.map(leaf, *deltas)
+    return jax.tree.map(lambda *arrays: split_of(inner_products(map(np.asarray, arrays))), *deltas)
 
 
 def split_runs(base: Tensor, runs: Sequence[Tensor | LowRank | None]) -> Split:

@@ -14,18 +14,14 @@ from linfit.bridge.records import losses_of, read_records
 class Evaluations(NamedTuple):
     """A metric at several τ."""
 
-    taus: np.ndarray
-    """(T,)."""
-    values: np.ndarray
-    """(T,), or (T, n) per sample."""
-    standard_errors: np.ndarray | None
-    """(T,)."""
-    larger_is_better: bool | None = None
-    """Where the files say so."""
+    taus: np.ndarray  # (T,)
+    values: np.ndarray  # (T,), or (T, n) per sample
+    standard_errors: np.ndarray | None  # (T,)
+    larger_is_better: bool | None = None  # where the files say so
 
 
+# Of one model: a number, or one per sample (n,); its standard error; whether larger is better.
 _Result = tuple[Any, float | None, bool | None]
-"""Of one model: a number, or one per sample (n,); its standard error; whether larger is better."""
 
 
 def read_evaluations(sources: Sequence[str], metric: str) -> Evaluations:
@@ -124,14 +120,17 @@ def _from_harness(content: dict[str, Any], metric: str, path: Path) -> _Result:
         known = [f"{task}/{key.removesuffix(',none')}" for task in tasks for key in tasks[task] if _is_metric(key)]
         raise ValueError(f"{path}: no metric {metric!r}; there are {', '.join(known[:12])}")
     if len(fitting) > 1:
-        several = ", ".join(f"{task}/{key}" for key in fitting)
-        raise ValueError(f"{path}: {metric!r} was scored through several filters; name one of {several}")
+        raise _several(path, metric, [f"{task}/{key}" for key in fitting])
     head, comma, kind = fitting[0].partition(",")
     value, error = numbers[fitting[0]], numbers.get(f"{head}_stderr{comma}{kind}")
     if not _is_number(value):
         raise ValueError(f"{path}: {metric!r} must be a finite number, got {value!r}")
     larger = content.get("higher_is_better", {}).get(task, {}).get(head)
     return float(value), float(error) if _is_number(error) else None, larger
+
+
+def _several(path: Path, metric: str, choices: list[str]) -> ValueError:
+    return ValueError(f"{path}: {metric!r} was scored through several filters; name one of {', '.join(choices)}")
 
 
 def _is_metric(key: str) -> bool:
@@ -149,8 +148,7 @@ def _per_sample(path: Path, metric: str) -> np.ndarray:
     name, _, chosen = metric.rpartition("/")[2].partition(",")
     filters = sorted({str(record["filter"]) for record in records if "filter" in record})
     if not chosen and len(filters) > 1:
-        several = ", ".join(f"{name},{kind}" for kind in filters)
-        raise ValueError(f"{path}: {metric!r} was scored through several filters; name one of {several}")
+        raise _several(path, metric, [f"{name},{kind}" for kind in filters])
     if chosen:
         records = [record for record in records if record.get("filter") == chosen]
     return losses_of(sorted(records, key=lambda record: record.get("doc_id", 0)), path, name)

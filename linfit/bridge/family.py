@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from linfit.bridge.adapter import Adapter, LowRank, is_adapter
+from linfit.bridge.adapter import CONFIG_NAME, Adapter, LowRank
 from linfit.bridge.checkpoint import Checkpoint, Files, Tensor, some
 from linfit.bridge.numbers import FLOATS
 from linfit.bridge.pieces import PIECE_BYTES, spans
@@ -16,17 +16,17 @@ _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weigh
 _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 
 
+Paths = str | Path | Sequence[str | Path]
+
+
 class Family(NamedTuple):
     """A base and what was fine-tuned from it, checked to fit together."""
 
     base: Checkpoint
     tuned: tuple[Checkpoint | Adapter, ...]
-    template: Checkpoint
-    """Whose files the output copies: the first tuned folder, or the base of an adapter."""
-    names: tuple[str, ...]
-    """Tensors of the output."""
-    shared_rows: dict[str, int]
-    """Rows that all have, for tensors whose first axis differs."""
+    template: Checkpoint  # whose files the output copies: the first tuned folder, or the base of an adapter
+    names: tuple[str, ...]  # tensors of the output
+    shared_rows: dict[str, int]  # rows that all have, for tensors whose first axis differs
     notes: tuple[str, ...]
 
     def versions(self, name: str) -> list[Tensor | LowRank | None]:
@@ -34,24 +34,18 @@ class Family(NamedTuple):
         return [member.version(name) for member in self.tuned]
 
 
-def open_family(
-    base: str | Path, tuned: str | Path | Sequence[str | Path], *, shared: bool = False, mixed_dtypes: bool = False
-) -> Family:
-    """Open a base and its fine-tuned versions and check that they fit together.
+def open_family(base: str | Path, tuned: Paths, *, shared: bool = False, mixed_dtypes: bool = False) -> Family:
+    """Open a base and its fine-tuned versions (or adapters) and check that they fit together.
 
-    Args:
-        base: a folder or file, as for `Checkpoint`.
-        tuned: one or several of them, or folders of LoRA adapters.
-        shared: let tensor names and first axes (vocabularies) differ.
-        mixed_dtypes: let floating dtypes differ.
-
-    Raises ValueError listing both sides where names, shapes, dtypes or architectures differ.
+    `shared` lets tensor names and first axes (vocabularies) differ, `mixed_dtypes` floating dtypes. ValueError listing
+    both sides where others, or architectures, differ.
     """
     paths = [tuned] if isinstance(tuned, str | Path) else list(tuned)
     if not paths:
         raise ValueError("tuned must name at least one fine-tuned checkpoint")
     start = Checkpoint(base)
-    members = tuple(Adapter(path, start) if is_adapter(path) else Checkpoint(path) for path in paths)
+    adapted = [path for path in paths if (Path(path) / CONFIG_NAME).is_file()]
+    members = tuple(Adapter(path, start) if path in adapted else Checkpoint(path) for path in paths)
     full = [start, *(member for member in members if isinstance(member, Checkpoint))]
     for checkpoint in full:
         refuse_quantised(checkpoint, "averaged")
@@ -91,10 +85,8 @@ def same_bytes(first: Tensor, second: Tensor) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with Files([first, second]) as files:
-        return all(
-            np.array_equal(files.read(first, *span), files.read(second, *span))
-            for span in spans(first.size, PIECE_BYTES // first.item)
-        )
+        ranges = spans(first.size, PIECE_BYTES // first.item)
+        return all(np.array_equal(files.read(first, *span), files.read(second, *span)) for span in ranges)
 
 
 def _tied_duplicates(full: Sequence[Checkpoint]) -> set[str]:
@@ -142,12 +134,10 @@ def _check_shapes(
     for name in names:
         first, *others = [each.tensors[name] for each in full if name in each.tensors]
         for other in others:
-            longer = first.shape != other.shape
+            longer, kinds = first.shape != other.shape, {first.dtype, other.dtype}
             if longer and shared and first.shape and other.shape and other.shape[1:] == first.shape[1:]:
-                shared_rows[name] = min(side.rows for side in (first, *others))
-            elif longer or not (
-                other.dtype == first.dtype or (mixed_dtypes and {other.dtype, first.dtype} <= set(FLOATS))
-            ):
+                shared_rows[name] = min(side.shape[0] for side in (first, *others))
+            elif longer or (len(kinds) > 1 and not (mixed_dtypes and kinds <= set(FLOATS))):
                 complaints.append(f"{name} {first.describe()} in the base, {other.describe()} in {other.path.parent}")
     if complaints:
         raise ValueError(

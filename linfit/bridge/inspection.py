@@ -9,7 +9,7 @@ import numpy as np
 
 from linfit.bridge.checkpoint import Files
 from linfit.bridge.delta import Delta, inner_products, split_of
-from linfit.bridge.family import Family, matches, open_family
+from linfit.bridge.family import Family, Paths, matches, open_family
 from linfit.bridge.numbers import FLOATS
 from linfit.bridge.output import Progress
 from linfit.bridge.signal import noise_level, optimal_shrinkage
@@ -20,40 +20,24 @@ class TensorReport(NamedTuple):
     """One tensor. With K ≥ 2 runs the delta is the mean of theirs; spectral fields are None for vectors."""
 
     name: str
-    kind: str
-    """The name with layer numbers replaced by `*`."""
+    kind: str  # the name with layer numbers replaced by `*`
     shape: tuple[int, ...]
-    base_norm: float
-    """‖W‖_F."""
-    delta_norm: float
-    """‖ΔW‖_F."""
-    relative_norm: float
-    """‖ΔW‖/‖W‖."""
-    changed: float
-    """Share of entries that differ at all: small where a low-precision format swallowed the update."""
-    effective_rank: float | None = None
-    """(Σs²)²/Σs⁴."""
+    base_norm: float  # ‖W‖_F
+    delta_norm: float  # ‖ΔW‖_F
+    relative_norm: float  # ‖ΔW‖/‖W‖
+    changed: float  # share of entries that differ at all: small where a low-precision format swallowed the update
+    effective_rank: float | None = None  # (Σs²)²/Σs⁴
     top_singular_values: tuple[float, ...] | None = None
-    noise_edge: float | None = None
-    """Where the Marchenko–Pastur spectrum of noise would end, σ from the median singular value."""
-    above_edge: int | None = None
-    """Number of singular values beyond it."""
-    signal_share: float | None = None
-    """Ση(s)²/Σs²: the energy that optimal shrinkage keeps."""
-    overlap: float | None = None
-    """‖V_kᵀ(ΔW) V_k(W)‖²/k: overlap of the top singular subspaces on the shorter side."""
-    overlap_by_chance: float | None = None
-    """k/min(m, n)."""
-    resolved: int | None = None
-    """Of a large matrix, how many singular values were computed one by one; None where all were."""
-    variance: float | None = None
-    """V̂ of one run (K ≥ 2)."""
-    signal_to_noise: float | None = None
-    """Signal/V̂ of one run (K ≥ 2)."""
-    suggested_tau: float | None = None
-    """Shrinkage of one run (K ≥ 2)."""
-    suggested_tau_of_average: float | None = None
-    """Shrinkage of the average of all runs (K ≥ 2)."""
+    noise_edge: float | None = None  # where noise would end (Marchenko–Pastur), σ from the median singular value
+    above_edge: int | None = None  # number of singular values beyond it
+    signal_share: float | None = None  # Ση(s)²/Σs²: the energy that optimal shrinkage keeps
+    overlap: float | None = None  # ‖V_kᵀ(ΔW) V_k(W)‖²/k: of the top singular subspaces on the shorter side
+    overlap_by_chance: float | None = None  # k/min(m, n)
+    resolved: int | None = None  # singular values computed one by one; None where all were
+    variance: float | None = None  # V̂ of one run (here and below K ≥ 2)
+    signal_to_noise: float | None = None  # signal/V̂ of one run
+    suggested_tau: float | None = None  # shrinkage of one run
+    suggested_tau_of_average: float | None = None  # shrinkage of the average of all runs
 
 
 class Inspection(NamedTuple):
@@ -73,13 +57,8 @@ class Inspection(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "base": self.base,
-            "tuned": self.tuned,
-            "kinds": self.by_kind(),
-            "tensors": [report._asdict() for report in self.tensors],
-            "notes": self.notes,
-        }
+        tensors = [report._asdict() for report in self.tensors]
+        return {**self._asdict(), "kinds": self.by_kind(), "tensors": tensors}
 
 
 _AVERAGED = (
@@ -93,7 +72,7 @@ def _pooled(group: Sequence[TensorReport]) -> dict[str, float | None]:
     delta = sum(report.delta_norm**2 for report in group)
     result: dict[str, float | None] = {"relative_norm": (delta / base) ** 0.5 if base > 0 else None}
     for field in _AVERAGED:
-        known = [(getattr(report, field), report.delta_norm**2) for report in group]
+        known = ((getattr(report, field), report.delta_norm**2) for report in group)
         pairs = [(value, weight) for value, weight in known if value is not None and np.isfinite(value)]
         total = sum(weight for _, weight in pairs)
         result[field] = sum(value * weight for value, weight in pairs) / total if total > 0 else None
@@ -102,7 +81,7 @@ def _pooled(group: Sequence[TensorReport]) -> dict[str, float | None]:
 
 def inspect(
     base: str | Path,
-    tuned: str | Path | Sequence[str | Path],
+    tuned: Paths,
     *,
     subspace: int = 8,
     only: str | None = None,
@@ -127,7 +106,8 @@ def inspect(
     if subspace < 1:
         raise ValueError(f"subspace must be at least 1, got {subspace}")
     family = open_family(base, tuned, shared=shared, mixed_dtypes=True)
-    names = [name for name in family.names if _comparable(family, name) and (only is None or matches(only, name))]
+    pattern = "*" if only is None else only
+    names = [name for name in family.names if _comparable(family, name) and matches(pattern, name)]
     if not names:
         raise ValueError(f"only={only!r} fits no floating tensor that base and tuned share")
     reports = []
@@ -136,11 +116,9 @@ def inspect(
         if progress is not None:
             progress(done, len(names))
     notes = list(family.notes)
-    estimated = sum(report.resolved is not None for report in reports)
-    if estimated:
+    if estimated := sum(report.resolved is not None for report in reports):
         notes.append(f"{estimated} large spectra: top values one by one, the others' distribution to about 1%")
-    low_rank = sum(report.noise_edge == 0 for report in reports)
-    if low_rank:
+    if low_rank := sum(report.noise_edge == 0 for report in reports):
         notes.append(f"{low_rank} deltas of low rank show no noise level: their signal share of 1 says nothing")
     if not any(report.delta_norm for report in reports):
         notes.append("base and tuned are identical")
@@ -157,13 +135,13 @@ def _comparable(family: Family, name: str) -> bool:
 def _report(family: Family, name: str, subspace: int) -> TensorReport:
     base, runs = family.base.tensors[name], family.versions(name)
     mean, single = Delta(base, runs), [Delta(base, [run]) for run in runs]
-    base_square = delta_square = 0.0
-    changed, products = 0, np.zeros((len(runs), len(runs)))
-    fields: dict[str, Any] = {}
+    base_square = delta_square = changed = 0.0
+    products = np.zeros((len(runs), len(runs)))
+    fields: dict[str, Any] = {"name": name, "kind": re.sub(r"(?<=\.)\d+(?=\.)", "*", name), "shape": base.shape}
     with Files(source for delta in single for source in delta.sources) as files:
         for span in mean.spans(share=1 + 2 * len(runs) if len(runs) > 1 else 1):
             weights, delta = mean.base_block(files, *span), mean.block(files, *span)
-            changed += int(np.count_nonzero(delta))
+            changed += np.count_nonzero(delta)
             base_square += float(np.sum(np.square(weights, dtype=np.float64)))
             delta_square += float(np.sum(np.square(delta, dtype=np.float64)))
             if len(runs) > 1:
@@ -172,30 +150,18 @@ def _report(family: Family, name: str, subspace: int) -> TensorReport:
             fields |= _spectrum(mean, files, subspace)
     if len(runs) > 1:
         split = split_of(products)
-        fields |= {
-            "variance": split.variance,
-            "signal_to_noise": split.signal_to_noise,
-            "suggested_tau": split.tau(),
-            "suggested_tau_of_average": split.tau(averaged=len(runs)),
-        }
+        fields |= {"variance": split.variance, "signal_to_noise": split.signal_to_noise}
+        fields |= {"suggested_tau": split.tau(), "suggested_tau_of_average": split.tau(averaged=len(runs))}
     base_norm, delta_norm = base_square**0.5, delta_square**0.5
-    return TensorReport(
-        name=name,
-        kind=re.sub(r"(?<=\.)\d+(?=\.)", "*", name),
-        shape=base.shape,
-        base_norm=base_norm,
-        delta_norm=delta_norm,
-        relative_norm=delta_norm / base_norm if base_norm > 0 else float("inf") if delta_norm else 0.0,
-        changed=changed / base.size,
-        **fields,
-    )
+    relative = delta_norm / base_norm if base_norm > 0 else float("inf") if delta_norm else 0.0
+    fields |= {"base_norm": base_norm, "delta_norm": delta_norm, "relative_norm": relative}
+    return TensorReport(changed=changed / base.size, **fields)
 
 
 def _spectrum(delta: Delta, files: Files, subspace: int) -> dict[str, Any]:
-    side = min(delta.shape)
-    count = min(subspace, side)
+    side, count = min(delta.shape), min(subspace, *delta.shape)
     spectrum = spectrum_of(lambda: delta.blocks(files), side, lambda values: count)
-    of_base = top_directions(lambda: delta.base_blocks(files), side, count)
+    of_base = top_directions(lambda: delta.blocks(files, of_base=True), side, count)
     s, noise = spectrum.singular_values, noise_level(spectrum.singular_values, delta.shape)
     overlap = spectrum.directions.astype(float).T @ of_base
     energy = float(np.sum(s**2))
@@ -211,7 +177,7 @@ def _spectrum(delta: Delta, files: Files, subspace: int) -> dict[str, Any]:
     }
 
 
-def delta_singular_values(base: str | Path, tuned: str | Path | Sequence[str | Path], name: str) -> np.ndarray:
+def delta_singular_values(base: str | Path, tuned: Paths, name: str) -> np.ndarray:
     """All singular values, descending, of the (mean) delta of one matrix, as exact as in `inspect`."""
     family = open_family(base, tuned, mixed_dtypes=True)
     if name not in family.names or len(family.base.tensors[name].shape) < 2:

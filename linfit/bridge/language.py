@@ -10,8 +10,7 @@ from typing import Any
 from linfit.bridge.records import Record, read_records
 from linfit.internal.files import whole_file
 
-_IGNORED = -100
-"""Label of a token that is no target."""
+_IGNORED = -100  # label of a token that is no target
 
 
 def write_losses(
@@ -62,7 +61,10 @@ def write_losses(
                 batch = enumerate(records[start : start + batch_size], start)
                 encoded = [encode_record(record, tokenizer, max_length, index) for index, record in batch]
                 for index, values in enumerate(_token_losses(loaded, encoded, device), start):
-                    file.write(json.dumps(_line(index, values, tokens)) + "\n")
+                    counted = [value for value in values if value is not None]
+                    loss = sum(counted) / len(counted) if counted else None
+                    line = {"index": index, "loss": loss, "tokens": len(counted)}
+                    file.write(json.dumps({**line, "token_losses": values} if tokens else line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
                 if progress is not None:
@@ -103,14 +105,12 @@ def encode_record(record: Record, tokenizer: Any, max_length: int, index: int) -
         end = tokenizer(record["completion"], add_special_tokens=False).input_ids
         ids, labels = start + end, [_IGNORED] * len(start) + end
     elif isinstance(record.get("text"), str):
-        ids = tokenizer(record["text"]).input_ids
-        labels = ids
+        ids = labels = tokenizer(record["text"]).input_ids
     elif isinstance(record.get("messages"), list) and record["messages"]:
         ids, labels = _encode_messages(record["messages"], tokenizer)
     else:
-        raise ValueError(
-            f"record {index}: needs text, prompt and completion, messages, or input_ids; found {', '.join(record)}"
-        )
+        needed = "text, prompt and completion, messages, or input_ids"
+        raise ValueError(f"record {index}: needs {needed}; found {', '.join(record)}")
     return ids[:max_length], list(labels[:max_length])
 
 
@@ -120,9 +120,7 @@ def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[li
         return tokenizer(text, add_special_tokens=False).input_ids
 
     start, ids = ids_of(messages[:-1], True) if messages[:-1] else [], ids_of(messages, False)
-    shared = 0
-    while shared < min(len(start), len(ids)) and start[shared] == ids[shared]:
-        shared += 1
+    shared = next((k for k, pair in enumerate(zip(start, ids)) if pair[0] != pair[1]), min(len(start), len(ids)))
     return ids, [_IGNORED] * shared + ids[shared:]
 
 
@@ -132,10 +130,10 @@ def _token_losses(model: Any, encoded: Sequence[tuple[list[int], list[int]]], de
 
     longest = max(max(len(ids) for ids, _ in encoded), 1)
     inputs = torch.zeros(len(encoded), longest, dtype=torch.long)
-    attention = torch.zeros_like(inputs)
     for row, (ids, _) in enumerate(encoded):
         inputs[row, : len(ids)] = torch.tensor(ids)
-        attention[row, : len(ids)] = 1
+    lengths = torch.tensor([[len(ids)] for ids, _ in encoded])
+    attention = (torch.arange(longest) < lengths).long()
     logits = model(input_ids=inputs.to(device), attention_mask=attention.to(device)).logits
     results = []
     for row, (ids, labels) in enumerate(encoded):
@@ -145,10 +143,3 @@ def _token_losses(model: Any, encoded: Sequence[tuple[list[int], list[int]]], de
         counted = [None, *(None if label == _IGNORED else value for value, label in zip(values, labels[1:]))]
         results.append(counted[: len(ids)])
     return results
-
-
-def _line(index: int, values: Sequence[float | None], tokens: bool) -> Record:
-    counted = [value for value in values if value is not None]
-    loss = sum(counted) / len(counted) if counted else None
-    line: Record = {"index": index, "loss": loss, "tokens": len(counted)}
-    return {**line, "token_losses": list(values)} if tokens else line

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from linfit.bridge.adapter import Adapter
-from linfit.bridge.checkpoint import Checkpoint, Files, Tensor, some
+from linfit.bridge.checkpoint import Files, Tensor, some
 from linfit.bridge.delta import Delta, split_runs
-from linfit.bridge.family import Family, matches, open_family, same_bytes
+from linfit.bridge.family import Family, Paths, matches, open_family, same_bytes
 from linfit.bridge.numbers import FLOATS, ITEM_SIZE, encode, stored_dtype
 from linfit.bridge.output import Planned, Progress, Write, Written, write_checkpoints
 from linfit.bridge.pieces import copied, mixed
@@ -25,18 +24,17 @@ if TYPE_CHECKING:
     from linfit.bridge.signal import Filter
 
 Method = Literal["linear", "shrink", "singular", "rank"]
-METHODS: dict[str, str] = {
+METHODS: dict[str, str] = {  # each as a filter g on the delta
     "linear": "g = τ",
     "shrink": "g = τ·τ_l, τ_l = signal/(signal + variance/K) of the tensor over the K runs",
     "singular": "g = τ·η(s)/s, optimal shrinkage of the singular values",
     "rank": "g = τ·1[i ≤ r]",
 }
-"""Each method as a filter g on the delta."""
 
 
 def merge(
     base: str | Path,
-    tuned: str | Path | Sequence[str | Path],
+    tuned: Paths,
     out: str | Path,
     *,
     tau: float | Sequence[float] = 1.0,
@@ -67,8 +65,9 @@ def merge(
         workers: threads that read, compute and write.
         progress: told how many bytes are written, and of how many.
 
-    Raises ValueError, with nothing at `out`, for folders that do not fit together, damaged files, values beyond the
-    range of `dtype`, an existing `out`, or a full disk.
+    Returns `folders`, `notes`, `bytes_read`, `bytes_written`, `seconds` and `resumed_shards`. Raises ValueError, with
+    nothing at `out`, for folders that do not fit together, damaged files, values beyond the range of `dtype`, an
+    existing `out`, or a full disk.
     """
     taus = [float(value) for value in ([tau] if isinstance(tau, int | float) else tau)]
     layer_tau = layer_tau or {}
@@ -78,9 +77,10 @@ def merge(
     weights = _run_weights(run_weights, len(family.tuned), method)
     notes = list(family.notes)
     notes += [f"τ = {value:g} is outside [0, 1]: extrapolation" for value in taus if not 0 <= value <= 1]
+    filtered = f"{method}: {METHODS[method]}" + (f", r = {rank}" if rank else "")
     return write_checkpoints(
         out,
-        {f"tau_{value:g}": _card(family, value, layer_tau, method, rank, weights) for value in taus},
+        {f"tau_{value:g}": _card(family, value, layer_tau, filtered, weights) for value in taus},
         family.template,
         _Plan(family, _taus(taus, layer_tau, family.names), method, rank, weights, target, notes),
         title="Merged with linfit",
@@ -131,24 +131,19 @@ def _taus(taus: list[float], patterns: Mapping[str, float], names: Sequence[str]
     return {name: [fixed.get(name, tau) for tau in taus] for name in names}
 
 
-def _card(
-    family: Family, tau: float, layer_tau: Mapping[str, float], method: str, rank: int | None, weights: list[float]
-) -> dict[str, str]:
-    """Where a merged model comes from, for its model card."""
-
-    def label(member: Checkpoint | Adapter) -> str:
-        """Folder name; OWNER/NAME@REVISION for a snapshot in the cache of the Hugging Face Hub."""
-        folder = member.folder.resolve()
+def _card(family: Family, tau: float, layer_tau: Mapping[str, float], method: str, weights: list[float]) -> dict:
+    """Where a merged model comes from; OWNER/NAME@REVISION for a snapshot in the cache of the Hugging Face Hub."""
+    labels = []
+    for folder in (each.folder.resolve() for each in (family.base, *family.tuned)):
         repository = folder.parent.parent.name
-        if folder.parent.name == "snapshots" and repository.startswith("models--"):
-            return f"`{repository.removeprefix('models--').replace('--', '/')}@{folder.name}`"
-        return f"`{folder.name}`"
-
+        in_cache = folder.parent.name == "snapshots" and repository.startswith("models--")
+        name = repository.removeprefix("models--").replace("--", "/") + "@" if in_cache else ""
+        labels.append(f"`{name}{folder.name}`")
     return {
-        "base": label(family.base),
-        "fine-tuned": ", ".join(f"{label(each)} ({weight:g})" for each, weight in zip(family.tuned, weights)),
+        "base": labels[0],
+        "fine-tuned": ", ".join(f"{label} ({weight:g})" for label, weight in zip(labels[1:], weights)),
         "τ": f"{tau:g}" + (f", by layer: {dict(layer_tau)}" if layer_tau else ""),
-        "method": f"{method}: {METHODS[method]}" + (f", r = {rank}" if rank else ""),
+        "method": method,
         "arithmetic": "float32, rounded once to the stored dtype",
     }
 
@@ -161,8 +156,7 @@ class _Plan:
     """What is written for each tensor: copied, mixed element by element, or its delta filtered."""
 
     family: Family
-    taus: dict[str, list[float]]
-    """By tensor, one for each output."""
+    taus: dict[str, list[float]]  # by tensor, one for each output
     method: str
     rank: int | None
     weights: list[float]
@@ -196,22 +190,25 @@ class _Plan:
             rows = [[1 - tau * total, *(tau * weight for _, weight in moved)] for tau in taus]
             return mixed(own, [base, *(run for run, _ in moved)], rows, dtype, family.shared_rows.get(name))
         if self.method == "rank" and spectral:
-            _check_rank(own, self.rank or 1)
-        return self._filtered(own, Delta(base, runs).sources, taus, dtype, spectral)
+            from linfit.bridge.spectrum import most_directions
 
-    def _filtered(
-        self, own: Tensor, sources: tuple[Tensor, ...], taus: Sequence[float], dtype: str, spectral: bool
-    ) -> Planned:
+            most = most_directions(min(own.matrix_shape))
+            if most < (self.rank or 1) < min(own.matrix_shape):
+                described = f"{name} {own.describe()}, so that memory stays bounded"
+                raise ValueError(f"rank must be at most {most} for {described}, got {self.rank}")
+        return self._filtered(own, base, taus, dtype, spectral)
+
+    def _filtered(self, own: Tensor, base: Tensor, taus: Sequence[float], dtype: str, spectral: bool) -> Planned:
         """base + τ·F(Δ), F the filter of the method (none for the linear one)."""
+        runs = self.family.versions(own.name)
 
         def piece(files: Files, write: Write) -> None:
-            delta = Delta(sources[0], self.family.versions(own.name), self.weights)
+            delta = Delta(base, runs, self.weights)
             columns, item = delta.shape[1], ITEM_SIZE[dtype]
             with _one_decomposition:
                 apply = self._filter(own, delta, files) if spectral else None
                 for start, stop in delta.spans():
-                    unchanged = delta.base_block(files, start, stop)
-                    step = delta.block(files, start, stop)
+                    unchanged, step = delta.base_block(files, start, stop), delta.block(files, start, stop)
                     step = step if apply is None else apply(step)
                     for output, tau in enumerate(taus):
                         values = unchanged + np.float32(tau) * step if tau != 0 else unchanged
@@ -222,7 +219,7 @@ class _Plan:
                         for row, data in enumerate(stored.reshape(delta.shape[0], -1)):
                             write(output, (row * columns + start) * item, data)
 
-        return Planned(own.name, dtype, own.shape, (own, *sources), lambda: iter([piece]))
+        return Planned(own.name, dtype, own.shape, (own, *Delta(base, runs).sources), lambda: iter([piece]))
 
     def _filter(self, own: Tensor, delta: Delta, files: Files) -> "Filter | None":
         from linfit.bridge.signal import shrinkage, truncation
@@ -237,17 +234,6 @@ class _Plan:
         return found
 
 
-def _check_rank(own: Tensor, rank: int) -> None:
-    from linfit.bridge.spectrum import most_directions
-
-    side = min(own.matrix_shape)
-    if most_directions(side) < rank < side:
-        raise ValueError(
-            f"rank must be at most {most_directions(side)} for {own.name} {own.describe()}, so that memory stays "
-            f"bounded, got {rank}"
-        )
-
-
 def read_layer_taus(path: str | Path) -> dict[str, float]:
     """τ by pattern from a JSON object, or from what `linfit inspect --json` writes for two or more runs.
 
@@ -258,7 +244,5 @@ def read_layer_taus(path: str | Path) -> dict[str, float]:
         suggested = {entry["name"]: entry.get("suggested_tau") for entry in content["tensors"]}
         content = {name: value for name, value in suggested.items() if value is not None}
     if not (isinstance(content, dict) and content and all(type(value) in (int, float) for value in content.values())):
-        raise ValueError(
-            f"{path} must hold a JSON object of name pattern → τ, or `linfit inspect --json` of several runs"
-        )
+        raise ValueError(f"{path} must hold an object of name pattern → τ, or `linfit inspect --json` of several runs")
     return content

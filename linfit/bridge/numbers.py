@@ -12,17 +12,14 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 
-ITEM_SIZE = {
+ITEM_SIZE = {  # bytes per element of every safetensors dtype read here
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 1),
 }
-"""Bytes per element of every safetensors dtype read here."""
-
+# Formats that can be averaged; anything else is only ever copied.
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-"""Formats that can be averaged; anything else is only ever copied."""
-
 _NATIVE = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 _NARROW = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
@@ -34,16 +31,11 @@ _NAMES = {
     **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16"},
     **{"bf16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
 }
-CHUNK_BYTES = 1 << 20
-"""Bytes of the largest operand handled at once, so that a chunk and its temporaries stay in cache."""
+CHUNK_BYTES = 1 << 20  # of the largest operand handled at once, so that a chunk and its temporaries stay in cache
 
 
 def stored_dtype(name: str) -> str:
-    """The safetensors name of a floating dtype: `bfloat16`, `bf16` and `BF16` are the same.
-
-    >>> stored_dtype("bfloat16")
-    'BF16'
-    """
+    """The safetensors name of a floating dtype: `bfloat16`, `bf16` and `BF16` are the same."""
     found = _NAMES.get(name.lower(), name.upper())
     if found not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join([*FLOATS, *_NAMES])}, got {name!r}")
@@ -51,11 +43,7 @@ def stored_dtype(name: str) -> str:
 
 
 def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored bytes (uint8, contiguous) as float32, exactly; float64 for F64.
-
-    >>> decode(np.array([0x80, 0x3f], np.uint8), "BF16")
-    array([1.], dtype=float32)
-    """
+    """Stored bytes (uint8, contiguous) as float32, exactly; float64 for F64."""
     if dtype == "BF16":
         wide = raw.view(np.uint16).astype(np.uint32)
         wide <<= 16
@@ -65,13 +53,7 @@ def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Float32 or float64 values rounded once, to nearest even, to stored bytes (uint8).
-
-    Raises ValueError if a finite value is beyond the range of the format.
-
-    >>> encode(np.array([1.0], np.float32), "BF16")
-    array([128,  63], dtype=uint8)
-    """
+    """Float32 or float64 values rounded once, to nearest even, to stored bytes (uint8); ValueError beyond the range."""
     values = np.ascontiguousarray(values).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype in _NATIVE:
@@ -83,9 +65,8 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
             back = decode(stored.view(np.uint8), dtype)
             lost = np.isfinite(values) & ~np.isfinite(back)
             if lost.any():
-                raise ValueError(
-                    f"{int(lost.sum())} values, such as {values[lost][0]:g}, are beyond the range of {dtype}"
-                )
+                some = f"{int(lost.sum())} values, such as {values[lost][0]:g}"
+                raise ValueError(f"{some}, are beyond the range of {dtype}")
     return stored.view(np.uint8)
 
 
@@ -105,8 +86,7 @@ def _round_to_odd(values: np.ndarray) -> np.ndarray:
 def _encode_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    quiet = (bits >> 16) | 0x40
-    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)  # a quiet NaN
 
 
 def weighted_sum(weights: Sequence[float], raws: Sequence[np.ndarray], dtypes: Sequence[str], out: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from math import prod
@@ -27,12 +27,10 @@ from linfit.bridge.checkpoint import INDEX_NAME, Checkpoint, Files, Shard, Tenso
 from linfit.bridge.numbers import ITEM_SIZE
 from linfit.internal.files import sync
 
-Write = Callable[[int, int, np.ndarray], None]
-"""write(output, position, bytes): `position` counts from the start of the tensor."""
-Piece = Callable[[Files, Write], None]
-"""One unit of work for one worker."""
-Progress = Callable[[int, int], None]
-"""progress(done, total)."""
+Write = Callable[[int, int, np.ndarray], None]  # (output, position from the start of the tensor, bytes)
+Piece = Callable[[Files, Write], None]  # one unit of work for one worker
+Progress = Callable[[int, int], None]  # (done, total)
+_Count = Callable[[int], None]  # (bytes written)
 
 
 class Planned(NamedTuple):
@@ -41,8 +39,7 @@ class Planned(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    sources: tuple[Tensor, ...]
-    """What its pieces read."""
+    sources: tuple[Tensor, ...]  # what its pieces read
     pieces: Callable[[], Iterator[Piece]]
 
     @property
@@ -55,13 +52,11 @@ class Written(NamedTuple):
     """What a merge or perturbation has written."""
 
     folders: list[Path]
-    notes: list[str]
-    """What deserves attention: choices made, tensors that could not be averaged."""
+    notes: list[str]  #: What deserves attention: choices made, tensors that could not be averaged.
     bytes_read: int
     bytes_written: int
     seconds: float
-    resumed_shards: int
-    """Shards found finished from an interrupted run."""
+    resumed_shards: int  #: Found finished from an interrupted run.
 
 
 def write_checkpoints(
@@ -79,21 +74,11 @@ def write_checkpoints(
     workers: int,
     progress: Progress | None,
 ) -> Written:
-    """Write `out` (or `out/label` for several outputs) tensor by tensor, then rename it into place.
+    """Write `out` (or `out/label` for several outputs) tensor by tensor, then rename it into place, or leave nothing.
 
-    Args:
-        out: folder to create, outside the inputs.
-        cards: label of each output and the facts for its model card, under the heading `title`.
-        template: the checkpoint whose shards, index and model card are followed.
-        plan: what becomes of each of its tensors; None leaves one out.
-        inputs, arguments: what a resumed run must find unchanged.
-        side_folders: where config, tokenizer and the like come from, a later one on top; `dtype` goes into the config.
-        notes: for the result; they may grow until the last piece has run.
-        workers: threads that read, compute and write.
-        progress: told how many bytes are written, and of how many.
-
-    Raises ValueError if `out` exists, another run is writing it, or the disk has too little space; nothing appears at
-    `out` unless everything succeeded.
+    `cards` maps labels to the facts of a model card, `plan` says what becomes of each tensor of `template` (None leaves
+    one out); a resumed run must find `inputs` and `arguments` unchanged; config, tokenizer and the like come from
+    `side_folders`, a later one on top; `notes` may grow until the last piece has run.
     """
     out = Path(out).absolute()
     if out.exists() or out.is_symlink():
@@ -102,7 +87,10 @@ def write_checkpoints(
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"the output {out} must lie outside the input {folder}")
     shards = [_plan_shard(shard, filter(None, map(plan, shard.tensors))) for shard in template.shards]
-    with _hidden_folder(out, _fingerprint(arguments, inputs)) as partial:
+    paths = [shard.path for each in inputs for shard in each.shards]
+    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    asked = json.dumps([arguments, state], sort_keys=True, default=str)
+    with _hidden_folder(out, hashlib.sha256(asked.encode()).hexdigest()) as partial:
         folders = [partial / label for label in cards] if len(cards) > 1 else [partial]
         for folder in folders:
             folder.mkdir(exist_ok=True)
@@ -113,12 +101,15 @@ def write_checkpoints(
         except ValueError:  # will not go away by running again: leave nothing behind
             shutil.rmtree(partial)
             raise
+        own = template.folder / "README.md"
+        card = own.read_text(encoding="utf-8").rstrip() + "\n\n" if own.is_file() else ""
         for folder, facts in zip(folders, cards.values()):
             _write_index(folder, shards, template)
             for source in side_folders:
                 _copy_side_files(source, folder)
             _set_config_dtype(folder, dtype)
-            _write_card(template.folder, folder, title, facts)
+            lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+            (folder / "README.md").write_text(f"{card}## {title}\n\n{lines}\n", encoding="utf-8")
         _publish(partial, out)
     final = [out / folder.relative_to(partial) for folder in folders]
     seconds = time.perf_counter() - started
@@ -130,8 +121,7 @@ class _PlannedShard(NamedTuple):
 
     file_name: str
     header: bytes
-    starts: dict[str, int]
-    """Where each tensor's bytes begin in the file."""
+    starts: dict[str, int]  # where each tensor's bytes begin in the file
     tensors: tuple[Planned, ...]
     file_size: int
 
@@ -149,30 +139,22 @@ def _plan_shard(template: Shard, planned: Iterable[Planned]) -> _PlannedShard:
         starts = {tensor.name: tensor.start for tensor in template.tensors}
         size = max((tensor.stop for tensor in template.tensors), default=len(template.header))
         return _PlannedShard(template.path.name, template.header, starts, tensors, size)
-    ordered = sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor.dtype])  # keeps every tensor aligned
+    tensors = tuple(sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor.dtype]))  # keeps every tensor aligned
     entries: dict[str, Any] = {"__metadata__": template.metadata} if template.metadata else {}
     offsets, position = {}, 0
-    for tensor in ordered:
-        offsets[tensor.name] = position
-        end = position + tensor.byte_size
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+    for name, dtype, shape, *_ in tensors:
+        offsets[name], end = position, position + prod(shape) * ITEM_SIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     starts = {name: len(header) + offset for name, offset in offsets.items()}
-    return _PlannedShard(template.path.name, header, starts, tuple(ordered), len(header) + position)
+    return _PlannedShard(template.path.name, header, starts, tensors, len(header) + position)
 
 
-def _fingerprint(arguments: Mapping[str, Any], inputs: Sequence[Checkpoint | Adapter]) -> str:
-    """A hash of what is asked and of the state of the input files."""
-    paths = [shard.path for each in inputs for shard in each.shards]
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return hashlib.sha256(json.dumps([arguments, files], sort_keys=True, default=str).encode()).hexdigest()
-
-
+# In the hidden folder until it is renamed; no file copied from an input has a name that starts with a dot.
 _LOCK, _IDENTITY = ".lock", ".identity"
-"""In the hidden folder until it is renamed; no file copied from an input has a name that starts with a dot."""
 
 
 @contextmanager
@@ -203,8 +185,7 @@ def _write_shards(
     """Write all shards, one after the other; bytes read and written."""
     needed = sum(shard.file_size for shard in shards) * len(folders)
     occupied = sum(path.stat().st_size for folder in folders for path in folder.glob("*.writing"))
-    free = shutil.disk_usage(folders[0]).free + occupied
-    if needed > free:
+    if needed > (free := shutil.disk_usage(folders[0]).free + occupied):
         raise ValueError(f"{out} needs {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free")
     total = sum(tensor.byte_size for shard in shards for tensor in shard.tensors) * len(folders)
     bytes_read = done = 0
@@ -224,12 +205,7 @@ def _write_shards(
 
 
 def _write_shard(
-    shard: _PlannedShard,
-    folders: Sequence[Path],
-    files: Files,
-    pool: ThreadPoolExecutor,
-    workers: int,
-    count: Callable[[int], None],
+    shard: _PlannedShard, folders: Sequence[Path], files: Files, pool: Executor, workers: int, count: _Count
 ) -> None:
     paths = [folder / f"{shard.file_name}.writing" for folder in folders]
     descriptors = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in paths]
@@ -258,7 +234,7 @@ def _write_shard(
         path.replace(path.with_suffix(""))
 
 
-def _run(jobs: Iterator[tuple], pool: ThreadPoolExecutor, at_once: int) -> None:
+def _run(jobs: Iterator[tuple], pool: Executor, at_once: int) -> None:
     """All jobs (function, arguments …), a few of them submitted at a time; the first error stops the rest."""
     running: set[Future[None]] = set()
     while running := running | {pool.submit(*job) for job in islice(jobs, at_once - len(running))}:
@@ -297,16 +273,16 @@ def _publish(partial: Path, out: Path) -> None:
     """One rename makes the output appear; everything in it is on disk by then."""
     for path in partial.rglob("*"):
         sync(path)
-    (partial / _IDENTITY).unlink()
-    (partial / _LOCK).unlink()
+    for name in (_IDENTITY, _LOCK):
+        (partial / name).unlink()
     sync(partial)
     os.rename(partial, out)
     sync(out.parent)
 
 
-_WEIGHT_SUFFIXES = {
+_WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".zip",
-}  # fmt: skip
+)  # fmt: skip
 _NOT_COPIED = {INDEX_NAME, "pytorch_model.bin.index.json", "trainer_state.json", "adapter_config.json", "README.md"}
 
 
@@ -314,16 +290,12 @@ def _copy_side_files(source: Path, target: Path) -> None:
     """Config, tokenizer, chat templates, custom code: all but weights, training state and hidden files."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        if path.suffix in _WEIGHT_SUFFIXES or relative.name in _NOT_COPIED:
-            continue
-        if len(relative.parts) > 1 and path.suffix not in (".py", ".jinja", ".json"):
-            continue
-        if relative.parts[0].startswith("checkpoint-"):
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / relative)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights_or_state = path.suffix in _WEIGHT_SUFFIXES or relative.name in _NOT_COPIED
+        foreign = len(relative.parts) > 1 and path.suffix not in (".py", ".jinja", ".json")
+        if path.is_file() and not (hidden or weights_or_state or foreign or str(relative).startswith("checkpoint-")):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
 
 
 def _set_config_dtype(folder: Path, dtype: str | None) -> None:
@@ -338,11 +310,3 @@ def _set_config_dtype(folder: Path, dtype: str | None) -> None:
             if key in part:
                 part[key] = name
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_card(source: Path, target: Path, title: str, facts: Mapping[str, str]) -> None:
-    """The model card with a provenance note at its end; a card of its own if the source has none."""
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8").rstrip() + "\n\n" if card.is_file() else ""
-    lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    (target / "README.md").write_text(f"{text}## {title}\n\n{lines}\n", encoding="utf-8")

@@ -6,7 +6,7 @@ So γ is the size of the noise relative to the weights, per tensor; paper 2503.1
 of the initialisation. Numbers do not depend on the number of workers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
 from math import isfinite
@@ -17,11 +17,10 @@ import numpy as np
 from linfit.bridge.checkpoint import Checkpoint, Files, Tensor
 from linfit.bridge.family import matches, refuse_quantised
 from linfit.bridge.numbers import FLOATS, decode, encode
-from linfit.bridge.output import Piece, Planned, Progress, Write, Written, write_checkpoints
+from linfit.bridge.output import Planned, Progress, Write, Written, write_checkpoints
 from linfit.bridge.pieces import PIECE_BYTES, copied, spans
 
-_NOISE_BLOCK = 1 << 18
-"""Elements per random stream."""
+_NOISE_BLOCK = 1 << 18  # elements per random stream
 
 
 def perturb(
@@ -57,13 +56,15 @@ def perturb(
     noise = _noises(gamma, seed)
     size = "relative to each tensor" if init_scale is None else f"times the initial scale {init_scale:g}"
     name = f"`{checkpoint.folder.resolve().name}`"
-    noisy = _chosen(checkpoint, only, matrices=init_scale is not None)
+    noisy = _chosen(checkpoint, only, least_axes=0 if init_scale is None else 2)
 
     def plan(tensor: Tensor) -> Planned:
         if tensor.name not in noisy:
             return copied(tensor, tensor.dtype, len(noise))
         scale = init_scale if init_scale is not None else _root_mean_square(tensor)
-        return _noisy(tensor, [(value * scale, number) for value, number in noise.values()])
+        work = partial(_add_noise, tensor, [(value * scale, number) for value, number in noise.values()])
+        ranges = list(spans(tensor.size, _NOISE_BLOCK))
+        return Planned(tensor.name, tensor.dtype, tensor.shape, (tensor,), lambda: (partial(work, *r) for r in ranges))
 
     return write_checkpoints(
         out,
@@ -94,16 +95,10 @@ def _noises(gamma: float | Sequence[float], seed: int | Sequence[int]) -> dict[s
     return noises
 
 
-def _chosen(checkpoint: Checkpoint, only: str | None, *, matrices: bool) -> set[str]:
+def _chosen(checkpoint: Checkpoint, only: str | None, least_axes: int) -> set[str]:
     """Names of the tensors that noise is added to."""
-    names = {
-        tensor.name
-        for tensor in checkpoint.tensors.values()
-        if tensor.dtype in FLOATS
-        and tensor.size
-        and (only is None or matches(only, tensor.name))
-        and (len(tensor.shape) >= 2 or not matrices)
-    }
+    fitting = [each for name, each in checkpoint.tensors.items() if only is None or matches(only, name)]
+    names = {t.name for t in fitting if t.dtype in FLOATS and t.size and len(t.shape) >= least_axes}
     if not names:
         raise ValueError(f"only={only!r} fits no floating tensor of {checkpoint.folder}")
     return names
@@ -119,19 +114,10 @@ def _root_mean_square(tensor: Tensor) -> float:
     return (total / tensor.size) ** 0.5
 
 
-def _noisy(tensor: Tensor, scales: Sequence[tuple[float, int]]) -> Planned:
-    """The tensor plus scale · Z(seed) for each (scale, seed)."""
-
-    def pieces() -> Iterator[Piece]:
-        for start, stop in spans(tensor.size, _NOISE_BLOCK):
-            yield partial(_add_noise, tensor, scales, start, stop)
-
-    return Planned(tensor.name, tensor.dtype, tensor.shape, (tensor,), pieces)
-
-
 def _add_noise(
     tensor: Tensor, scales: Sequence[tuple[float, int]], start: int, stop: int, files: Files, write: Write
 ) -> None:
+    """The tensor plus scale · Z(seed) for each (scale, seed)."""
     raw = files.read(tensor, start, stop)
     values = decode(raw, tensor.dtype)
     stream = [start // _NOISE_BLOCK, *sha256(tensor.name.encode()).digest()[:16]]

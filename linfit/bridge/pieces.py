@@ -11,6 +11,7 @@ from linfit.bridge.numbers import CHUNK_BYTES, FLOATS, ITEM_SIZE, weighted_sum
 from linfit.bridge.output import Piece, Planned, Write
 
 PIECE_BYTES = 1 << 23
+_Weights = Sequence[Sequence[float]]  # (outputs, sources)
 
 
 def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
@@ -25,11 +26,7 @@ def copied(source: Tensor, dtype: str, outputs: int) -> Planned:
 
 
 def mixed(
-    own: Tensor,
-    sources: Sequence[Tensor],
-    weights: Sequence[Sequence[float]],
-    dtype: str,
-    shared_rows: int | None = None,
+    own: Tensor, sources: Sequence[Tensor], weights: _Weights, dtype: str, shared_rows: int | None = None
 ) -> Planned:
     """Elementwise Σ w_k x_k for each output's weights; beyond the shared rows, `own` as it is."""
     shared = own.size if shared_rows is None else shared_rows * own.matrix_shape[1]
@@ -56,13 +53,7 @@ def _buffer(index: int, count: int) -> np.ndarray:
 
 
 def _mix(
-    sources: Sequence[Tensor],
-    weights: Sequence[Sequence[float]],
-    dtype: str,
-    start: int,
-    stop: int,
-    files: Files,
-    write: Write,
+    sources: Sequence[Tensor], weights: _Weights, dtype: str, start: int, stop: int, files: Files, write: Write
 ) -> None:
     dtypes = [source.dtype for source in sources]
     used = [any(row[k] != 0 for row in weights) for k in range(len(sources))]

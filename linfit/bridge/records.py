@@ -18,16 +18,13 @@ def read_records(path: str | Path) -> list[Record]:
     """One JSON object per line; ValueError naming the first line that is not one."""
     records = []
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+        for number, line in ((number, line) for number, line in enumerate(file, start=1) if line.strip()):
             try:
-                record = json.loads(line)
+                records.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: must be a JSON object, got {type(record).__name__}")
-            records.append(record)
+            if not isinstance(records[-1], dict):
+                raise ValueError(f"{path}, line {number}: must be a JSON object, got {type(records[-1]).__name__}")
     if not records:
         raise ValueError(f"{path}: holds no records")
     return records
@@ -91,38 +88,24 @@ def weigh(
     return [{**record, "weight": float(weight)} for record, weight in zip(records, weights)], used
 
 
-Judge = Callable[[str, str], bool]
-"""(answer, gold) → whether the answer is right."""
-
+Judge = Callable[[str, str], bool]  # (answer, gold) → whether the answer is right
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def _normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces.
-
-    >>> _normalise("The answer:  Forty-two!")
-    'answer forty two'
-    """
+    """Lower case, no punctuation, no articles, single spaces."""
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def _last_number(text: str) -> float | None:
-    """The last number in a text, as answers to GSM8K are compared.
-
-    >>> _last_number("so it costs $1,234.50 in all.")
-    1234.5
-    """
+    """The last number in a text, as answers to GSM8K are compared."""
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def _last_match(pattern: str) -> Callable[[str], str | None]:
-    """What a pattern captures (its first group, or all of it) at its last match in a text.
-
-    >>> _last_match(r"Answer: (\\w+)")("Answer: A? No. Answer: B")
-    'B'
-    """
+    """What a pattern captures (its first group, or all of it) at its last match in a text."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -148,12 +131,12 @@ def _command_judge(command: str) -> Judge:
     return judge
 
 
+# What a judge compares of two texts.
 _READINGS: dict[str, Callable[[str], object]] = {
     "exact": str.strip,
     "normalised": _normalise,
     "last-number": _last_number,
 }
-"""What a judge compares of two texts."""
 
 
 def judge_named(name: str) -> Judge:
@@ -182,14 +165,12 @@ def choose_targets(records: Sequence[Record], judge: Judge) -> tuple[list[Record
     for number, record in enumerate(records, start=1):
         wrong = [key for key in ("own", "gold") if not isinstance(record.get(key), str)]
         if wrong or not isinstance(record.get("paraphrase"), str | None):
-            raise ValueError(
-                f"record {number}: needs texts `own` and `gold` (and perhaps `paraphrase`), got {list(record)}"
-            )
+            needed = "texts `own` and `gold` (and perhaps `paraphrase`)"
+            raise ValueError(f"record {number}: needs {needed}, got {list(record)}")
     own, gold = [record["own"] for record in records], [record["gold"] for record in records]
     targets = s3ft_targets(own, gold, judge, [record.get("paraphrase") for record in records])
-    chosen = [
-        {**{k: v for k, v in record.items() if k not in ("own", "gold", "paraphrase")}, "completion": value,
-         "source": Source(source).name.lower()}
-        for record, value, source in zip(records, targets.values, targets.source)
-    ]  # fmt: skip
+    chosen = []
+    for record, value, source in zip(records, targets.values, targets.source):
+        kept = {name: entry for name, entry in record.items() if name not in ("own", "gold", "paraphrase")}
+        chosen.append({**kept, "completion": value, "source": Source(source).name.lower()})
     return chosen, targets.shares()

@@ -1,12 +1,7 @@
 """The delta of a weight matrix as signal plus noise: spectra, noise edge, and filters on the delta (docs, B2, B3).
 
-Just as a fine-tuner of a linear model is a filter g(s) on the eigenvalues of XXᵀ/n, everything that can be done to a
-delta ΔW = Σ s_i u_i v_iᵀ without looking elsewhere is a filter on its singular values,
-
-    ΔW ↦ Σ g(s_i) s_i u_i v_iᵀ:   interpolation g = τ · truncation g = 1[i ≤ r] · optimal shrinkage g = η(s)/s.
-
-Truncation and shrinkage keep only the k largest: with their right singular vectors V the result is ΔW · V diag(g) Vᵀ,
-so ΔW itself is read in blocks and never held.
+A filter on the singular values, ΔW ↦ Σ g(s_i) s_i u_i v_iᵀ, that keeps only the k largest is ΔW · V diag(g) Vᵀ with
+their right singular vectors V, so ΔW itself is read in blocks and never held.
 """
 
 from functools import lru_cache
@@ -21,17 +16,12 @@ from linfit.bridge.spectrum import Blocks, spectrum_of
 
 @lru_cache(maxsize=256)
 def marchenko_pastur_median(aspect: float) -> float:
-    """Median eigenvalue of the Marchenko–Pastur law with aspect ratio β = n/m ≤ 1 and unit variance.
-
-    The law has density √((b−x)(x−a)) / (2πβx) on [a, b] = [(1−√β)², (1+√β)²]. Raises ValueError unless 0 < β ≤ 1.
-
-    >>> round(marchenko_pastur_median(1.0), 4)
-    0.6528
-    """
+    """Median eigenvalue of the Marchenko–Pastur law with aspect ratio β = n/m ≤ 1 and unit variance."""
     if not 0 < aspect <= 1:
         raise ValueError(f"aspect must be in (0, 1], got {aspect}")
     root = aspect**0.5
 
+    # Density √((b−x)(x−a)) / (2πβx) on [a, b] = [(1−√β)², (1+√β)²].
     # x = 1 + β + 2√β cos φ turns the square-root edges into a smooth integrand on [0, π].
     def mass_above(angle: float) -> float:
         def density(phi: float) -> float:
@@ -47,10 +37,8 @@ def marchenko_pastur_median(aspect: float) -> float:
 class Noise(NamedTuple):
     """What a pure-noise delta of this shape would look like."""
 
-    entry_std: float
-    """σ of one entry, estimated from the median singular value."""
-    edge: float
-    """σ(√m + √n): singular values of noise end here."""
+    entry_std: float  # σ of one entry, estimated from the median singular value
+    edge: float  # σ(√m + √n): singular values of noise end here
 
 
 def noise_level(singular_values: np.ndarray, shape: tuple[int, int]) -> Noise:
@@ -93,12 +81,9 @@ def optimal_shrinkage(singular_values: np.ndarray, shape: tuple[int, int], entry
 class Filter(NamedTuple):
     """ΔW ↦ ΔW · V diag(g) Vᵀ, applied to any block of rows."""
 
-    directions: np.ndarray
-    """V (n, k), orthonormal."""
-    gains: np.ndarray
-    """g (k,)."""
-    missed: int = 0
-    """Directions with a gain that did not fit into memory and are left out."""
+    directions: np.ndarray  # V (n, k), orthonormal
+    gains: np.ndarray  # g (k,)
+    missed: int = 0  # directions with a gain that did not fit into memory and are left out
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
         """Rows (b, n) filtered."""
@@ -122,10 +107,9 @@ def shrinkage(blocks: Blocks, shape: tuple[int, int]) -> Filter | None:
         return int(np.sum(values > noise.edge)) if noise.entry_std > 0 else 0
 
     spectrum = spectrum_of(blocks, min(shape), above_edge)
-    values, noise = spectrum.singular_values, noise_level(spectrum.singular_values, shape)
+    directions, noise = spectrum.directions, noise_level(spectrum.singular_values, shape)
     if noise.entry_std == 0:
         return None
-    kept = values[: spectrum.directions.shape[1]]
-    return Filter(
-        spectrum.directions, optimal_shrinkage(kept, shape, noise.entry_std) / kept, spectrum.wanted - kept.size
-    )
+    kept = spectrum.singular_values[: directions.shape[1]]
+    gains = optimal_shrinkage(kept, shape, noise.entry_std) / kept
+    return Filter(directions, gains, spectrum.wanted - kept.size)

@@ -20,34 +20,24 @@ import numpy as np
 import scipy.linalg
 from scipy.linalg import blas
 
+# Row blocks (b, n) of a matrix (m, n) with m ≥ n, from the start at each call.
 Blocks = Callable[[], Iterator[np.ndarray]]
-"""Row blocks (b, n) of a matrix (m, n) with m ≥ n, from the start at each call."""
 
-EXACT_SIDE = 4096
-"""Shorter sides up to this one are decomposed through their Gram matrix, 64 MB in float32."""
-_DOUBLE_SIDE = 2048
-"""Gram matrices up to this size are kept in float64, larger ones in float32."""
-BASIS_BYTES = 1 << 26
-"""Memory of a Krylov basis: 2048 directions of 8192 entries."""
-_PROBES = 32
-"""Columns of Ω: the standard error of a count is √(2·p(1−p)·n/_PROBES)."""
-_LEAST_STEPS = 16
-"""Powers of A below which the quadrature is not trusted."""
-_TOLERANCE = 1e-2
-"""‖A v − θ v‖/θ of a converged direction. The error of θ is quadratic in it where θ stands apart."""
+EXACT_SIDE = 4096  # shorter sides up to this one are decomposed through their Gram matrix, 64 MB in float32
+_DOUBLE_SIDE = 2048  # Gram matrices up to this size are kept in float64, larger ones in float32
+BASIS_BYTES = 1 << 26  # memory of a Krylov basis: 2048 directions of 8192 entries
+_PROBES = 32  # columns of Ω: the standard error of a count is √(2·p(1−p)·n/_PROBES)
+_LEAST_STEPS = 16  # powers of A below which the quadrature is not trusted
+_TOLERANCE = 1e-2  # ‖A v − θ v‖/θ of a converged direction; the error of θ is quadratic in it where θ stands apart
 
 
 class Spectrum(NamedTuple):
     """What is known of a matrix from its blocks."""
 
-    singular_values: np.ndarray
-    """(n,), descending: the first `resolved` one by one, the others as quantiles of their distribution."""
-    directions: np.ndarray
-    """(n, k) right singular vectors of the first k, orthonormal."""
-    resolved: int
-    """n where the whole spectrum is exact."""
-    wanted: int
-    """Number of directions asked for; k is smaller only where memory ended first."""
+    singular_values: np.ndarray  # (n,), descending: `resolved` ones, then quantiles of the others' distribution
+    directions: np.ndarray  # (n, k) right singular vectors of the first k, orthonormal
+    resolved: int  # n where the whole spectrum is exact
+    wanted: int  # number of directions asked for; k is smaller only where memory ended first
 
 
 def most_directions(side: int) -> int:

@@ -54,22 +54,15 @@ def build(architecture: str = "llama", *, hidden: int = 64, layers: int = 2, see
     common = {"vocab_size": len(_ALPHABET), "tie_word_embeddings": tied, "bos_token_id": 0, "eos_token_id": 0}
     if architecture == "gpt2":
         sizes = {"n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": 2 * _CONTEXT}
-        return transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(**common, **sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        )
-    sizes = {
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2 * _CONTEXT,
-    }
-    if architecture == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **sizes))
-    if architecture == "qwen2":
-        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common, **sizes))
-    raise ValueError(f"architecture must be llama, qwen2 or gpt2, got {architecture!r}")
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**common, **sizes, **no_dropout))
+    if architecture not in ("llama", "qwen2"):
+        raise ValueError(f"architecture must be llama, qwen2 or gpt2, got {architecture!r}")
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2 * _CONTEXT}
+    name = architecture.capitalize()
+    model, config = getattr(transformers, f"{name}ForCausalLM"), getattr(transformers, f"{name}Config")
+    return model(config(**common, **sizes))
 
 
 @contextmanager
@@ -132,13 +125,8 @@ def make_family(
 ) -> tuple[Path, list[Path]]:
     """Pretrain a base on stories and a few sums, fine-tune it on few sums, and save all; their folders.
 
-    Args:
-        folder: where `base`, `tuned_0`, … are written by transformers, in shards of `shard_size`.
-        architecture, hidden, tied: of the model, as for `build`.
-        runs: number of fine-tuned models, each on other data.
-        pretrain_steps, finetune_steps, finetune_lines, finetune_rate: steps of AdamW, number of sums, learning rate.
-        dtype: stored format, a name of torch.
-        seed: of everything random.
+    `base`, `tuned_0`, …, each fine-tuned on other data with AdamW, are written by transformers in shards of
+    `shard_size`, in the format `dtype` of torch.
     """
     import torch
 
@@ -166,53 +154,41 @@ def make_family(
 def merges_along_tau(taus: np.ndarray, *, lines: int, seed: int, **family: Any) -> xr.Dataset:
     """Train a family, merge one run and the average of all along τ, and evaluate every merge with transformers.
 
-    Args:
-        taus: ensemble coefficients (T,).
-        lines: of held-out stories; twice as many sums.
-        seed: of everything random.
-        family: further arguments of `make_family`.
-
-    Returns held-out losses in nats on both tasks (who, tau, window), what `linfit.bridge.inspect` finds by layer type,
-    and the singular values of one run's delta of a matrix beside those of pure noise of the same level.
+    Held-out losses in nats on `lines` stories and twice as many sums (who, tau, window), what `linfit.bridge.inspect`
+    finds by layer type, and the singular values of one run's delta of a matrix beside those of pure noise of the same
+    level; `family` are further arguments of `make_family`.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     generator = np.random.default_rng([seed, 9])
-    stories, sums = encode(story_text(generator, lines)), encode(counting_text(generator, 2 * lines))
+    held_out = {"stories": encode(story_text(generator, lines)), "sums": encode(counting_text(generator, 2 * lines))}
     matrix = "model.layers.0.mlp.up_proj.weight"
-    on_stories, on_sums = [], []
+    losses: dict[str, list[np.ndarray]] = {"stories": [], "sums": []}
     with tempfile.TemporaryDirectory() as folder:
         base, tuned = make_family(folder, seed=seed, **family)
         for name, members in (("one", tuned[:1]), ("all", tuned)):
             for path in merge(base, members, Path(folder) / name, tau=taus.tolist()).folders:
                 model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-                on_stories.append(_held_out_losses(model, stories))
-                on_sums.append(_held_out_losses(model, sums))
+                for task, tokens in held_out.items():
+                    losses[task].append(_held_out_losses(model, tokens))
         inspection = inspect(base, tuned)
         values = delta_singular_values(base, tuned[0], matrix)
     rows, columns = next(tensor.shape for tensor in inspection.tensors if tensor.name == matrix)
-    noise, generator = noise_level(values, (rows, columns)), np.random.default_rng(0)
-    pure = np.linalg.svd(generator.standard_normal((20, rows, columns)) * noise.entry_std, compute_uv=False).mean(
-        axis=0
-    )
+    noise = noise_level(values, (rows, columns))
+    pure = noise.entry_std * np.random.default_rng(0).standard_normal((20, rows, columns))
     kinds = [kind for kind in inspection.by_kind() if kind["signal_share"] is not None]
+    parameters = sum(int(np.prod(tensor.shape)) for tensor in inspection.tensors)
     return xr.Dataset(
         {
-            "stories_loss": (("who", "tau", "story"), np.reshape(on_stories, (2, len(taus), -1))),
-            "sums_loss": (("who", "tau", "sum"), np.reshape(on_sums, (2, len(taus), -1))),
-            "signal_share": ("kind", [kind["signal_share"] for kind in kinds]),
-            "suggested_tau_of_average": ("kind", [kind["suggested_tau_of_average"] for kind in kinds]),
+            "stories_loss": (("who", "tau", "story"), np.reshape(losses["stories"], (2, len(taus), -1))),
+            "sums_loss": (("who", "tau", "sum"), np.reshape(losses["sums"], (2, len(taus), -1))),
+            **{name: ("kind", [kind[name] for kind in kinds]) for name in ("signal_share", "suggested_tau_of_average")},
             "singular_value": ("rank", values),
-            "noise_singular_value": ("rank", pure),
+            "noise_singular_value": ("rank", np.linalg.svd(pure, compute_uv=False).mean(axis=0)),
             "noise_edge": noise.edge,
         },
         {"who": ["one run", "average"], "tau": taus, "kind": [kind["kind"] for kind in kinds]},
-        {
-            "runs": len(tuned),
-            "matrix": matrix,
-            "parameters": sum(int(np.prod(tensor.shape)) for tensor in inspection.tensors),
-            "seed": seed,
-        },
+        {"runs": len(tuned), "matrix": matrix, "parameters": parameters, "seed": seed},
     )
