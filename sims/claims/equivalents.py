@@ -21,7 +21,7 @@ from linfit import (
     risk_forms,
     spectra,
 )
-from sims.claims import Normal, Sides, claim
+from sims.claims import Normal, Sides, asymptotic, identity, inequality
 from sims.claims.problems import autocorrelation
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, PRETRAIN_RISK, TIME, Parameter
 from theory import rational
@@ -36,7 +36,7 @@ DESIGN_PARAMETERS = {
     "doublings": Parameter(low=1, high=2, scale="whole", lowest=0, highest=3),
     "decay": DECAY.within(0.0, 1.5, highest=3.0),
     "law": Parameter(low=0, high=2, scale="whole"),
-    "row_correlation": Parameter(low=0.0, high=0.0, highest=0.9),
+    "row_correlation": Parameter(highest=0.9),
 }
 
 
@@ -91,13 +91,12 @@ def _real(value: np.ndarray) -> np.ndarray:
     return np.stack([np.real(value), np.imag(value)], axis=-1)
 
 
-@claim(
+@asymptotic(
     "D1",
     "A sampled resolvent acts like the population's at a larger, effective penalty κ.",
     R"\lambda(\hat\Sigma+\lambda)^{-1} \asymp \kappa(\Sigma+\kappa)^{-1},\quad "
     R"\kappa - \tfrac{\kappa}{n}\mathrm{tr}\,\Sigma(\Sigma+\kappa)^{-1} = \lambda",
     source="random matrices",
-    kind="asymptotic",
     parameters=RESOLVENT_PARAMETERS,
     tolerance=1.0,
     sizes=SIZES,
@@ -111,13 +110,12 @@ def d1(normal: Normal, **values: Any) -> Sides:
     return predicted, measured
 
 
-@claim(
+@asymptotic(
     "D2",
     "Two resolvents with a matrix between them, at any two complex penalties.",
     R"\lambda_1\lambda_2(\hat\Sigma+\lambda_1)^{-1}M(\hat\Sigma+\lambda_2)^{-1} \asymp "
     R"\kappa_1\kappa_2(\Sigma+\kappa_1)^{-1}[M + a\Sigma](\Sigma+\kappa_2)^{-1}",
     source="random matrices",
-    kind="asymptotic",
     parameters=RESOLVENT_PARAMETERS,
     tolerance=10.0,
     sizes=SIZES,
@@ -187,13 +185,11 @@ def _totals(forms: Pair, filters: tuple[Filter, ...], tau: Array) -> Array:
     return jnp.concatenate([total.reshape(len(total), -1) for total in totals], axis=1)
 
 
-@claim(
+@asymptotic(
     "D3",
     "The risk of ensembles of min-norm and ridge, on both domains, follows from the population.",
     R"R(\tau) \asymp (1-\tau)^2\mathrm{tr}\,SM "
     R"+ 2\tau(1-\tau)\,\kappa\,\mathrm{tr}\,S(\Sigma+\kappa)^{-1}M + \tau^2(B + \sigma^2 a)",
-    source="ours",
-    kind="asymptotic",
     parameters=RISK_PARAMETERS | {"penalty": PENALTY.within(1e-3, 0.1, lowest=1e-9)},
     tolerance=5.0,
     sizes=SIZES,
@@ -202,12 +198,10 @@ def d3(normal: Normal, penalty: float, **values: Any) -> Sides:
     return _risks(normal, (MinNorm(), Ridge([penalty, 10 * penalty])), **values)
 
 
-@claim(
+@asymptotic(
     "D4",
     "So does that of gradient flow at any time, as a sum of resolvents on a contour.",
     R"e^{-t\hat\Sigma} = \tfrac{1}{2\pi i}\oint e^{\lambda t}(\hat\Sigma+\lambda)^{-1}d\lambda",
-    source="ours",
-    kind="asymptotic",
     parameters=RISK_PARAMETERS | {"time": TIME.within(1.0, 1e3, highest=1e6)},
     tolerance=5.0,
     sizes=SIZES,
@@ -216,12 +210,10 @@ def d4(normal: Normal, time: float, **values: Any) -> Sides:
     return _risks(normal, (GradientFlow([time, 10 * time]),), **values)
 
 
-@claim(
+@identity(
     "D4.contour",
     "Twenty-five complex ridges reproduce gradient flow at all times of a decade.",
     R"e^{-ts} \approx \mathrm{Re}\textstyle\sum_k w_k\lambda_k/(s+\lambda_k),\quad s \ge 0",
-    source="ours",
-    kind="identity",
     parameters={
         "time": TIME.within(1e-3, 1e6, lowest=1e-9, highest=1e12),
         "span": Parameter(low=1.0, high=10.0, scale="log", highest=1e4),
@@ -242,13 +234,12 @@ def d4_contour(normal: Normal, time: float, span: float) -> Sides:
     return np.exp(-times[:, None] * s), by_contour
 
 
-@claim(
+@asymptotic(
     "D5",
     "Ridge uses up df₁ = n(1 − λ/κ) degrees of freedom.",
     R"\mathrm{tr}\,\hat\Sigma(\hat\Sigma+\lambda)^{-1} \asymp "
     R"\mathrm{tr}\,\Sigma(\Sigma+\kappa)^{-1} = n(1-\lambda/\kappa)",
     source="random matrices",
-    kind="asymptotic",
     parameters=DESIGN_PARAMETERS | {"penalty": PENALTY.within(0.1, 10.0, lowest=1e-6)},
     tolerance=1.0,
     sizes=SIZES,
@@ -264,12 +255,11 @@ def d5(normal: Normal, penalty: float, **values: Any) -> Sides:
     return expected, sampled
 
 
-@claim(
+@inequality(
     "D5.ranks",
     "The effective ranks of benign overfitting are ordered.",
     R"r_k \le R_k \le r_k^2",
     source="Bartlett et al. 2020",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(0.0, 3.0),
         "roughness": Parameter(low=0.0, high=2.0, highest=10.0),

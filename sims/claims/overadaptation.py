@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 
 from linfit import MinNorm, RandomShift, RiskForm, TwoTaskProblem, aligned_problem, fine_tune, risk_forms, spectra
-from sims.claims import Normal, Sides, claim
+from sims.claims import Normal, Sides, existence, identity, inequality, statistical
 from sims.claims.problems import (
     EXACT_PARAMETERS,
     best_linear_map,
@@ -56,12 +56,10 @@ def _contest(normal: Normal, **values: float) -> dict[str, float]:
     return {name: float(optimum.risk) for name, optimum in best_of_each_method(form).items()}
 
 
-@claim(
+@identity(
     "O1",
     "Min-norm overadapts (τ* < 1) exactly where the noise it fits exceeds the signal it misses.",
     R"\tau^* < 1 \iff \mathrm{tr}\,\Pi S (I-\Pi)\Sigma_2 < \sigma^2\,\mathrm{tr}\,A^\top \Sigma_2 A",
-    source="ours",
-    kind="identity",
     parameters=EXACT_PARAMETERS
     | {
         "noise_std": NOISE_STD.within(1e-3**0.5, 10**0.5, lowest=1e-3, highest=1e3**0.5),
@@ -83,12 +81,10 @@ def o1(normal: Normal, **values: Any) -> Sides:
     return predicted, measured
 
 
-@claim(
+@inequality(
     "O1.isotropic",
     "For an isotropic shift min-norm always overadapts: any label noise makes averaging help.",
     R"S = \omega I,\ \sigma > 0 \implies \tau^* < 1",
-    source="ours",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(0.0, 2.0, highest=3.0),
         "alignment": ALIGNMENT.within(0.0, lowest=-2.0, highest=2.0),
@@ -100,13 +96,12 @@ def o1_isotropic(normal: Normal, **values: Any) -> Sides:
     return 0.0, float(1 - form.optimal_tau(MinNorm()))
 
 
-@claim(
+@statistical(
     "O2",
     "Along τ, the risk is bias² plus τ² times the variance of the fine-tuned model.",
     R"R_\mathrm{ft}(\tau) = \mathrm{bias}^2(\tau) + \tau^2\,\mathrm{variance}(1)",
     source="paper 2506.01901 (picture)",
-    kind="statistical",
-    parameters=_without("fixed", "tau") | {"noise_correlation": Parameter(low=0.0, high=0.0, highest=0.9)},
+    parameters=_without("fixed", "tau") | {"noise_correlation": Parameter(highest=0.9)},
 )
 def o2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
     """The fit to noise-free labels misses by the bias; two fits to the same signal differ by twice the variance.
@@ -139,17 +134,16 @@ def o2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
     return np.array(predicted), np.moveaxis(np.array(measured), -1, 0)
 
 
-@claim(
+@inequality(
     "O2.bias",
     "bias² falls as τ leaves 0, for a mean-zero shift whose covariance commutes with Σ₂.",
     R"\tfrac{d}{d\tau}\,\mathrm{bias}^2(\tau)\big|_{\tau=0} < 0",
     source="paper 2506.01901 (picture)",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(0.0, 2.0),
         "alignment": ALIGNMENT.within(-1.0, 1.0),
         "noise_std": NOISE_STD.within(0.1, 10**0.5),
-        "adversarial": Parameter(low=0.0, high=0.0, highest=1.0),
+        "adversarial": Parameter(highest=1.0),
     },
 )
 def o2_bias(normal: Normal, adversarial: float, **values: float) -> Sides:
@@ -170,13 +164,11 @@ def o2_bias(normal: Normal, adversarial: float, **values: float) -> Sides:
     return 0.0, float(slope / start)
 
 
-@claim(
+@identity(
     "O3",
     "Started from the pretraining optimum (u = 0), forgetting is exactly quadratic in τ.",
     R"u = 0 \implies R_\mathrm{pre}(\tau) = \tau^2 R_\mathrm{pre}(1)",
-    source="ours",
-    kind="identity",
-    parameters=_without("tau") | {"pretrain_size": Parameter(low=0.0, high=0.0, highest=1.0)},
+    parameters=_without("tau") | {"pretrain_size": Parameter(highest=1.0)},
     tolerance=1e-9,
 )
 def o3(normal: Normal, **values: Any) -> Sides:
@@ -188,17 +180,13 @@ def o3(normal: Normal, **values: Any) -> Sides:
     return full[:, None] * taus**2 / full[0], along / float(form(exact.filters[0]).total)
 
 
-@claim(
+@inequality(
     "O3.less",
     "The ensemble forgets less than the fine-tuned model.",
     R"R_\mathrm{pre}(\tau) < R_\mathrm{pre}(1),\quad |\tau| < 1,\ u = 0",
     source="paper 2506.01901",
-    kind="inequality",
     parameters=EXACT_PARAMETERS
-    | {
-        "tau": TAU.within(-0.99, 0.99, lowest=-1.5, highest=1.5),
-        "pretrain_size": Parameter(low=0.0, high=0.0, highest=3.0),
-    },
+    | {"tau": TAU.within(-0.99, 0.99, lowest=-1.5, highest=1.5), "pretrain_size": Parameter(highest=3.0)},
 )
 def o3_less(normal: Normal, **values: Any) -> Sides:
     exact = exact_instance(normal, **values)
@@ -208,12 +196,10 @@ def o3_less(normal: Normal, **values: Any) -> Sides:
     return ensemble / full, 1.0
 
 
-@claim(
+@identity(
     "O4.bayes",
     "For an isotropic shift ridge with λ = σ²/(nω) is Bayes, the oracle filter, and has τ* = 1.",
     R"S = \omega I \implies R\bigl(\tfrac{1}{s+\sigma^2/n\omega}\bigr) = R(g^*),\ \tau^* = 1",
-    source="ours",
-    kind="identity",
     parameters={
         "decay": DECAY.within(0.0, 2.0),
         "alignment": ALIGNMENT.within(0.0, lowest=-1.0, highest=1.0),
@@ -234,13 +220,11 @@ def o4_bayes(normal: Normal, penalty_ratio: float, **values: float) -> Sides:
     return np.array([oracle, oracle, 1.0]), np.array([ridge / start, linear / start, slope / curvature])
 
 
-@claim(
+@inequality(
     "O4.tail",
     "For a tail shift, ensembled min-norm beats the best ridge and the best early stopping.",
     R"S \propto \Sigma^{-1} \implies "
     R"R(\tau^*\!/s) < \min_\lambda R(\mathrm{ridge}),\ \min_t R(\mathrm{flow})",
-    source="ours",
-    kind="inequality",
     parameters=TAIL_CONTEST,
 )
 def o4_tail(normal: Normal, **values: float) -> Sides:
@@ -248,12 +232,10 @@ def o4_tail(normal: Normal, **values: float) -> Sides:
     return 0.0, np.array([best["ridge"], best["early stopping"]]) / best["min-norm + ensemble"] - 1
 
 
-@claim(
+@inequality(
     "O4.tail.oracle",
     "For a tail shift, ensembled min-norm comes within 1% of the oracle filter.",
     R"S \propto \Sigma^{-1} \implies R(\tau^*\!/s) < 1.01\, R(g^*)",
-    source="ours",
-    kind="inequality",
     parameters=TAIL_CONTEST,
 )
 def o4_tail_oracle(normal: Normal, **values: float) -> Sides:
@@ -261,13 +243,11 @@ def o4_tail_oracle(normal: Normal, **values: float) -> Sides:
     return 0.0, 1.01 - best["min-norm + ensemble"] / best["oracle"]
 
 
-@claim(
+@inequality(
     "O4.head",
     "For a noisy head shift, the best ridge and the best early stopping beat ensembled min-norm.",
     R"S \propto \Sigma \implies "
     R"\min_\lambda R(\mathrm{ridge}),\ \min_t R(\mathrm{flow}) < R(\tau^*\!/s)",
-    source="ours",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(1.0, 2.0, lowest=0.0, highest=4.0),
         "alignment": ALIGNMENT.within(1.0, lowest=-1.0, highest=2.0),
@@ -279,13 +259,11 @@ def o4_head(normal: Normal, **values: float) -> Sides:
     return 0.0, 1 - np.array([best["ridge"], best["early stopping"]]) / best["min-norm + ensemble"]
 
 
-@claim(
+@inequality(
     "O4.head.both",
     "For a head shift, averaging (τ may exceed 1) still improves the best ridge by 1% or more.",
     R"S \propto \Sigma \implies "
     R"\min_{\lambda,\tau} R(\tau\,\mathrm{ridge}) < 0.99 \min_\lambda R(\mathrm{ridge})",
-    source="ours",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(0.8, 1.5, lowest=0.0, highest=4.0),
         "alignment": ALIGNMENT.within(1.0, lowest=-1.0, highest=2.0),
@@ -297,12 +275,11 @@ def o4_head_both(normal: Normal, **values: float) -> Sides:
     return 0.01, 1 - best["ridge + ensemble"] / best["ridge"]
 
 
-@claim(
+@existence(
     "O4.informal",
     "Ensembling the fine-tuned model beats the best ridge: true in part of the space only.",
     R"\min_\tau R(\tau/s) < \min_\lambda R\bigl(\tfrac{1}{s+\lambda}\bigr)",
     source="paper 2506.01901 (informal)",
-    kind="existence",
     parameters={
         "decay": DECAY.within(0.5, 2.0),
         "alignment": ALIGNMENT.within(-1.0, 1.0),
@@ -314,12 +291,10 @@ def o4_informal(normal: Normal, **values: float) -> Sides:
     return 0.0, best["ridge"] / best["min-norm + ensemble"] - 1
 
 
-@claim(
+@identity(
     "O5",
     "The combined objective R_ft + κR_pre is the same kind of quadratic, and so is its best τ.",
     R"\tau^* = (b + \kappa b')\cdot g \,/\, g^\top (H + \kappa H') g",
-    source="ours",
-    kind="identity",
     parameters=_without("tau") | {"weight": Parameter(low=0.1, high=10.0, scale="log", lowest=1e-4, highest=1e4)},
     tolerance=1e-7,
 )

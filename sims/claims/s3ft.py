@@ -8,7 +8,7 @@ import scipy.stats
 
 from linfit import FixedShift, MinNorm, Pair, Ridge, RiskForm, TwoTaskProblem, risk_forms, s3ft_targets
 from linfit.targets import Source
-from sims.claims import Normal, claim
+from sims.claims import Normal, Sides, existence, identity, inequality, statistical
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, Parameter
 from theory import s3ft
 from theory.s3ft import Expectation, Procedure, VectorProblem
@@ -30,48 +30,41 @@ JUDGED = {
 LIMIT = JUDGED | {
     "decay": DECAY.within(0.0, 1.5),
     "style_signal": Parameter(low=0.3, high=3.0, scale="log"),
-    "anisotropy": Parameter(low=0.0, high=0.0, highest=1.5),
+    "anisotropy": Parameter(highest=1.5),
 }
-SAMPLED = LIMIT | {
-    "heavy_tails": Parameter(low=0.0, high=0.0, highest=0.8),
-    "entangled": Parameter(low=0.0, high=0.0, highest=2.0),
-}
+SAMPLED = LIMIT | {"heavy_tails": Parameter(highest=0.8), "entangled": Parameter(highest=2.0)}
 ONE_OUTPUT = {"decay": DECAY.within(0.0, 2.0), "alignment": ALIGNMENT.within(-1.0, 1.0)}
 
 
-@claim(
+@identity(
     "T1",
     "The coefficient ρ(c) is the share of residual variance beyond the threshold.",
     R"\rho(c) = 2[z\varphi(z) + 1 - \Phi(z)] = \mathbb{E}\,r^2 1\{|r|>c\}/v,\ z = c/\sqrt v",
-    source="ours",
-    kind="identity",
     parameters={"threshold": Parameter(low=0.0, high=4.0), "residual_std": Parameter(low=0.1, high=10.0, scale="log")},
     tolerance=1e-9,
 )
-def t1(normal: Normal, threshold: float, residual_std: float) -> tuple[Any, Any]:
+def t1(normal: Normal, threshold: float, residual_std: float) -> Sides:
     """`threshold` in units of √v."""
     c, density = threshold * residual_std, scipy.stats.norm(scale=residual_std).pdf
     inside, _ = scipy.integrate.quad(lambda r: r**2 * density(r), 0, c, epsabs=1e-14, epsrel=1e-13)
     return float(s3ft.fixed_point_coefficient(c, residual_std)), 1 - 2 * inside / residual_std**2
 
 
-@claim(
+@statistical(
     "T1.sampled",
     "S3FT on scalar responses ends at θ₁ + ρ(c)δ, an ensemble, whatever Σ.",
     R"\Sigma^{-1}\,\mathbb{E}\,x\,r\,1\{|r|>c\} = \rho(c)\,\delta",
-    source="ours",
-    kind="statistical",
     parameters={
         "decay": DECAY.within(0.0, 2.0),
         "noise_std": NOISE_STD.within(0.05**0.5, 5.0**0.5),
         "threshold": Parameter(low=0.3, high=2.0),
-        "heavy_tails": Parameter(low=0.0, high=0.0, highest=0.8),
-        "skewness": Parameter(low=0.0, high=0.0, highest=1.0),
+        "heavy_tails": Parameter(highest=0.8),
+        "skewness": Parameter(highest=1.0),
     },
 )
 def t1_sampled(
     normal: Normal, decay: float, noise_std: float, threshold: float, heavy_tails: float, skewness: float
-) -> tuple[Any, Any]:
+) -> Sides:
     """Least squares ends at the mean of Σ⁻¹x·target; θ₁ = 0.
 
     `threshold` in units of √v. Heavy tails: x has a random length; skewness: the noise is a shifted square.
@@ -149,29 +142,25 @@ def _residual_std(problem: VectorProblem) -> float:
     return float(1 + problem.noise_std**2) ** 0.5
 
 
-@claim(
+@statistical(
     "T2.shares",
     "Shares of own, paraphrased and gold targets follow from a χ² with as many degrees as content.",
     R"\mathrm{own} = (1-f)F_k + a(1-F_k),\ \mathrm{paraphrase} = (1-a)q(1-f)(1-F_k)",
-    source="ours",
-    kind="statistical",
     parameters=SAMPLED,
 )
-def t2_shares(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_shares(normal: Normal, **values: Any) -> Sides:
     problem, procedure, _, _, source = _sampled(normal, **values)
     expected = s3ft.shares(procedure, problem.content_rank, _residual_std(problem))
     return np.array(expected), source[:, None] == np.array(list(Source))
 
 
-@claim(
+@statistical(
     "T2.drift",
     "S3FT on vector responses is an ensemble with one coefficient for content and one for style.",
     R"\hat\theta = \theta_1 + \rho_\mathrm{content}\,\Delta P + \rho_\mathrm{style}\,\Delta(I-P)",
-    source="ours",
-    kind="statistical",
     parameters=SAMPLED,
 )
-def t2_drift(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_drift(normal: Normal, **values: Any) -> Sides:
     """Least squares ends at the mean of Σ⁻¹x·targetᵀ."""
     problem, procedure, x, targets, _ = _sampled(normal, **values)
     learned = s3ft.coefficients(procedure, problem.content_rank, _residual_std(problem))
@@ -192,50 +181,44 @@ def _relative(quantity: str, normal: Normal, pretrain_size: float = 0.0, **value
     return float(ours / supervised)
 
 
-@claim(
+@inequality(
     "T2.style",
     "With paraphrases that always succeed and a judge that knows what is right, style stays.",
     R"q = 1,\ f = 0 \implies \rho_\mathrm{style} = 0",
-    source="ours",
-    kind="inequality",
     parameters=LIMIT
     | {
         "success": Parameter(low=1.0, high=1.0, lowest=0.0),
-        "false_reject": Parameter(low=0.0, high=0.0, highest=0.5),
+        "false_reject": Parameter(highest=0.5),
         "false_accept": Parameter(low=0.0, high=0.5, highest=1.0),
     },
 )
-def t2_style(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_style(normal: Normal, **values: Any) -> Sides:
     return _relative("style_drift", normal, **values), 1e-12
 
 
-@claim(
+@inequality(
     "T2.less",
     "With unlimited data S3FT forgets less than supervised fine-tuning.",
     R"u = 0 \implies R_\mathrm{pre}(\mathrm{S3FT}) < R_\mathrm{pre}(\mathrm{SFT})",
-    source="ours",
-    kind="inequality",
     parameters=LIMIT
     | {
         "tolerance": Parameter(low=0.01, high=5.0, scale="log"),
         "false_accept": Parameter(low=0.0, high=1.0),
         "false_reject": Parameter(low=0.0, high=0.95),
-        "pretrain_size": Parameter(low=0.0, high=0.0, highest=3.0),
+        "pretrain_size": Parameter(highest=3.0),
     },
 )
-def t2_less(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_less(normal: Normal, **values: Any) -> Sides:
     return _relative("forgetting", normal, **values), 1.0
 
 
-@claim(
+@statistical(
     "T2.rejection",
     "Training on accepted own answers alone moves content towards gold by the sampling noise only.",
     R"\hat\theta = \theta_1 + \frac{s^2B}{A - Bq}\,\Delta P",
-    source="ours",
-    kind="statistical",
     parameters=SAMPLED,
 )
-def t2_rejection(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_rejection(normal: Normal, **values: Any) -> Sides:
     """The normal equations at the predicted weights: x·(own − xᵀθ)ᵀ over the accepted own answers has mean 0."""
     problem, procedure, x, targets, source = _sampled(normal, **values)
     rho = s3ft.rejection_coefficient(procedure, problem.content_rank, 1.0, float(problem.noise_std))
@@ -244,18 +227,16 @@ def t2_rejection(normal: Normal, **values: Any) -> tuple[Any, Any]:
     return np.zeros(problem.shift.shape), own[:, None, None] * x[:, :, None] * residual[:, None, :]
 
 
-@claim(
+@statistical(
     "T2.design",
     "Shares and risks of S3FT on a given design are exact, whatever n, p, Σ₁, Σ₂, P and the judge.",
     R"\mathbb{E}\,t_i = A_{k+2}(\lambda_i)\,\mu_i,\quad \lambda_i = \|\mu_i\|^2/(\sigma^2+s^2)",
-    source="ours",
-    kind="statistical",
     parameters=JUDGED
     | {
         "decay": DECAY.within(0.0, 1.5),
         "pretrain_size": Parameter(low=0.0, high=1.0),
         "penalty": PENALTY.within(1e-2, 10.0),
-        "noise_correlation": Parameter(low=0.0, high=0.0, highest=0.9),
+        "noise_correlation": Parameter(highest=0.9),
     },
 )
 def t2_design(
@@ -267,7 +248,7 @@ def t2_design(
     penalty: float,
     noise_correlation: float,
     **judged: float,
-) -> tuple[Any, Any]:
+) -> Sides:
     """Ridge on one design, a problem with nothing special about it, and draws of all else: shares of own and gold
     answers, then the five risks."""
     n, p, count = 5, 8, REPLICATES // 2
@@ -314,31 +295,27 @@ def _one_output(normal: Normal, decay: float, alignment: float, noise_std: float
     return s3ft.conditional(X, problem, procedure, MinNorm()), supervised
 
 
-@claim(
+@inequality(
     "T2.averaging",
     "With noisy labels and n < p, averaging SFT at its best τ beats S3FT at its best tolerance.",
     R"\sigma^2 \geq \tfrac{1}{10}\delta^\top\Sigma\delta \implies \min_\tau R \leq \min_c R",
-    source="ours",
-    kind="inequality",
     parameters=ONE_OUTPUT | {"noise_std": NOISE_STD.within(0.1**0.5, 10.0**0.5, lowest=1e-2)},
     tolerance=1e-9,
 )
-def t2_averaging(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_averaging(normal: Normal, **values: Any) -> Sides:
     """How much worse on the task S3FT at its best tolerance is, relative."""
     selective, supervised = _one_output(normal, **values)
     averaged = supervised.finetune.along(MinNorm()).optimal_risk
     return 0.0, float(selective.content_risk.min() / averaged - 1)
 
 
-@claim(
+@existence(
     "T2.more",
     "With few samples and little noise S3FT can forget more than SFT: mixed targets are rough.",
     R"n < p:\ \max_c R_\mathrm{pre}(c) > 1.01\,R_\mathrm{pre}(\mathrm{SFT})",
-    source="ours",
-    kind="existence",
     parameters=ONE_OUTPUT | {"noise_std": NOISE_STD.within(1e-3**0.5, 0.1**0.5, highest=10.0**0.5)},
 )
-def t2_more(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_more(normal: Normal, **values: Any) -> Sides:
     """The largest R_pre over the tolerances, relative to that of SFT; at the strictest, S3FT is SFT."""
     selective, supervised = _one_output(normal, **values)
     return 0.01, float(selective.forgetting.max() / supervised.pretrain(MinNorm()).total - 1)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from linfit import Ridge, TwoTaskProblem, aligned_problem, fine_tune, leave_one_out, risk_forms, spectra
-from sims.claims import Normal, Sides, claim
+from sims.claims import Normal, Sides, identity, inequality, statistical
 from sims.claims.problems import (
     EXACT_PARAMETERS,
     SIZES,
@@ -26,16 +26,15 @@ from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, TAU, Parameter
 
 REPLICATES = 1024
 
-LABEL_CORRELATION = Parameter(low=0.0, high=0.0, highest=0.9)
+LABEL_CORRELATION = Parameter(highest=0.9)
 """Of the noise of consecutive labels."""
 
 
-@claim(
+@identity(
     "S1",
     "Minimum norm, ridge, gradient flow and gradient descent from θ₁ are spectral filters of XXᵀ/n.",
     R"\hat\theta = \theta_1 + \tfrac1n X^\top U\,\mathrm{diag}(g(s))\,U^\top (y - X\theta_1)",
     source="paper 2506.01901 (estimators)",
-    kind="identity",
     parameters=EXACT_PARAMETERS | {"speed": Parameter(low=0.1, high=1.9, highest=2.5)},
     tolerance=1e-9,
 )
@@ -46,12 +45,10 @@ def s1(normal: Normal, **values: Any) -> Sides:
     return closed_form, theta_1 + exact.maps @ (y - exact.X @ theta_1)
 
 
-@claim(
+@identity(
     "S2",
     "Given X, bias² and variance on both domains are quadratic forms in the filter.",
     R"R(g) = c - 2\,b\cdot g + g^\top H g,\quad H = (P\circ Q)/n^2 + \sigma^2\mathrm{diag}(Q_{ii})/n^2",
-    source="ours",
-    kind="identity",
     parameters=EXACT_PARAMETERS | {"noise_correlation": LABEL_CORRELATION},
     tolerance=1e-9,
 )
@@ -64,12 +61,10 @@ def s2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
     return np.array(by_forms) / unit, np.array(by_traces) / unit
 
 
-@claim(
+@statistical(
     "S2.sampled",
     "The quadratic form is the mean risk of weights actually fitted, whatever the law of the noise.",
     R"\mathbb E_{\delta,\varepsilon}\|\theta_\tau - \theta_2^*\|^2_{\Sigma_2} = R_\mathrm{ft}(\tau g)",
-    source="ours",
-    kind="statistical",
     parameters=EXACT_PARAMETERS
     | {"law": Parameter(low=0, high=1, scale="whole"), "noise_correlation": LABEL_CORRELATION},
 )
@@ -93,12 +88,10 @@ def s2_sampled(normal: Normal, law: int, noise_correlation: float, **values: Any
     return np.array(expected), np.moveaxis(np.array(realised), 2, 0)
 
 
-@claim(
+@identity(
     "S3",
     "Along the ensemble the risk is a parabola; its vertex and the gain over τ = 1 are known.",
     R"\tau^* = b\cdot g / g^\top H g,\quad R(1) - R(\tau^*) = (1-\tau^*)^2\, g^\top H g",
-    source="ours",
-    kind="identity",
     parameters=EXACT_PARAMETERS
     | {
         "noise_std": NOISE_STD.within(1e-3**0.5, 10**0.5, lowest=1e-3, highest=1e3**0.5),
@@ -120,13 +113,11 @@ def s3(normal: Normal, **values: Any) -> Sides:
     return np.array(known), np.array(found)
 
 
-@claim(
+@inequality(
     "S4",
     "No spectral filter has a lower fine-tuning risk than the oracle filter H⁻¹b.",
     R"R(g) \ge c - b^\top H^{-1} b",
-    source="ours",
-    kind="inequality",
-    parameters=EXACT_PARAMETERS | {"beyond_spectral": Parameter(low=0.0, high=0.0, highest=1.0)},
+    parameters=EXACT_PARAMETERS | {"beyond_spectral": Parameter(highest=1.0)},
     tolerance=1e-9,
 )
 def s4(normal: Normal, beyond_spectral: float, **values: Any) -> Sides:
@@ -148,12 +139,10 @@ def s4(normal: Normal, beyond_spectral: float, **values: Any) -> Sides:
     return float(form.oracle_risk() / form.constant), risks / float(form.constant)
 
 
-@claim(
+@identity(
     "S5",
     "Leave-one-out residuals of an ensemble of ridge need no refitting, the penalty nλ held fixed.",
     R"r_i - \tau\,\bigl(r_i - (Gr)_i/G_{ii}\bigr),\quad G = (XX^\top + n\lambda I)^{-1}",
-    source="ours",
-    kind="identity",
     parameters={name: EXACT_PARAMETERS[name] for name in ("size", "decay", "noise_std", "penalty", "tau")}
     | {"refit_ratio": Parameter(low=1.0, high=1.0, scale="log", lowest=0.25, highest=4.0)},
     tolerance=1e-8,
@@ -175,19 +164,17 @@ def s5(
     return np.asarray(leave_one_out(X, y, theta_1, np.array([0.0, penalty]), tau)), refitted
 
 
-@claim(
+@statistical(
     "S5.unbiased",
     "The mean squared leave-one-out residual is unbiased for the prediction error at n − 1 samples.",
     R"\mathbb E\,\tfrac1n\textstyle\sum_i r_{(i)}^2 = \mathbb E\,R_\mathrm{ft}^{(n-1)} + \sigma^2",
-    source="ours",
-    kind="statistical",
     parameters={
         "decay": DECAY.within(0.0, 1.5),
         "alignment": ALIGNMENT.within(-1.0, 1.0),
         "noise_std": NOISE_STD.within(0.1, 10**0.5),
         "penalty": PENALTY.within(1e-2, 10.0),
         "tau": TAU.within(-0.5, 1.5),
-        "repeated": Parameter(low=0.0, high=0.0, highest=0.99),
+        "repeated": Parameter(highest=0.99),
     },
 )
 def s5_unbiased(
