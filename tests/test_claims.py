@@ -14,7 +14,7 @@ import sims.claims
 import theory.equivalents
 from linfit import GradientFlow, fine_tune
 from sims.claims import SECTIONS, Claim, Kind, all_claims, equivalents, overadaptation, spectral
-from sims.claims.problems import exact_instance, moments, risk_by_algebra
+from sims.claims.problems import exact_instance
 from sims.parameters import Parameter
 from sims.verify import claims_named, examine, normals, points, verify
 
@@ -87,13 +87,13 @@ def test_the_algebra_of_the_claims_is_right(fixed):
     values = {"size": 0, "decay": 0.7, "noise_std": 0.4**0.5, "pretrain_size": 0.5, "tau": 0.6, "penalty": 0.3}
     exact = exact_instance(normals(jax.random.key(1)), fixed=fixed, time=3.0, speed=1.2, steps=5, **values)
     generator, count = np.random.default_rng(2), 40_000
-    m, R = moments(exact.problem), exact.maps[1]
+    m, R = exact.moments, exact.maps[1]
     (n, p), spread = exact.X.shape, m.second - np.outer(m.mean, m.mean)
     factor = np.linalg.cholesky(spread + 1e-12 * np.eye(p))
     delta = (m.mean + m.u)[:, None] + factor @ generator.standard_normal((p, count)) * (1 - fixed)
     noise = m.noise_std * generator.standard_normal((n, count))
     theta = m.u[:, None] + R @ (exact.X @ (delta - m.u[:, None]) + noise)
-    expected = risk_by_algebra(exact.problem, exact.X, R).sum(axis=1)
+    expected = exact.totals(R)
     for error, covariance, risk in ((theta - delta, m.finetune, expected[0]), (theta, m.pretrain, expected[1])):
         samples = np.sum(error * (covariance @ error), axis=0)
         assert abs(samples.mean() - risk) < 4.5 * samples.std() / count**0.5

@@ -1,8 +1,8 @@
 """Statements of the theory as functions: each computes what is predicted, and the same by another way.
 
 A claim is one function `(normal, **values) → (predicted, measured)` under the decorator `claim` (or its short form for
-one kind, such as `identity`), which carries the statement, its formula, its source and its assumptions, the ranges of the
-values. `sims.verify` samples values from them, hands over standard normals and compares the two sides.
+one kind, such as `identity`), which carries the statement, its formula, its source and its assumptions, the ranges of
+the values. `sims.verify` samples values from them, hands over standard normals and compares the two sides.
 """
 
 from collections.abc import Callable

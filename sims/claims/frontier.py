@@ -6,7 +6,7 @@ import numpy as np
 
 from linfit import FixedShift, RandomShift, TwoTaskProblem, fine_tune, flow_weights
 from sims.claims import Normal, Sides, identity, inequality, statistical
-from sims.claims.problems import EXACT_PARAMETERS, exact_instance, matrix_of, moments, totals
+from sims.claims.problems import exact_instance, matrix_of, without
 from sims.parameters import DECAY, NOISE_STD, TAU, Parameter
 from theory import flow, frontier, s3ft
 
@@ -14,7 +14,7 @@ REPLICATES = 1 << 15
 RATIOS = np.array([0.1, 1.0, 10.0])
 """κ, in units of the parameter `weight`."""
 
-EXACT = {name: value for name, value in EXACT_PARAMETERS.items() if name != "tau"}
+EXACT = without("tau")
 GAUSSIAN = {
     "noise_std": NOISE_STD.within(0.05**0.5, 3.0**0.5),
     "knob": Parameter(low=0.3, high=3.0, scale="log"),
@@ -117,8 +117,8 @@ def e1_smoothing(normal: Normal, smoothing: float, foreign: float, **values: Any
 )
 def e2(normal: Normal, weight: float, trust: float, **values: Any) -> Sides:
     """Both risks at every κ, and the same from (κΣ₁+Σ₂)⁻¹Σ₂ as a matrix; `trust` mistakes κ by a factor."""
-    problem = exact_instance(normal, **values, tau=1.0).problem
-    m, shift = moments(problem), problem.shift
+    exact = exact_instance(normal, **values, tau=1.0)
+    problem, m, shift = exact.problem, exact.moments, exact.problem.shift
     second = np.outer(shift.vector, shift.vector) if isinstance(shift, FixedShift) else matrix_of(shift.covariance)
     risks = []
     for kappa in weight * RATIOS:
@@ -142,7 +142,7 @@ def e2_floor(normal: Normal, weight: float, average: float, **values: Any) -> Si
     exact = exact_instance(normal, **values, tau=1.0)
     kappa = weight * RATIOS
     finetune, pretrain = frontier.pareto(exact.problem, kappa)
-    points = np.array([totals(exact.problem, exact.X, tau * R) for tau in (1.0, average) for R in exact.maps])
+    points = np.array([exact.totals(tau * R) for tau in (1.0, average) for R in exact.maps])
     return 0.0, (points[:, :1] + kappa * points[:, 1:]) / np.asarray(finetune + kappa * pretrain) - 1
 
 

@@ -1,6 +1,5 @@
 """§7 as claims: features learned one after another, progressive sensitivity, inflection (docs, N1–N4)."""
 
-
 import numpy as np
 import scipy.integrate
 import scipy.linalg
