@@ -4,23 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from jax import Array
 
-from linfit import (
-    Filter,
-    GradientFlow,
-    MinNorm,
-    Pair,
-    RandomShift,
-    Ridge,
-    TwoTaskProblem,
-    aligned_problem,
-    risk_forms,
-    spectra,
-)
+from linfit import Filter, GradientFlow, MinNorm, Pair, Ridge, aligned_problem, risk_forms, spectra
 from sims.claims import Normal, Sides, asymptotic, identity, inequality
 from sims.claims.problems import autocorrelation
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, PRETRAIN_RISK, TIME, Parameter
@@ -142,41 +132,18 @@ RISK_PARAMETERS = DESIGN_PARAMETERS | {
 }
 
 
-def _risks(
-    normal: Normal,
-    filters: tuple[Filter, ...],
-    decay: float,
-    alignment: float,
-    pretrain_decay: float,
-    noise_std: float,
-    pretrain_risk: float,
-    **values: Any,
-) -> Sides:
+def _risks(normal: Normal, filters: tuple[Filter, ...], pretrain_decay: float, **values: Any) -> Sides:
     """Total risk on both domains, relative to R_ft(θ₁) = 1: (filters, 2, taus, hyperparameters) flattened."""
-    tau = jnp.array([0.3, 0.7, 1.0, 1.3])[:, None]
+    tau, bed = jnp.array([0.3, 0.7, 1.0, 1.3])[:, None], ("alignment", "noise_std", "pretrain_risk")
     predicted, measured = [], []
-    for n, X, s in _designs(normal, decay=decay, **values):
-        problem = aligned_problem(
-            s,
-            alignment=alignment,
-            noise_std=noise_std,
-            pretrain_spectrum=spectra.power_law(s.size, pretrain_decay),
-            pretrain_risk=pretrain_risk,
-        )
-        padded = _padded_problem(problem)
+    for n, X, s in _designs(normal, **{name: value for name, value in values.items() if name not in bed}):
+        pretrain = spectra.power_law(s.size, pretrain_decay)
+        problem = aligned_problem(s, pretrain_spectrum=pretrain, **{name: values[name] for name in bed})
+        padded = jax.tree.map(lambda leaf: jnp.asarray(_padded(leaf)) if leaf.ndim else leaf, problem)
         pairs = [risk(padded, n, filter, tau) for filter in filters]
         predicted.append(np.concatenate([np.ravel(part.total) for pair in pairs for part in pair]))
         measured.append(np.asarray(_totals(risk_forms(X, problem), filters, tau)))
     return predicted, measured
-
-
-def _padded_problem(problem: TwoTaskProblem) -> TwoTaskProblem:
-    pretrain, finetune, spread = (
-        jnp.asarray(_padded(covariance.diagonal()))
-        for covariance in (problem.pretrain_covariance, problem.finetune_covariance, problem.shift.covariance)  # type: ignore[union-attr]
-    )
-    u = np.zeros(problem.p) if problem.pretrain_error is None else problem.pretrain_error
-    return TwoTaskProblem(pretrain, finetune, RandomShift(spread), problem.noise_std, jnp.asarray(_padded(u)))
 
 
 @eqx.filter_jit

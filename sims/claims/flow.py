@@ -11,24 +11,7 @@ from linfit.weighting import robust_weights
 from sims.claims import Normal, Sides, identity, inequality, statistical
 from sims.claims.problems import dense_covariance, matrix_of
 from sims.parameters import DECAY, NOISE_STD, PENALTY, TEMPERATURE, Parameter
-from theory.flow import (
-    MEDIAN,
-    best_averaging,
-    errors,
-    fixed_point_coefficient,
-    flow_iterates,
-    heavy_tailed_stall,
-    lognormal_sizes,
-    mean_weight,
-    median_temperature,
-    residual_variance,
-    stall,
-    stalled_direction,
-    temperature_from_beta,
-    trajectory,
-    unweighted_iterates,
-    weighted_covariance,
-)
+from theory import flow
 
 P, REPLICATES = 4, 4096
 GAUSSIAN = Parameter("spread of log S: features (or noise) are √S times Gaussian, kurtosis 3e^{spread²}", highest=2.0)
@@ -84,7 +67,7 @@ def _sampled(
     shift = shift / np.sqrt(shift @ covariance @ shift)
     x = root_size(tail)[:, None] * normal(REPLICATES, P) @ scipy.linalg.cholesky(covariance)
     r = x @ shift + root_size(noise_tail) * normal(REPLICATES) * noise_std
-    temperature = warmth * MEDIAN * (1 + noise_std**2)
+    temperature = warmth * flow.MEDIAN * (1 + noise_std**2)
     return (covariance, shift, noise_std, temperature), x, r, np.asarray(flow_weights(r**2, temperature))
 
 
@@ -99,8 +82,8 @@ def _sampled(
 def f2(normal: Normal, **values: Any) -> Sides:
     """E w, E w xxᵀ and E w x r in one vector."""
     data, x, r, w = _sampled(normal, **values)
-    mean = mean_weight(residual_variance(*data[:3]), data[3])
-    weighted = weighted_covariance(*data)
+    mean = flow.mean_weight(flow.residual_variance(*data[:3]), data[3])
+    weighted = flow.weighted_covariance(*data)
     predicted = np.concatenate([np.ravel(mean), np.ravel(weighted), weighted.moment])
     outer = np.einsum("n,np,nq->npq", w, x, x).reshape(len(w), -1)
     return predicted, np.concatenate([w[:, None], outer, (w * r)[:, None] * x], axis=1)
@@ -115,7 +98,7 @@ def f2(normal: Normal, **values: Any) -> Sides:
 )
 def f2_median(normal: Normal, **values: Any) -> Sides:
     data, _, r, _ = _sampled(normal, **values)
-    return 0.5, (r**2 <= float(median_temperature(residual_variance(*data[:3])))).astype(float)
+    return 0.5, (r**2 <= float(flow.median_temperature(flow.residual_variance(*data[:3])))).astype(float)
 
 
 def _measured_speeds(sampled: Sampled) -> np.ndarray:
@@ -138,7 +121,7 @@ def _measured_speeds(sampled: Sampled) -> np.ndarray:
 )
 def f3(normal: Normal, **values: Any) -> Sides:
     sampled = _sampled(normal, **values)
-    stalled = stall(*sampled[0])
+    stalled = flow.stall(*sampled[0])
     predicted = stalled.mean_weight * np.array([stalled.rate, 1.0, 0.0, stalled.drive])
     return predicted, _measured_speeds(sampled)
 
@@ -152,8 +135,8 @@ def f3(normal: Normal, **values: Any) -> Sides:
 def f3_tails(normal: Normal, **values: Any) -> Sides:
     sampled = _sampled(normal, **values)
     noise = sampled[0][2:]
-    heavy = heavy_tailed_stall(1.0, *noise, *lognormal_sizes(values["tail"]))
-    predicted = heavy.speed * np.array([heavy.rate, 1.0, 0.0, heavy.rate * fixed_point_coefficient(*noise)])
+    heavy = flow.heavy_tailed_stall(1.0, *noise, *flow.lognormal_sizes(values["tail"]))
+    predicted = heavy.speed * np.array([heavy.rate, 1.0, 0.0, heavy.rate * flow.fixed_point_coefficient(*noise)])
     return predicted, _measured_speeds(sampled)
 
 
@@ -179,7 +162,7 @@ def _population(
     gap = shift - u
     signal = gap @ covariance @ gap
     noise_std = noise_std * signal**0.5
-    temperature = warmth * MEDIAN * (signal + noise_std**2)
+    temperature = warmth * flow.MEDIAN * (signal + noise_std**2)
     problem = TwoTaskProblem(pretrain, covariance, FixedShift(shift), noise_std, u)
     return problem, temperature, *_moments_by_quadrature(covariance, gap, noise_std, temperature)
 
@@ -202,18 +185,19 @@ def f3_path(normal: Normal, *, speed: float, steps: int, penalty: float, **value
     problem, temperature, matrix, first = _population(normal, **values)
     step_size, penalty = speed / np.linalg.eigvalsh(matrix)[-1], penalty * np.trace(matrix) / P
     filters = (GradientDescent(step_size, steps), GradientFlow(step_size * steps), Ridge(penalty), MinNorm())
-    paths = [trajectory(problem, filter, temperature) for filter in filters]
+    paths = [flow.trajectory(problem, filter, temperature) for filter in filters]
     predicted = np.stack([np.concatenate([path.moved, np.array(path.risks)]) for path in paths])
-
     descent = np.zeros(P)
     for _ in range(steps):
         descent = descent + step_size * (first - matrix @ descent)
     end = np.linalg.solve(matrix, first)
-    flow = end - scipy.linalg.expm(-step_size * steps * matrix) @ end
+    flowed = end - scipy.linalg.expm(-step_size * steps * matrix) @ end
     ridge = np.linalg.solve(matrix + penalty * np.eye(P), first)
     u, gap = np.asarray(problem.pretrain_error), np.asarray(problem.gap_mean)
     sigma_1, sigma_2 = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
-    measured = [[*m, (m - gap) @ sigma_2 @ (m - gap), (m + u) @ sigma_1 @ (m + u)] for m in (descent, flow, ridge, end)]
+    measured = [
+        [*m, (m - gap) @ sigma_2 @ (m - gap), (m + u) @ sigma_1 @ (m + u)] for m in (descent, flowed, ridge, end)
+    ]
     return predicted, np.stack(measured)
 
 
@@ -226,7 +210,7 @@ def f3_path(normal: Normal, *, speed: float, steps: int, penalty: float, **value
 def f4(normal: Normal, **values: Any) -> Sides:
     """The normal equations, E w x (τ xᵀΔ) = E w x r."""
     (_, shift, noise_std, temperature), x, r, w = _sampled(normal, **values)
-    tau = float(fixed_point_coefficient(noise_std, temperature))
+    tau = float(flow.fixed_point_coefficient(noise_std, temperature))
     return (w * (tau * x @ shift))[:, None] * x, (w * r)[:, None] * x
 
 
@@ -243,7 +227,7 @@ def f4_ridge(normal: Normal, *, penalty: float, **values: Any) -> Sides:
     penalty = penalty * np.trace(matrix) / P
     noise_variance, gap = float(problem.noise_std) ** 2, np.asarray(problem.gap_mean)
     covariance = matrix_of(problem.finetune_covariance)
-    scale = float(mean_weight(gap @ covariance @ gap + noise_variance, temperature))
+    scale = float(flow.mean_weight(gap @ covariance @ gap + noise_variance, temperature))
     ridge = np.linalg.solve(covariance + penalty / scale * np.eye(P), covariance @ gap)
     unexplained = noise_variance + gap @ covariance @ (gap - ridge)
     return ridge / (1 + 2 * unexplained / temperature), np.linalg.solve(matrix + penalty * np.eye(P), first)
@@ -287,7 +271,7 @@ def _theorem(
     """The setting of Theorem 7.2 in R^p: a random frame (p, p) that begins with ē and ē⊥; Σ̃, Σ_w, E w x r and μ."""
     frame = np.linalg.qr(normal(p, p))[0].T
     covariance = np.eye(p) + rho * (np.outer(frame[0], frame[1]) + np.outer(frame[1], frame[0]))
-    temperature = float(temperature_from_beta(beta, rho, distance))
+    temperature = float(flow.temperature_from_beta(beta, rho, distance))
     moments = _moments_by_quadrature(covariance, -distance * frame[0], noise_std, temperature)
     return frame, covariance, *moments, (temperature / (temperature + 2 * distance**2)) ** 0.5
 
@@ -314,7 +298,7 @@ def _descent(matrix: np.ndarray, first: np.ndarray, step_size: float) -> np.ndar
 def f6(normal: Normal, *, step_ratio: float, **values: Any) -> Sides:
     """θ_K − θ₂* in units of ‖e‖."""
     frame, _, matrix, first, mu = _theorem(normal, **values)
-    predicted = np.asarray(flow_iterates(values["rho"], values["beta"], STEPS)) @ frame[:2]
+    predicted = np.asarray(flow.flow_iterates(values["rho"], values["beta"], STEPS)) @ frame[:2]
     return predicted, _descent(matrix, first, step_ratio / (2 * mu)) / values["distance"] + frame[0]
 
 
@@ -331,7 +315,7 @@ def f6_unweighted(normal: Normal, *, step_ratio: float, **values: Any) -> Sides:
     frame, covariance, *_ = _theorem(normal, **values)
     distance = values["distance"]
     path = _descent(covariance, covariance @ (-distance * frame[0]), step_ratio / 2)
-    return np.asarray(unweighted_iterates(values["rho"], STEPS)) @ frame[:2], path / distance + frame[0]
+    return np.asarray(flow.unweighted_iterates(values["rho"], STEPS)) @ frame[:2], path / distance + frame[0]
 
 
 @identity(
@@ -345,7 +329,7 @@ def f6_unweighted(normal: Normal, *, step_ratio: float, **values: Any) -> Sides:
 def f6_stalled(normal: Normal, *, step_ratio: float, rho: float, beta: float, **values: Any) -> Sides:
     """λ₁ times the stalled direction, and one step from it."""
     frame, _, matrix, _, mu = _theorem(normal, rho, beta, **values)
-    direction = np.asarray(stalled_direction(rho, beta)) @ frame[:2]
+    direction = np.asarray(flow.stalled_direction(rho, beta)) @ frame[:2]
     return (1 + beta * rho**2) / (1 + beta) * direction, direction - step_ratio / mu * (matrix @ direction)
 
 
@@ -370,7 +354,7 @@ def _least_total(rho: float, block: np.ndarray) -> float:
     low, high = np.full(LONG.size, np.log(1e-6)), np.zeros(LONG.size)
     for _ in range(6):
         grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 65)
-        values = np.asarray(sum(errors(flow_iterates(rho, np.exp(grid), LONG[:, None]), rho, block)))
+        values = np.asarray(sum(flow.errors(flow.flow_iterates(rho, np.exp(grid), LONG[:, None]), rho, block)))
         at, spacing = values.argmin(axis=1), (high - low) / 64
         middle = grid[np.arange(LONG.size), at]
         low, high = np.maximum(middle - spacing, np.log(1e-6)), np.minimum(middle + spacing, 0)
@@ -396,7 +380,7 @@ def _least_average(block: np.ndarray) -> float:
 )
 def f6_averaging(normal: Normal, **values: Any) -> Sides:
     block = _block(**values)
-    return float(best_averaging(block)), _least_average(block)
+    return float(flow.best_averaging(block)), _least_average(block)
 
 
 @inequality(
@@ -417,16 +401,14 @@ def f6_remark(normal: Normal, **values: Any) -> Sides:
     return 0.0, 1 - _least_total(values["rho"], block) / _least_average(block)
 
 
-@inequality(
+f6_better = inequality(
     "F6.better",
     "The best FLOW is better than the best averaging if ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē, and only then.",
     R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} < \min_\omega\mathrm{err}_\mathrm{tot} \iff "
     R"\bar e^\top\Sigma_1\bar e_\perp < \rho\,\bar e^\top\Sigma_1\bar e",
     source="paper 2502.02797 (ρ > 0); ours (condition)",
     parameters=TWO_TASKS,
-)
-def f6_better(normal: Normal, **values: Any) -> Sides:
-    return f6_remark.sides(normal, **values)
+)(f6_remark.sides)
 
 
 @identity(
@@ -439,4 +421,4 @@ def f6_better(normal: Normal, **values: Any) -> Sides:
 )
 def f6_equal(normal: Normal, **values: Any) -> Sides:
     block = _block(**values)
-    return float(best_averaging(block)), _least_total(values["rho"], block)
+    return float(flow.best_averaging(block)), _least_total(values["rho"], block)

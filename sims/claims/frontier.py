@@ -6,7 +6,7 @@ import numpy as np
 
 from linfit import FixedShift, RandomShift, TwoTaskProblem, fine_tune, flow_weights
 from sims.claims import Normal, Sides, identity, inequality, statistical
-from sims.claims.problems import exact_instance, matrix_of, without
+from sims.claims.problems import exact_instance, matrix_of, skewed, without
 from sims.parameters import DECAY, NOISE_STD, TAU, Parameter
 from theory import flow, frontier, s3ft
 
@@ -29,16 +29,10 @@ def _population(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """x along Δ and in another direction (N, 2), residuals (N,) and their standard deviation √v, q = 1.
 
-    xᵀΔ and the noise are standardised mixtures of a normal z and z²−1, whose share is 0 in the Gaussian case.
+    xᵀΔ and the noise are Gaussian but for their skewness.
     """
-
-    def mixed(skewness: float) -> np.ndarray:
-        z = normal(REPLICATES)
-        values = (1 - skewness) * z + skewness * (z**2 - 1)
-        return values / ((1 - skewness) ** 2 + 2 * skewness**2) ** 0.5
-
-    x = np.stack([mixed(skewed_features), mixed(skewed_features)], axis=1)
-    return x, x[:, 0] + noise_std * mixed(skewed_noise), (1 + noise_std**2) ** 0.5
+    x = np.stack([skewed(normal, skewed_features, REPLICATES) for _ in range(2)], axis=1)
+    return x, x[:, 0] + noise_std * skewed(normal, skewed_noise, REPLICATES), (1 + noise_std**2) ** 0.5
 
 
 @statistical(

@@ -7,15 +7,7 @@ import scipy.optimize
 
 from sims.claims import Normal, Sides, identity, inequality, statistical
 from sims.parameters import DECAY, PENALTY, Parameter
-from theory.overtraining import (
-    fine_tuned_singular_values,
-    fine_tuning,
-    gaussian_sensitivity,
-    inflection_time,
-    learning_time,
-    perturbed_loss,
-    singular_values,
-)
+from theory import overtraining as theory
 
 _MODES, _REPLICATES = 3, 1024
 _START = {
@@ -59,10 +51,8 @@ def _flow(W1: np.ndarray, W2: np.ndarray, target: np.ndarray, time: float) -> tu
         gap = target - w1 @ w2
         return np.concatenate([(gap @ w2.T).ravel(), (w1.T @ gap).ravel()])
 
-    flat = np.concatenate([W1.ravel(), W2.ravel()])
-    return layers(
-        scipy.integrate.solve_ivp(velocity, (0, time), flat, method="DOP853", rtol=1e-10, atol=1e-13).y[:, -1]
-    )
+    start, precise = np.concatenate([W1.ravel(), W2.ravel()]), {"method": "DOP853", "rtol": 1e-10, "atol": 1e-13}
+    return layers(scipy.integrate.solve_ivp(velocity, (0, time), start, **precise).y[:, -1])
 
 
 @identity(
@@ -76,7 +66,7 @@ def _flow(W1: np.ndarray, W2: np.ndarray, target: np.ndarray, time: float) -> tu
 def n1(normal: Normal, time: float, imbalance: float, **start: float) -> Sides:
     (initial, a), (U, V) = _start(**start), _singular_vectors(normal)
     W1, W2 = _pretrained(U, V, initial, a, time / a[0], imbalance)
-    return singular_values(initial, a, time / a[0]), np.einsum("pi,pq,qi->i", U, W1 @ W2, V)
+    return theory.singular_values(initial, a, time / a[0]), np.einsum("pi,pq,qi->i", U, W1 @ W2, V)
 
 
 @statistical(
@@ -97,7 +87,7 @@ def n2(normal: Normal, m: int, h: int, k: int, gamma: float, varying: float) -> 
     # The size of the noise varies from replicate to replicate unless `varying` is 0; its mean square stays γ².
     size = gamma * np.sqrt(1 - varying + varying * normal(_REPLICATES, 1, 1) ** 2)
     moved = (w1 + size * normal(_REPLICATES, m, h)) @ (w2 + size * normal(_REPLICATES, h, k))
-    expected = np.sum((w1 @ w2 - target) ** 2) / 2 + gaussian_sensitivity(w1, w2, gamma)
+    expected = np.sum((w1 @ w2 - target) ** 2) / 2 + theory.gaussian_sensitivity(w1, w2, gamma)
     return expected, np.sum((moved - target) ** 2, axis=(1, 2)) / 2
 
 
@@ -112,7 +102,7 @@ def n2(normal: Normal, m: int, h: int, k: int, gamma: float, varying: float) -> 
 def n2_progressive(normal: Normal, time: float, **start: float) -> Sides:
     (initial, a), (U, V) = _start(**start), _singular_vectors(normal)
     times = np.linspace(0, 1, 9)[1:] * time / a[0]
-    rises = [float(gaussian_sensitivity(*_pretrained(U, V, initial, a, t), 0.1)) for t in times]
+    rises = [float(theory.gaussian_sensitivity(*_pretrained(U, V, initial, a, t), 0.1)) for t in times]
     return 0.0, np.diff(rises) / max(rises)
 
 
@@ -146,9 +136,9 @@ def n3(normal: Normal, gamma: float, imbalance: float, m: int, k: int, **start: 
 )
 def n3_total(normal: Normal, gamma: float, m: int, k: int, **start: float) -> Sides:
     initial, a = _start(**start)
-    turn = float(inflection_time(initial, a, gamma, (m, _MODES, k)))
-    times = np.linspace(0, float(np.max(learning_time(initial, a, 0.9999 * a))), 400)
-    losses = np.asarray(perturbed_loss(initial, a, np.append(times, turn), gamma, (m, _MODES, k)).total)
+    turn = float(theory.inflection_time(initial, a, gamma, (m, _MODES, k)))
+    times = np.linspace(0, float(np.max(theory.learning_time(initial, a, 0.9999 * a))), 400)
+    losses = np.asarray(theory.perturbed_loss(initial, a, np.append(times, turn), gamma, (m, _MODES, k)).total)
     return 0.0, (losses[:-1] - losses[-1]) / losses[0]
 
 
@@ -161,8 +151,9 @@ def n3_total(normal: Normal, gamma: float, m: int, k: int, **start: float) -> Si
 def n3_finite(normal: Normal, gamma: float, m: int, k: int, **start: float) -> Sides:
     initial, a = _start(**start)
     end = 1e3 / a.min()
-    turn = min(float(inflection_time(initial, a, gamma, (m, _MODES, k))), end)
-    first, least, last = perturbed_loss(initial, a, np.array([0.0, turn, end]), gamma, (m, _MODES, k)).total
+    turn = min(float(theory.inflection_time(initial, a, gamma, (m, _MODES, k))), end)
+    times = np.array([0.0, turn, end])
+    first, least, last = theory.perturbed_loss(initial, a, times, gamma, (m, _MODES, k)).total
     return 0.0, (last - least) / first
 
 
@@ -176,7 +167,7 @@ def n3_finite(normal: Normal, gamma: float, m: int, k: int, **start: float) -> S
 )
 def n3_earlier(normal: Normal, gamma: float, m: int, k: int, **start: float) -> Sides:
     initial, a = _start(**start)
-    time, earlier = np.asarray(inflection_time(initial, a, gamma * np.array([1.0, 1.3]), (m, _MODES, k)))
+    time, earlier = np.asarray(theory.inflection_time(initial, a, gamma * np.array([1.0, 1.3]), (m, _MODES, k)))
     return 0.0, (time - earlier) / max(time, 1e-300)
 
 
@@ -200,7 +191,7 @@ def n4(normal: Normal, time: float, finetune_time: float, stretch: float, angle:
     turn = scipy.linalg.expm(angle * (latent - latent.T) / np.linalg.norm(latent - latent.T, 2))
     b = a * stretch ** np.array([1.0, -1.0, 0.5])
     W1, W2 = _flow(*_pretrained(U, V, initial, a, time / a[0]), turn @ (U * b) @ V.T, finetune_time)
-    predicted = fine_tuned_singular_values(singular_values(initial, a, time / a[0]), b, finetune_time)
+    predicted = theory.fine_tuned_singular_values(theory.singular_values(initial, a, time / a[0]), b, finetune_time)
     return predicted, np.einsum("pi,pq,qi->i", U, W1 @ W2, V)
 
 
@@ -213,8 +204,8 @@ def n4(normal: Normal, time: float, finetune_time: float, stretch: float, angle:
 )
 def n4_no_inflection(normal: Normal, stretch: float, finetune_time: float, **start: float) -> Sides:
     initial, a = _start(**start)
-    times = np.linspace(0, float(np.max(learning_time(initial, a, 0.999 * a))), 60)
-    loss = np.asarray(fine_tuning(initial, a, stretch * a, times, finetune_time).after.pretrain)
+    times = np.linspace(0, float(np.max(theory.learning_time(initial, a, 0.999 * a))), 60)
+    loss = np.asarray(theory.fine_tuning(initial, a, stretch * a, times, finetune_time).after.pretrain)
     return 0.0, -np.diff(loss) / loss[0]
 
 
@@ -233,8 +224,8 @@ def n4_no_inflection(normal: Normal, stretch: float, finetune_time: float, **sta
 )
 def n4_penalty(normal: Normal, stretch: float, finetune_time: float, penalty: float, **start: float) -> Sides:
     initial, a = _start(**start)
-    times = np.linspace(0, float(np.max(learning_time(initial, a, 0.999 * a))), 120)
-    free, held = (fine_tuning(initial, a, stretch * a, times, finetune_time, mu) for mu in (0.0, penalty))
+    times = np.linspace(0, float(np.max(theory.learning_time(initial, a, 0.999 * a))), 120)
+    free, held = (theory.fine_tuning(initial, a, stretch * a, times, finetune_time, mu) for mu in (0.0, penalty))
     delay = times[np.argmin(held.after.pretrain)] - times[np.argmin(free.after.pretrain)]
     cost = (held.after.finetune - free.after.finetune) / held.before.finetune[0]
     return 0.0, np.append(cost, delay / times[-1])

@@ -171,6 +171,12 @@ def parabola(risk: Callable[..., Any]) -> tuple[Any, Any, Any]:
     return start, (3 * start - 4 * half + end) / 2, 2 * (end - 2 * half + start)
 
 
+def skewed(normal: Normal, skewness: float, count: int) -> np.ndarray:
+    """Standardised mixtures (count,) of z and z² − 1, `skewness` the share of the latter."""
+    z = normal(count)
+    return ((1 - skewness) * z + skewness * (z**2 - 1)) / ((1 - skewness) ** 2 + 2 * skewness**2) ** 0.5
+
+
 def autocorrelation(n: int, correlation: float) -> np.ndarray:
     """(n, n) of rows in sequence: correlation^|i−j|."""
     return scipy.linalg.toeplitz(correlation ** np.arange(n))

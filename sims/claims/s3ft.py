@@ -9,9 +9,10 @@ import scipy.stats
 from linfit import FixedShift, MinNorm, Pair, Ridge, RiskForm, TwoTaskProblem, risk_forms, s3ft_targets
 from linfit.targets import Source
 from sims.claims import Normal, Sides, existence, identity, inequality, statistical
+from sims.claims.problems import skewed
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, Parameter
 from theory import s3ft
-from theory.s3ft import Expectation, Procedure, VectorProblem
+from theory.s3ft import Procedure, VectorProblem
 
 REPLICATES, SCALAR_REPLICATES = 1 << 12, 1 << 15
 OUTPUTS, FEATURES = 5, 6
@@ -74,10 +75,7 @@ def t1_sampled(
     delta = delta / np.sqrt(np.sum(spectrum * delta**2))
     length = np.exp(heavy_tails * normal(SCALAR_REPLICATES) - heavy_tails**2)
     x = length[:, None] * normal(SCALAR_REPLICATES, 4) * np.sqrt(spectrum)
-    z = normal(SCALAR_REPLICATES)
-    noise = (1 - skewness) * z + skewness * (z**2 - 1)
-    y = x @ delta + noise_std * noise / np.sqrt((1 - skewness) ** 2 + 2 * skewness**2)
-    std = (1 + noise_std**2) ** 0.5
+    y, std = x @ delta + noise_std * skewed(normal, skewness, SCALAR_REPLICATES), (1 + noise_std**2) ** 0.5
     targets = np.asarray(s3ft_targets(np.zeros_like(y), y, np.abs(y) <= threshold * std).values)
     return float(s3ft.fixed_point_coefficient(threshold * std, std)) * delta, x / spectrum * targets[:, None]
 
@@ -96,11 +94,9 @@ def _judged(
     return np.asarray(values), np.asarray(source)
 
 
-def _procedure(
-    tolerance: float, success: float, false_accept: float, false_reject: float, sampling_std: float, noise_std: float
-) -> Procedure:
+def _procedure(noise_std: float, tolerance: float, success: float, **judge: float) -> Procedure:
     """`tolerance` in units of √v, v = 1 + σ²."""
-    return Procedure(tolerance * (1 + noise_std**2) ** 0.5, success, false_accept, false_reject, sampling_std)
+    return Procedure(tolerance * (1 + noise_std**2) ** 0.5, success, **judge)
 
 
 def _sampled(
@@ -132,14 +128,9 @@ def _sampled(
     x = length[:, None] * normal(REPLICATES, FEATURES) * spectrum**0.5
     gold = x @ shift + noise_std * normal(REPLICATES, OUTPUTS)
     chances = scipy.stats.norm.cdf(normal(3, REPLICATES))
-    procedure = _procedure(noise_std=noise_std, **judged)
+    procedure = _procedure(noise_std, **judged)
     own = judged["sampling_std"] * normal(REPLICATES, OUTPUTS)
     return problem, procedure, x, *_judged(problem, procedure, gold, own, chances)
-
-
-def _residual_std(problem: VectorProblem) -> float:
-    """√v of each content output, whose signal is 1."""
-    return float(1 + problem.noise_std**2) ** 0.5
 
 
 @statistical(
@@ -150,7 +141,7 @@ def _residual_std(problem: VectorProblem) -> float:
 )
 def t2_shares(normal: Normal, **values: Any) -> Sides:
     problem, procedure, _, _, source = _sampled(normal, **values)
-    expected = s3ft.shares(procedure, problem.content_rank, _residual_std(problem))
+    expected = s3ft.shares(procedure, problem.content_rank, (1 + values["noise_std"] ** 2) ** 0.5)
     return np.array(expected), source[:, None] == np.array(list(Source))
 
 
@@ -163,7 +154,7 @@ def t2_shares(normal: Normal, **values: Any) -> Sides:
 def t2_drift(normal: Normal, **values: Any) -> Sides:
     """Least squares ends at the mean of Σ⁻¹x·targetᵀ."""
     problem, procedure, x, targets, _ = _sampled(normal, **values)
-    learned = s3ft.coefficients(procedure, problem.content_rank, _residual_std(problem))
+    learned = s3ft.coefficients(procedure, problem.content_rank, (1 + values["noise_std"] ** 2) ** 0.5)
     content, style = problem.gaps
     solved = x / np.asarray(problem.finetune_covariance.diagonal())
     return np.asarray(learned.content * content + learned.style * style), solved[:, :, None] * targets[:, None, :]
@@ -249,8 +240,7 @@ def t2_design(
     noise_correlation: float,
     **judged: float,
 ) -> Sides:
-    """Ridge on one design, a problem with nothing special about it, and draws of all else: shares of own and gold
-    answers, then the five risks."""
+    """Shares of own and gold answers, then the five risks, of ridge on one design; all else is sampled."""
     n, p, count = 5, 8, REPLICATES // 2
     spectrum, turn = (1.0 + np.arange(p)) ** -decay, np.linalg.qr(normal(p, p))[0]
     basis = np.linalg.qr(normal(OUTPUTS, OUTPUTS))[0]
@@ -259,9 +249,8 @@ def t2_design(
     goal, start = normal(p, OUTPUTS) / p**0.5, pretrain_size * normal(p, OUTPUTS) / p**0.5
     pretrain, style_std = turn * spectrum @ turn.T, 0.7 * noise_std
     problem = VectorProblem(pretrain, np.diag(spectrum), goal, P, noise_std, style_std, start)
-    procedure = _procedure(noise_std=noise_std, **judged)
+    procedure = _procedure(noise_std, **judged)
     expected = s3ft.conditional(X, problem, procedure, Ridge(penalty))
-
     common, fresh = normal(count, 1, OUTPUTS), normal(count, n, OUTPUTS)
     noise = noise_correlation**0.5 * common + (1 - noise_correlation) ** 0.5 * fresh
     gold = X @ goal + noise_std * noise @ P + style_std * (noise - noise @ P)
@@ -272,17 +261,16 @@ def t2_design(
     moved = np.linalg.solve(X.T @ X / n + penalty * np.eye(p), X.T / n) @ (targets.reshape(own.shape) - X @ start)
     missed = moved + start - goal
 
-    def squared(error: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-        return np.sum(error * (covariance @ error), axis=(1, 2))
-
+    parts = [(part, np.diag(spectrum)) for error in (missed, moved) for part in (error @ P, error - error @ P)]
     measured = [(source == kind).mean(axis=1) for kind in (Source.OWN, Source.GOLD)]
-    for error in (missed, moved):
-        measured += [squared(part, np.diag(spectrum)) for part in (error @ P, error - error @ P)]
-    measured.append(squared(moved + start, pretrain))
+    for part, covariance in [*parts, (moved + start, pretrain)]:
+        measured.append(np.sum(part * (covariance @ part), axis=(1, 2)))
     return np.array([expected.own, expected.gold, *expected[3:]]), np.stack(measured, axis=1)
 
 
-def _one_output(normal: Normal, decay: float, alignment: float, noise_std: float) -> tuple[Expectation, Pair[RiskForm]]:
+def _one_output(
+    normal: Normal, decay: float, alignment: float, noise_std: float
+) -> tuple[s3ft.Expectation, Pair[RiskForm]]:
     """Min-norm on a design with n < p and one output: S3FT without paraphrases at each tolerance, and SFT."""
     n, p = 20, 60
     spectrum = (1.0 + np.arange(p)) ** -decay
