@@ -15,7 +15,7 @@ import sims.verify
 from figures.commands.verify import verify as command
 from sims.claims import Claim
 from sims.parameters import Parameter
-from sims.verify import LEVEL, Effort, examine, falsify, holm, normals, points, studentised, verify
+from sims.verify import LEVEL, Effort, _holm, _studentised, examine, falsify, normals, points, verify
 
 KEY = jax.random.key(0)
 EFFORT = Effort(points=16, refinements=16, walks=2)
@@ -68,7 +68,7 @@ def test_skewness_is_corrected_for():
     samples = generator.standard_normal((100, 60_000)) ** 2 - 1
     t = samples.mean(axis=0) / samples.std(axis=0, ddof=1) * 10
     critical = scipy.stats.t.isf(1e-3, 99)
-    plain, corrected = (np.mean(np.abs(z) > critical) / 2e-3 for z in (t, studentised(samples)))
+    plain, corrected = (np.mean(np.abs(z) > critical) / 2e-3 for z in (t, _studentised(samples)))
     assert plain > 4
     assert corrected < 2
 
@@ -128,9 +128,9 @@ def test_holm_is_the_step_down_procedure():
         adjusted = np.maximum.accumulate(p[order] * np.arange(8, 0, -1))
         rejected = np.zeros(8, bool)
         rejected[order] = adjusted <= 0.05
-        assert ((p <= holm(p, 0.05)) == rejected).all()
-    assert holm([0.0, 1.0], LEVEL) == 0.0
-    assert holm([], LEVEL) == 0.0
+        assert ((p <= _holm(p, 0.05)) == rejected).all()
+    assert _holm([0.0, 1.0], LEVEL) == 0.0
+    assert _holm([], LEVEL) == 0.0
 
 
 def test_points_fill_the_space():
