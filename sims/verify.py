@@ -33,7 +33,7 @@ Values = dict[str, float]
 Result = TypeVar("Result")
 
 
-def normals(key: Array) -> Normal:
+def _normals(key: Array) -> Normal:
     """Standard normals from a key, call after call; by numpy, so that new shapes need no compilation."""
     words = [int(word) for word in np.ravel(jax.random.key_data(key))]
     generator = np.random.Generator(np.random.SFC64(words))
@@ -64,10 +64,10 @@ class Instance(NamedTuple):
         return self.p_value > LEVEL
 
 
-def examine(claim: Claim, values: Values, key: Array) -> Instance:
+def _examine(claim: Claim, values: Values, key: Array) -> Instance:
     """Predict and measure one instance. An instance that raises ValueError is a failure, with its message."""
     try:
-        predicted, measured = claim.sides(normals(key), **values)
+        predicted, measured = claim.sides(_normals(key), **values)
     except ValueError as error:
         return Instance(values, np.inf, 0.0, error=str(error))
     with np.errstate(invalid="ignore"):  # an infinite risk, say, is reported below
@@ -126,7 +126,7 @@ def _bonferroni(p_values: np.ndarray) -> float:
     return float(min(1.0, np.size(p_values) * np.min(p_values)))
 
 
-def points(claim: Claim, count: int, key: Array) -> list[Values]:
+def _points(claim: Claim, count: int, key: Array) -> list[Values]:
     """`count` quasi-random points of the assumed parameter space."""
     return [_values(claim, position) for position in _cube(claim, count, key)]
 
@@ -137,7 +137,7 @@ def _cube(claim: Claim, count: int, key: Array) -> np.ndarray:
     if dimension == 0:
         return np.zeros((count, 0))
     sobol = scipy.stats.qmc.Sobol(dimension, scramble=False)
-    shift = scipy.stats.norm.cdf(normals(key)(dimension))
+    shift = scipy.stats.norm.cdf(_normals(key)(dimension))
     return (sobol.random_base2(int(np.ceil(np.log2(max(count, 1)))))[:count] + shift) % 1
 
 
@@ -213,8 +213,8 @@ def side_by_side(work: Callable[[Claim], Result], claims: Sequence[Claim], descr
 def _measure(claim: Claim, instances: int, seed: int) -> tuple[list[Instance], float]:
     start = time.perf_counter()
     key = _claim_key(seed, claim)
-    where = points(claim, max(instances, WITNESSES) if claim.kind == "existence" else instances, key)
-    found = [examine(claim, values, jax.random.fold_in(key, index)) for index, values in enumerate(where)]
+    where = _points(claim, max(instances, WITNESSES) if claim.kind == "existence" else instances, key)
+    found = [_examine(claim, values, jax.random.fold_in(key, index)) for index, values in enumerate(where)]
     return found, time.perf_counter() - start
 
 
@@ -289,13 +289,16 @@ def falsify(claim: Claim, effort: Effort, seed: int) -> Attack:
     """Search the assumptions of a claim for its worst instance; then leave them, one at a time."""
     start, key = time.perf_counter(), _claim_key(seed, claim)
     worst = _worst(claim, effort, key)
-    starts = points(claim, effort.walks, jax.random.fold_in(key, effort.points + 1))
+    starts = _points(claim, effort.walks, jax.random.fold_in(key, effort.points + 1))
     holds = worst.obeys
     if claim.kind == "existence":
         opposite = claim._replace(sides=lambda normal, **values: claim.sides(normal, **values)[::-1])
         best = _worst(opposite, effort, key).values
-        holds = examine(claim, best, key).obeys
-        starts = [best, *(values for values in points(claim, effort.points, key) if examine(claim, values, key).obeys)]
+        holds = _examine(claim, best, key).obeys
+        starts = [
+            best,
+            *(values for values in _points(claim, effort.points, key) if _examine(claim, values, key).obeys),
+        ]
     # Walks lead out of an assumption; for a claim of existence, across its space.
     boundaries = [
         _walk(claim, starts[: effort.walks], name, end, key)
@@ -309,13 +312,13 @@ def _worst(claim: Claim, effort: Effort, key: Array) -> Instance:
     """The worst of many points, after a local search with the same normals; what is sampled is then sampled afresh."""
     cube = _cube(claim, effort.points, key)
     keys = [jax.random.fold_in(key, index) for index in range(effort.points)]
-    severities = [examine(claim, _values(claim, position), k).severity for position, k in zip(cube, keys, strict=True)]
+    severities = [_examine(claim, _values(claim, position), k).severity for position, k in zip(cube, keys, strict=True)]
     at = int(np.argmax(severities))
     position = cube[at]
     if np.isfinite(severities[at]) and position.size:
         steps = np.diag(np.where(position < 0.5, 0.2, -0.2))  # inwards along each axis
         search = scipy.optimize.minimize(
-            lambda x: -examine(claim, _values(claim, x), keys[at]).severity,
+            lambda x: -_examine(claim, _values(claim, x), keys[at]).severity,
             position,
             method="Nelder-Mead",
             bounds=[(0, 1)] * position.size,
@@ -323,7 +326,7 @@ def _worst(claim: Claim, effort: Effort, key: Array) -> Instance:
         )
         position = search.x if -search.fun > severities[at] else position
     sampled = claim.kind in ("statistical", "asymptotic")
-    return examine(claim, _values(claim, position), jax.random.fold_in(key, effort.points) if sampled else keys[at])
+    return _examine(claim, _values(claim, position), jax.random.fold_in(key, effort.points) if sampled else keys[at])
 
 
 def _walk(claim: Claim, starts: list[Values], name: str, end: float, key: Array) -> Boundary:
@@ -343,7 +346,7 @@ def _leave(claim: Claim, values: Values, name: str, end: float, key: Array) -> t
         parameter = parameter._replace(low=values[name], high=values[name])
 
     def at(distance: float) -> Instance:
-        return examine(claim, values | {name: parameter.beyond(distance, end)}, key)
+        return _examine(claim, values | {name: parameter.beyond(distance, end)}, key)
 
     held = 0.0
     for failed in DISTANCES:

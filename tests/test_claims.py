@@ -16,7 +16,7 @@ from linfit import GradientFlow, fine_tune
 from sims.claims import SECTIONS, Claim, Kind, all_claims, equivalents, overadaptation, spectral
 from sims.claims.problems import exact_instance
 from sims.parameters import Parameter
-from sims.verify import claims_named, examine, normals, points, verify
+from sims.verify import _examine, _normals, _points, claims_named, verify
 
 CLAIMS = {claim.id: claim for claim in all_claims()}
 
@@ -85,7 +85,7 @@ def test_claims_by_id_and_by_family():
 def test_the_algebra_of_the_claims_is_right(fixed):
     """The yardstick itself, against an average over raw samples of shift and noise, in standard errors."""
     values = {"size": 0, "decay": 0.7, "noise_std": 0.4**0.5, "pretrain_size": 0.5, "tau": 0.6, "penalty": 0.3}
-    exact = exact_instance(normals(jax.random.key(1)), fixed=fixed, time=3.0, speed=1.2, steps=5, **values)
+    exact = exact_instance(_normals(jax.random.key(1)), fixed=fixed, time=3.0, speed=1.2, steps=5, **values)
     generator, count = np.random.default_rng(2), 40_000
     m, R = exact.moments, exact.maps[1]
     (n, p), spread = exact.X.shape, m.second - np.outer(m.mean, m.mean)
@@ -114,9 +114,9 @@ def test_a_claim_is_what_the_docs_say():
         x, y = normal(4096), normal(4096)
         return 2.0, (x + shift + y - shift + correlation * x) ** 2
 
-    values = points(x1, 1, jax.random.key(0))[0]
-    assert examine(x1, values, jax.random.key(1)).p_value > 1e-5
-    assert examine(x1, values | {"correlation": 0.9}, jax.random.key(1)).p_value < 1e-5
+    values = _points(x1, 1, jax.random.key(0))[0]
+    assert _examine(x1, values, jax.random.key(1)).p_value > 1e-5
+    assert _examine(x1, values | {"correlation": 0.9}, jax.random.key(1)).p_value < 1e-5
 
 
 # Claims can fail: a wrong version of what is predicted must be rejected.

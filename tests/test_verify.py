@@ -15,7 +15,7 @@ import sims.verify
 from figures.commands.verify import verify as command
 from sims.claims import Claim
 from sims.parameters import Parameter
-from sims.verify import LEVEL, Effort, _holm, _studentised, examine, falsify, normals, points, verify
+from sims.verify import LEVEL, Effort, _examine, _holm, _normals, _points, _studentised, falsify, verify
 
 KEY = jax.random.key(0)
 EFFORT = Effort(points=16, refinements=16, walks=2)
@@ -38,9 +38,9 @@ def single(claim: Claim, instances: int = 4, seed: int = 0):
 def test_both_sides_of_each_tolerance(excess):
     """Identity, inequality: accepted just within the tolerance, rejected just beyond it."""
     identity = toy(sides=lambda normal, x: ([x, x], [x, x * (1 + 1e-3 * excess)]), tolerance=1e-3)
-    assert examine(identity, {"x": 1.5}, KEY).p_value == float(excess < 1)
+    assert _examine(identity, {"x": 1.5}, KEY).p_value == float(excess < 1)
     inequality = toy("inequality", lambda normal, x: (x, x - 0.1 * excess), tolerance=0.1)
-    instance = examine(inequality, {"x": 1.5}, KEY)
+    instance = _examine(inequality, {"x": 1.5}, KEY)
     assert instance.p_value == float(excess < 1)
     assert instance.severity == pytest.approx(0.1 * excess)
 
@@ -48,7 +48,7 @@ def test_both_sides_of_each_tolerance(excess):
 def test_statistical_p_values_are_those_of_a_t_test():
     """Against scipy, for symmetric samples; and Bonferroni over entries."""
     samples = np.random.default_rng(4).normal([0.0, 0.2, 0.0], 1.0, (200, 3))
-    instance = examine(toy("statistical", lambda normal, x: (np.zeros(3), samples)), {"x": 1.0}, KEY)
+    instance = _examine(toy("statistical", lambda normal, x: (np.zeros(3), samples)), {"x": 1.0}, KEY)
     expected = scipy.stats.ttest_1samp(samples, 0).pvalue.min() * 3
     assert math.log(instance.p_value) == pytest.approx(math.log(expected), abs=0.5)
 
@@ -96,7 +96,7 @@ def test_existence_needs_one_witness():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_fails(value):
-    instance = examine(toy(sides=lambda normal, x: (x, value)), {"x": 1.0}, KEY)
+    instance = _examine(toy(sides=lambda normal, x: (x, value)), {"x": 1.0}, KEY)
     assert (instance.p_value, instance.error) == (0.0, "not finite")
 
 
@@ -107,13 +107,13 @@ def refuse(normal, x):
 
 
 def test_an_error_is_a_failure_with_its_message():
-    instance = examine(toy("inequality", refuse), {"x": 2.7}, KEY)
+    instance = _examine(toy("inequality", refuse), {"x": 2.7}, KEY)
     assert (instance.p_value, instance.error) == (0.0, "x must be nice")
 
 
 def test_shapes_must_agree():
     with pytest.raises(TypeError, match="shape"):
-        examine(toy(sides=lambda normal, x: (x, np.ones(2))), {"x": 1.0}, KEY)
+        _examine(toy(sides=lambda normal, x: (x, np.ones(2))), {"x": 1.0}, KEY)
 
 
 # Holm, points, normals
@@ -141,14 +141,14 @@ def test_points_fill_the_space():
         "held": Parameter(low=2.0, high=2.0),
     }
     claim = toy(parameters=ranges)
-    sampled = points(claim, 64, KEY)
+    sampled = _points(claim, 64, KEY)
     for name, edges in (("x", np.linspace(0, 1, 9)), ("y", np.logspace(-4, 0, 9))):
         counts = np.histogram([point[name] for point in sampled], edges)[0]
         assert (counts == 8).all(), name  # stratified, where independent samples would not be
     assert sorted({point["k"] for point in sampled}) == [0, 1, 2, 3]
     assert all(type(point["k"]) is int and point["held"] == 2.0 for point in sampled)
-    assert points(claim, 64, KEY) == sampled
-    assert points(claim, 64, jax.random.key(1)) != sampled
+    assert _points(claim, 64, KEY) == sampled
+    assert _points(claim, 64, jax.random.key(1)) != sampled
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ def test_walks_start_at_the_edge(parameter, end, distance, value):
 
 
 def test_normals_are_standard_and_new_at_each_call():
-    normal = normals(KEY)
+    normal = _normals(KEY)
     first, second = normal(20_000), normal(20_000)
     assert scipy.stats.kstest(first, "norm").pvalue > 1e-4
     assert abs(np.corrcoef(first, second)[0, 1]) < 5 / 20_000**0.5
-    np.testing.assert_array_equal(normals(KEY)(20_000), first)
+    np.testing.assert_array_equal(_normals(KEY)(20_000), first)
 
 
 # Attacks
