@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import sims.verdicts
 import sims.verify
 from figures.commands.verify import verify as command
 from sims.claims import Claim
 from sims.parameters import Parameter
+from sims.verdicts import _boundaries_text
 from sims.verify import LEVEL, Effort, _examine, _holm, _normals, _points, _studentised, falsify, verify
 
 KEY = jax.random.key(0)
@@ -29,9 +29,6 @@ def toy(kind="identity", sides=lambda normal, x: (x, x), parameters=None, **fiel
 def single(claim: Claim, instances: int = 4, seed: int = 0):
     (verdict,) = verify([claim], instances, seed)
     return verdict
-
-
-# Comparisons
 
 
 @pytest.mark.parametrize("excess", [0.99, 1.01])
@@ -116,9 +113,6 @@ def test_shapes_must_agree():
         _examine(toy(sides=lambda normal, x: (x, np.ones(2))), {"x": 1.0}, KEY)
 
 
-# Holm, points, normals
-
-
 def test_holm_is_the_step_down_procedure():
     """Against its definition by adjusted p-values, max over j ≤ i of (m − j + 1) p_(j), on random families."""
     generator = np.random.default_rng(0)
@@ -175,13 +169,6 @@ def test_normals_are_standard_and_new_at_each_call():
     np.testing.assert_array_equal(_normals(KEY)(20_000), first)
 
 
-# Attacks
-
-
-def boundaries_text(attack) -> str:
-    return sims.verdicts._boundaries_text(attack)
-
-
 def test_the_search_finds_the_worst_instance():
     """A violation that a few points miss: found by refining around the worst of them."""
     unit = {"x": Parameter(low=0.0, high=1.0), "y": Parameter(low=0.0, high=1.0)}
@@ -190,7 +177,7 @@ def test_the_search_finds_the_worst_instance():
     found = falsify(claim, Effort(points=8, refinements=60, walks=1), 0)
     assert not found.holds
     assert (found.worst.values["x"], found.worst.values["y"]) == pytest.approx((0.7, 0.3), abs=0.05)
-    assert boundaries_text(found) == "no assumption to leave"
+    assert _boundaries_text(found) == "no assumption to leave"
 
 
 def test_the_walk_finds_the_boundary():
@@ -210,14 +197,14 @@ def test_an_assumption_that_is_needed_exactly():
     assert found.holds
     (boundary,) = found.boundaries
     assert (boundary.parameter, boundary.at_once, boundary.share) == ("x", True, 1)
-    assert boundaries_text(found) == "needs x = 0"
+    assert _boundaries_text(found) == "needs x = 0"
 
 
 def test_a_claim_without_boundary_says_so():
     found = falsify(toy("inequality", lambda normal, x: (0.0, 1.0)), EFFORT, 0)
     assert found.holds
     assert all(boundary.fails_at is None for boundary in found.boundaries)
-    assert boundaries_text(found) == "no boundary found (x to -1, x to 3)"
+    assert _boundaries_text(found) == "no boundary found (x to -1, x to 3)"
 
 
 def test_what_the_library_refuses_is_told():
@@ -233,9 +220,6 @@ def test_where_a_claim_of_existence_holds_is_mapped():
     below, above = found.boundaries
     assert below.fails_at == pytest.approx(1.7, abs=0.05)
     assert above.fails_at is None
-
-
-# The command
 
 
 def test_json_is_complete(capsys):
@@ -283,7 +267,6 @@ def test_bad_input(arguments, message):
 
 
 def test_the_command_is_light_until_it_runs():
-    code = (
-        "import sys, figures.commands.verify; print([m for m in ('jax', 'numpy', 'scipy', 'rich') if m in sys.modules])"
-    )
+    heavy = ("jax", "numpy", "scipy", "rich")
+    code = f"import sys, figures.commands.verify; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

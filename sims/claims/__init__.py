@@ -14,7 +14,7 @@ import numpy as np
 
 from sims.parameters import Parameter
 
-__all__ = ["Claim", "Normal", "Sides", "all_claims", "claim"]
+__all__ = ["Claim", "all_claims", "claim"]
 
 SECTIONS = ("spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier")
 """Modules that have claims, in the order of the docs."""
