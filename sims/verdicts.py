@@ -20,16 +20,7 @@ FULL_EFFORT, QUICK_EFFORT = Effort(points=32, refinements=32, walks=4), Effort(p
 
 
 def run(ids: Sequence[str], instances: int | None, seed: int, *, json: bool, attack: bool, quick: bool) -> bool:
-    """What `linfit verify` does: whether every claim held.
-
-    Args:
-        ids: which claims, as for `claims_named`.
-        instances: of each claim; None for 32, or 4 if `quick`.
-        seed: of every key.
-        json: print JSON instead of tables.
-        attack: also search for the worst instance, and walk out of the assumptions.
-        quick: few instances and short searches.
-    """
+    """What `linfit verify` does, with its options; whether every claim held."""
     claims = claims_named(ids)
     start = time.perf_counter()
     verdicts = verify(claims, instances or (QUICK if quick else FULL), seed)

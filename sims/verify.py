@@ -187,8 +187,8 @@ def verify(claims: Sequence[Claim], instances: int, seed: int) -> list[Verdict]:
     [('O3', True), ('O3.less', True)]
     """
     measured = side_by_side(lambda claim: _measure(claim, instances, seed), claims, "verify")
-    sampled = [found for claim, (found, _) in zip(claims, measured, strict=True) if claim.kind != "existence"]
-    tested = [instance.p_value for found in sampled for instance in found]
+    universal = [found for claim, (found, _) in zip(claims, measured, strict=True) if claim.kind != "existence"]
+    tested = [instance.p_value for found in universal for instance in found]
     limit, verdicts = _holm(tested, LEVEL), []
     for claim, (found, seconds) in zip(claims, measured, strict=True):
         obeyed = [instance.p_value > limit for instance in found]
@@ -295,10 +295,8 @@ def falsify(claim: Claim, effort: Effort, seed: int) -> Attack:
         opposite = claim._replace(sides=lambda normal, **values: claim.sides(normal, **values)[::-1])
         best = _worst(opposite, effort, key).values
         holds = _examine(claim, best, key).obeys
-        starts = [
-            best,
-            *(values for values in _points(claim, effort.points, key) if _examine(claim, values, key).obeys),
-        ]
+        inside = [values for values in _points(claim, effort.points, key) if _examine(claim, values, key).obeys]
+        starts = [best, *inside]
     # Walks lead out of an assumption; for a claim of existence, across its space.
     boundaries = [
         _walk(claim, starts[: effort.walks], name, end, key)

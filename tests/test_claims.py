@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sims.claims
 from linfit import GradientFlow, fine_tune
-from sims.claims import SECTIONS, Kind, all_claims, equivalents, overadaptation, spectral
+from sims.claims import SECTIONS, Kind, all_claims, equivalents, overadaptation, spectral, statistical
 from sims.claims.problems import exact_instance
 from sims.parameters import Parameter
 from sims.verify import _examine, _normals, _points, claims_named, verify
@@ -96,13 +95,11 @@ def test_the_algebra_of_the_claims_is_right(fixed):
 def test_a_claim_is_what_the_docs_say():
     """The example of docs/claims.md."""
 
-    @sims.claims.claim(
+    @statistical(
         "X1",
         "The sum of two independent normals has variance 2.",
         R"\mathrm{Var}(x + y) = 2",
-        source="ours",
-        kind="statistical",
-        parameters={"shift": Parameter(low=-1.0, high=1.0), "correlation": Parameter(low=0.0, high=0.0, highest=0.9)},
+        parameters={"shift": Parameter(low=-1.0, high=1.0), "correlation": Parameter(highest=0.9)},
     )
     def x1(normal, shift, correlation):
         x, y = normal(4096), normal(4096)
