@@ -25,8 +25,6 @@ __all__ = ["pictures"]
 
 
 class _Setting(NamedTuple):
-    """Sizes of a run; the quick one is for CI and first looks."""
-
     instances: int
     grid: int
     decays: tuple[float, ...]
@@ -40,11 +38,9 @@ QUICK = _Setting(instances=1, grid=7, decays=(0.5, 1.0), designs=1, points=8)
 
 def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     """The tiles and the maps."""
-    setting = QUICK if quick else FULL
-    seed = seed_of(key)
-    data = _verdicts(verify(all_claims(), setting.instances, seed)).assign_attrs(
-        instances=setting.instances, level=LEVEL, seed=seed
-    )
+    setting, seed = QUICK if quick else FULL, seed_of(key)
+    data = _verdicts(verify(all_claims(), setting.instances, seed))
+    data = data.assign_attrs(instances=setting.instances, level=LEVEL, seed=seed)
     yield Picture("claims", "Every claim and its verdict", data, _draw_tiles, _caption_tiles)
     data = _maps(key, setting).assign_attrs(seed=seed)
     yield Picture("claim_boundaries", "Where O1 and O4 hold", data, _draw_maps, _caption_maps)
@@ -62,10 +58,8 @@ def _verdicts(verdicts: Sequence[Verdict]) -> xr.Dataset:
         "worst": [worst_text(v.claim, v.worst) for v in verdicts],
     }
     columns |= {name: [getattr(v.claim, name) for v in verdicts] for name in ("statement", "source", "kind")}
-    return xr.Dataset(
-        {name: ("claim", np.asarray(values)) for name, values in columns.items()},
-        {"claim": [v.claim.id for v in verdicts]},
-    )
+    variables = {name: ("claim", np.asarray(values)) for name, values in columns.items()}
+    return xr.Dataset(variables, {"claim": [v.claim.id for v in verdicts]})
 
 
 COLUMNS, TILE_HEIGHT = 4, 0.72
@@ -137,10 +131,8 @@ def _maps(key: Array, setting: _Setting) -> xr.Dataset:
         (claim,) = claims_named([id])
         widened = claim._replace(parameters=claim.parameters | ranges)
         instances = verify([widened], setting.points, seed_of(key))[0].instances
-        columns: dict[str, list] = {
-            field: [at.values[field] for at in instances] for field in ("alignment", "noise_std")
-        }
-        columns["holds"] = [int(at.p_value > LEVEL) for at in instances]
+        columns: dict[str, list] = {name: [at.values[name] for at in instances] for name in ("alignment", "noise_std")}
+        columns["holds"] = [int(at.obeys) for at in instances]
         name = id.replace(".", "_")
         data = data.assign({f"{name}_{field}": (f"{name}_instance", values) for field, values in columns.items()})
     return data
@@ -167,9 +159,8 @@ def _draw_map(figure: Figure, axis: Axes, data: xr.Dataset, name: str, level: fl
     shown = values.sel(decay=1.0)
     reach = max(float(np.quantile(np.abs(shown.values - level), 0.9)), 0.05)
     norm = TwoSlopeNorm(level, level - reach, level + reach)
-    mesh = axis.pcolormesh(
-        values.alignment, variance, shown.T, norm=norm, cmap="PuOr", shading="nearest", rasterized=True
-    )
+    style: dict[str, Any] = {"cmap": "PuOr", "shading": "nearest", "rasterized": True}
+    mesh = axis.pcolormesh(values.alignment, variance, shown.T, norm=norm, **style)
     figure.colorbar(mesh, ax=axis, location="bottom", extend="both").set_label(label)
     for decay in values.decay.values:
         lines = values.sel(decay=decay).T

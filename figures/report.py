@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import matplotlib as mpl
@@ -20,7 +19,10 @@ import matplotlib as mpl
 from figures.style import SETTINGS, Picture
 from linfit.internal.files import whole_file
 
-__all__ = ["Entry", "draw_figures", "prepare_folder", "write_picture", "write_report"]
+__all__ = ["draw_figures", "prepare_folder", "write_report"]
+
+Entry = tuple[str, str, str]
+"""What the report says of a written picture: name, title, caption."""
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -40,12 +42,12 @@ def prepare_folder(out: Path) -> Path:
     return out
 
 
-def write_picture(picture: Picture, out: Path) -> str:
+def _write_picture(picture: Picture, out: Path) -> str:
     """NAME.png, NAME.pdf and NAME.nc (the plotted numbers, caption included) in the folder `out`; the caption."""
     figure, caption = picture.draw(picture.data), picture.caption(picture.data)
     for ending in ("png", "pdf"):
+        metadata = {"CreationDate": None} if ending == "pdf" else None
         with whole_file(out / f"{picture.name}.{ending}") as path:
-            metadata = {"CreationDate": None} if ending == "pdf" else None
             figure.savefig(path, format=ending, dpi=200, metadata=metadata)
     # NetCDF 3 has integers of 32 bits; a seed may need 33.
     large = {name: float(n) for name, n in picture.data.attrs.items() if isinstance(n, int) and abs(n) >= 2**31}
@@ -54,36 +56,18 @@ def write_picture(picture: Picture, out: Path) -> str:
     return caption
 
 
-class Entry(NamedTuple):
-    """What the report says of a written picture."""
-
-    name: str
-    title: str
-    caption: str
-
-
 def _draw_module(module: str, seed: int, quick: bool, out: Path) -> list[Entry]:
     """Draw and write every picture of one module, saying so as they are done."""
     start, entries = time.perf_counter(), []
     with mpl.rc_context(SETTINGS):
         for picture in import_module(module).pictures(jax.random.key(seed), quick):
-            caption = write_picture(picture, out)
-            entries.append(Entry(picture.name, picture.title, caption))
+            entries.append((picture.name, picture.title, _write_picture(picture, out)))
             print(f"{module}: {picture.name} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
     return entries
 
 
 def draw_figures(modules: Sequence[str], seed: int, quick: bool, out: Path) -> list[Entry]:
-    """Write the pictures of several modules, each in a process of its own, as many at once as there are cores.
-
-    Args:
-        modules: each has `pictures(key, quick)`, an iterator of `Picture`.
-        seed: of the key.
-        quick: small sizes.
-        out: an existing folder.
-
-    Entries come in the order of the modules.
-    """
+    """Write the `pictures(key, quick)` of several modules, each in a process of its own, into an existing folder."""
     if len(modules) == 1:
         return _draw_module(modules[0], seed, quick, out)
     workers = min(len(modules), os.cpu_count() or 1)
@@ -100,15 +84,14 @@ def _quit_on_interrupt() -> None:
 def write_report(entries: Iterable[Entry], out: Path, command: str) -> Path:
     """index.html: all figures with their captions in one self-contained page."""
     sections, links = [], []
-    for entry in entries:
-        image = base64.b64encode((out / f"{entry.name}.png").read_bytes()).decode()
-        title, caption = html.escape(entry.title), html.escape(entry.caption)
-        links.append(f'<a href="#{entry.name}">{title}</a>')
+    for name, *words in entries:
+        image = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
+        title, caption = map(html.escape, words)
+        links.append(f'<a href="#{name}">{title}</a>')
         sections.append(
-            f'<section id="{entry.name}"><h2>{title}</h2><figure>'
-            f'<img src="data:image/png;base64,{image}" alt="{title}">'
-            f"<figcaption>{caption} Files: <code>{entry.name}.png</code>, <code>.pdf</code>, "
-            f"<code>.nc</code> (numbers).</figcaption></figure></section>"
+            f'<section id="{name}"><h2>{title}</h2><figure><img src="data:image/png;base64,{image}" alt="{title}">'
+            f"<figcaption>{caption} Files: <code>{name}.png</code>, <code>.pdf</code>, <code>.nc</code> (numbers)."
+            "</figcaption></figure></section>"
         )
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '

@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 from figures.report import prepare_folder
 from figures.style import COLOURS, SETTINGS, canvas
@@ -42,15 +44,7 @@ def load_arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 def report_selection(file: Path, out: Path | None, json: bool) -> None:
-    """Select (τ, λ) for a user's arrays; print a table or JSON, and write the picture.
-
-    Args:
-        file: an .npz of X, y, theta_1 and perhaps X_val, y_val.
-        out: the picture; `file` with the ending .select.png if None.
-        json: print JSON.
-
-    Raises ValueError for another file, arrays that do not fit, or another ending of `out`.
-    """
+    """What `linfit select` does; ValueError for arrays that do not fit, or another ending of `out`."""
     out = file.with_suffix(".select.png") if out is None else out
     if out.suffix not in ENDINGS:
         raise ValueError(f"--out must end in {', '.join(ENDINGS)}, got {out.name}")
@@ -72,20 +66,18 @@ def report_selection(file: Path, out: Path | None, json: bool) -> None:
 def _summary(selection: Selection) -> dict[str, Any]:
     """The minimum and its error bars, as plain numbers."""
     plausible = selection.indistinguishable
-
-    def ends(values: np.ndarray) -> list[float] | None:
-        return [float(values.min()), float(values.max())] if values.size else None
-
+    penalties, taus = selection.penalties[plausible.any(axis=1)], selection.taus[plausible.any(axis=0)]
+    within = {
+        name: [float(values.min()), float(values.max())] if values.size else None
+        for name, values in (("penalty", penalties), ("tau", taus))
+    }
     return {
         "penalty": selection.best_penalty,
         "tau": selection.best_tau,
         "tau_standard_error": selection.best_tau_error,
         "mean_squared_error": selection.best_mean_squared_error,
         "mean_squared_error_standard_error": selection.best_standard_error,
-        "within_one_standard_error": {
-            "penalty": ends(selection.penalties[plausible.any(axis=1)]),
-            "tau": ends(selection.taus[plausible.any(axis=0)]),
-        },
+        "within_one_standard_error": within,
         "gain_over_full_fine_tuning": selection.gain_over_full,
         "gain_over_full_fine_tuning_standard_error": selection.gain_over_full_error,
         "pretrained_mean_squared_error": selection.pretrained_mean_squared_error,
@@ -93,10 +85,6 @@ def _summary(selection: Selection) -> dict[str, Any]:
 
 
 def _print_table(results: dict[str, Selection], out: Path) -> None:
-    """The result for people."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("", *results, title="ensemble of ridge: θ₁ + τ (θ̂_λ − θ₁)")
     rows = {
         "penalty λ": lambda s: f"{s.best_penalty:.4g}",
@@ -124,9 +112,8 @@ def _draw(results: dict[str, Selection]) -> Figure:
     filled = left.contourf(penalties, selection.taus, surface.T, levels=levels, cmap="cividis", extend="max")
     plausible = selection.indistinguishable[positive].T.astype(float)
     if 0 < plausible.mean() < 1:
-        left.contour(
-            penalties, selection.taus, plausible, levels=[0.5], colors="white", linestyles="--", linewidths=1.2
-        )
+        dashed = {"colors": "white", "linestyles": "--", "linewidths": 1.2}
+        left.contour(penalties, selection.taus, plausible, levels=[0.5], **dashed)
     star: dict[str, Any] = {"fmt": "*", "color": "white", "markeredgecolor": "black", "markersize": 9, "capsize": 2}
     left.errorbar(max(selection.best_penalty, penalties[0]), selection.best_tau, selection.best_tau_error, **star)
     left.set(xscale="log", xlabel=R"penalty $\lambda$", ylabel=R"ensemble coefficient $\tau$")

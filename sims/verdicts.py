@@ -20,16 +20,7 @@ FULL_EFFORT, QUICK_EFFORT = Effort(points=32, refinements=32, walks=4), Effort(p
 
 
 def run(ids: Sequence[str], instances: int | None, seed: int, *, json: bool, attack: bool, quick: bool) -> bool:
-    """What `linfit verify` does: whether every claim held.
-
-    Args:
-        ids: which claims, as for `claims_named`.
-        instances: of each claim; None for 32, or 4 if `quick`.
-        seed: of every key.
-        json: print JSON instead of tables.
-        attack: also search for the worst instance, and walk out of the assumptions.
-        quick: few instances and short searches.
-    """
+    """What `linfit verify` does, with its options; whether every claim held."""
     claims = claims_named(ids)
     start = time.perf_counter()
     verdicts = verify(claims, instances or (QUICK if quick else FULL), seed)
@@ -39,9 +30,8 @@ def run(ids: Sequence[str], instances: int | None, seed: int, *, json: bool, att
     holds = all(verdict.holds for verdict in verdicts) and all(attack.holds for attack in attacks)
     if json:
         summary = {"holds": holds, "seed": seed, "level": LEVEL, "seconds": round(seconds, 1)}
-        parts = {"claims": [_as_record(verdict) for verdict in verdicts]}
-        if attacks:
-            parts["attacks"] = [_attack_record(attack) for attack in attacks]
+        parts = {"claims": [_verdict_record(verdict) for verdict in verdicts]}
+        parts |= {"attacks": [_attack_record(attack) for attack in attacks]} if attacks else {}
         print(json_format.dumps(summary | parts, indent=2, allow_nan=False))
     else:
         console = Console()
@@ -105,21 +95,11 @@ def _print_attacks(console: Console, attacks: Sequence[Attack]) -> None:
     title = "attacks: the worst instance inside the assumptions; outside, one assumption at a time"
     table = _table(title, ("claim", "worst inside", "verdict", "outside", "s"))
     for attack in attacks:
-        cells = (
-            attack.claim.id,
-            worst_text(attack.claim, attack.worst),
-            _attack_text(attack),
-            _boundaries_text(attack),
-        )
-        table.add_row(*cells, f"{attack.seconds:.1f}", style=None if attack.holds else "bold red")
+        words = ("NO WITNESS", "has a witness") if attack.claim.kind == "existence" else ("BROKEN", "survives")
+        cells = (worst_text(attack.claim, attack.worst), words[attack.holds], _boundaries_text(attack))
+        style = None if attack.holds else "bold red"
+        table.add_row(attack.claim.id, *cells, f"{attack.seconds:.1f}", style=style)
     console.print(table)
-
-
-def _attack_text(attack: Attack) -> str:
-    """In one word."""
-    if attack.claim.kind == "existence":
-        return "has a witness" if attack.holds else "NO WITNESS"
-    return "survives" if attack.holds else "BROKEN"
 
 
 def _boundaries_text(attack: Attack) -> str:
@@ -134,7 +114,6 @@ def _boundaries_text(attack: Attack) -> str:
 
 
 def _boundary_text(claim: Claim, boundary: Boundary) -> str:
-    """One boundary as a sentence."""
     parameter = claim.parameters[boundary.parameter]
     share = "" if boundary.share == 1 else f" ({boundary.share:.0%} of walks)"
     why = "" if boundary.refused is None else f": {boundary.refused}"
@@ -145,8 +124,7 @@ def _boundary_text(claim: Claim, boundary: Boundary) -> str:
     return f"{boundary.parameter} {where}{share}{why}"
 
 
-def _as_record(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as plain JSON values."""
+def _verdict_record(verdict: Verdict) -> dict[str, Any]:
     fields = ("id", "statement", "formula", "source", "kind", "tolerance")
     return {name: getattr(verdict.claim, name) for name in fields} | {
         "instances": len(verdict.instances),
@@ -160,16 +138,11 @@ def _as_record(verdict: Verdict) -> dict[str, Any]:
 
 def _instance_record(instance: Instance) -> dict[str, Any]:
     """Severity null if nothing could be measured."""
-    return {
-        "values": instance.values,
-        "severity": instance.severity if np.isfinite(instance.severity) else None,
-        "p_value": instance.p_value,
-        "error": instance.error,
-    }
+    severity = instance.severity if np.isfinite(instance.severity) else None
+    return {"values": instance.values, "severity": severity, "p_value": instance.p_value, "error": instance.error}
 
 
 def _attack_record(attack: Attack) -> dict[str, Any]:
-    """An attack as plain JSON values."""
     return {
         "id": attack.claim.id,
         "worst": _instance_record(attack.worst),

@@ -21,7 +21,7 @@ from jax import Array
 from sims.claims import Claim, Normal, all_claims
 from sims.estimate import progress
 
-__all__ = ["LEVEL", "Attack", "Effort", "Instance", "Verdict", "claims_named", "falsify", "normals", "verify"]
+__all__ = ["LEVEL", "Attack", "Effort", "Instance", "Verdict", "claims_named", "falsify", "verify"]
 
 LEVEL = 1e-5
 """Probability that `verify` rejects anything at all in a registry where everything is true."""
@@ -33,23 +33,14 @@ Values = dict[str, float]
 Result = TypeVar("Result")
 
 
-def normals(key: Array) -> Normal:
-    """Standard normals from a key, call after call; drawn by numpy, so that new shapes need no compilation.
-
-    >>> normal = normals(jax.random.key(0))
-    >>> normal(2, 3).shape, bool((normal(2) != normal(2)).all())
-    ((2, 3), True)
-    """
+def _normals(key: Array) -> Normal:
+    """Standard normals from a key, call after call; by numpy, so that new shapes need no compilation."""
     words = [int(word) for word in np.ravel(jax.random.key_data(key))]
     generator = np.random.Generator(np.random.SFC64(words))
-
-    def normal(*shape: int) -> np.ndarray:
-        return np.asarray(generator.standard_normal(shape))
-
-    return normal
+    return lambda *shape: np.asarray(generator.standard_normal(shape))
 
 
-def claim_key(seed: int, claim: Claim) -> Array:
+def _claim_key(seed: int, claim: Claim) -> Array:
     """The key of one claim: the same whichever other claims are verified."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(claim.id.encode()))
 
@@ -67,43 +58,43 @@ class Instance(NamedTuple):
     error: str | None = None
     """Why there was nothing to measure."""
 
+    @property
+    def obeys(self) -> bool:
+        """Whether it obeys the claim, on its own."""
+        return self.p_value > LEVEL
 
-def examine(claim: Claim, values: Values, key: Array) -> Instance:
+
+def _examine(claim: Claim, values: Values, key: Array) -> Instance:
     """Predict and measure one instance. An instance that raises ValueError is a failure, with its message."""
     try:
-        predicted, measured = claim.sides(normals(key), **values)
+        predicted, measured = claim.sides(_normals(key), **values)
     except ValueError as error:
         return Instance(values, np.inf, 0.0, error=str(error))
     with np.errstate(invalid="ignore"):  # an infinite risk, say, is reported below
-        severity, p_value, gaps = COMPARISONS[claim.kind](claim, predicted, measured)
+        severity, p_value, gaps = _compare(claim, predicted, measured)
     if not np.isfinite(severity):
         return Instance(values, np.inf, 0.0, error="not finite")
     return Instance(values, severity, p_value, gaps)
 
 
-Comparison = tuple[float, float, tuple[float, ...]]
-
-
-def _identity(claim: Claim, predicted: Any, measured: Any) -> Comparison:
+def _compare(claim: Claim, predicted: Any, measured: Any) -> tuple[float, float, tuple[float, ...]]:
+    """Severity, p-value, and the gaps of an asymptotic claim."""
+    if claim.kind == "asymptotic":
+        return _compare_sizes(claim, predicted, measured)
     predicted, measured = np.asarray(predicted), np.asarray(measured)
-    if predicted.shape != measured.shape:
-        raise TypeError(f"{claim.id}: predicted has shape {predicted.shape}, measured {measured.shape}")
-    residual = float(np.abs(measured - predicted).max() / np.abs(predicted).max())
-    return residual, float(residual <= claim.tolerance), ()
-
-
-def _inequality(claim: Claim, predicted: Any, measured: Any) -> Comparison:
-    margin = float(np.min(np.asarray(measured) - np.asarray(predicted)))
+    if claim.kind == "statistical":
+        z = _studentised(measured - predicted)
+        return float(np.abs(z).max()), _bonferroni(2 * scipy.stats.t.sf(np.abs(z), len(measured) - 1)), ()
+    if claim.kind == "identity":
+        if predicted.shape != measured.shape:
+            raise TypeError(f"{claim.id}: predicted has shape {predicted.shape}, measured {measured.shape}")
+        residual = float(np.abs(measured - predicted).max() / np.abs(predicted).max())
+        return residual, float(residual <= claim.tolerance), ()
+    margin = float(np.min(measured - predicted))
     return -margin, float(margin > -claim.tolerance), ()
 
 
-def _statistical(claim: Claim, predicted: Any, measured: Any) -> Comparison:
-    z = studentised(np.asarray(measured) - np.asarray(predicted))
-    p_values = 2 * scipy.stats.t.sf(np.abs(z), len(measured) - 1)
-    return float(np.abs(z).max()), _bonferroni(p_values), ()
-
-
-def _asymptotic(claim: Claim, predicted: Any, measured: Any) -> Comparison:
+def _compare_sizes(claim: Claim, predicted: Any, measured: Any) -> tuple[float, float, tuple[float, ...]]:
     ratios, p_values, gaps = [], [], []
     for size, expected, samples in zip(claim.sizes, predicted, measured, strict=True):
         difference = np.asarray(samples) - np.asarray(expected)
@@ -118,23 +109,10 @@ def _asymptotic(claim: Claim, predicted: Any, measured: Any) -> Comparison:
     return float(np.max(ratios)), _bonferroni(np.concatenate(p_values)), tuple(gaps)
 
 
-COMPARISONS: dict[str, Callable[[Claim, Any, Any], Comparison]] = {
-    "identity": _identity,
-    "inequality": _inequality,
-    "existence": _inequality,
-    "statistical": _statistical,
-    "asymptotic": _asymptotic,
-}
-
-
-def studentised(samples: np.ndarray) -> np.ndarray:
+def _studentised(samples: np.ndarray) -> np.ndarray:
     """z of the hypothesis that the mean over the leading axis is 0, corrected for skewness (Hall 1992).
 
     Squared errors are skewed, and far out in the tails, where corrected tests decide, Student's t would not be enough.
-
-    >>> samples = np.random.default_rng(0).exponential(size=(100, 5)) - 1
-    >>> bool((abs(studentised(samples)) < 4).all())
-    True
     """
     count = len(samples)
     mean, spread = samples.mean(axis=0), samples.std(axis=0, ddof=1)
@@ -148,25 +126,18 @@ def _bonferroni(p_values: np.ndarray) -> float:
     return float(min(1.0, np.size(p_values) * np.min(p_values)))
 
 
-def points(claim: Claim, count: int, key: Array) -> list[Values]:
-    """`count` quasi-random points of the assumed parameter space: Sobol' points, shifted at random.
-
-    >>> from sims.parameters import TAU
-    >>> ranges = {"x": TAU.within(0, 1), "y": TAU.within(2)}
-    >>> claim = Claim("C", "", "", "ours", "identity", ranges, lambda normal, x, y: (x, y))
-    >>> [0 <= point["x"] <= 1 and point["y"] == 2 for point in points(claim, 3, jax.random.key(0))]
-    [True, True, True]
-    """
-    cube = _cube(claim, count, key)
-    return [_values(claim, position) for position in cube]
+def _points(claim: Claim, count: int, key: Array) -> list[Values]:
+    """`count` quasi-random points of the assumed parameter space."""
+    return [_values(claim, position) for position in _cube(claim, count, key)]
 
 
 def _cube(claim: Claim, count: int, key: Array) -> np.ndarray:
+    """Sobol' points (count, free parameters) of the unit cube, shifted at random."""
     dimension = len(_free(claim))
     if dimension == 0:
         return np.zeros((count, 0))
     sobol = scipy.stats.qmc.Sobol(dimension, scramble=False)
-    shift = scipy.stats.norm.cdf(normals(key)(dimension))
+    shift = scipy.stats.norm.cdf(_normals(key)(dimension))
     return (sobol.random_base2(int(np.ceil(np.log2(max(count, 1)))))[:count] + shift) % 1
 
 
@@ -195,7 +166,7 @@ class Verdict(NamedTuple):
     @property
     def share(self) -> float:
         """Share of the instances that obey the claim, each on its own."""
-        return float(np.mean([instance.p_value > LEVEL for instance in self.instances]))
+        return float(np.mean([instance.obeys for instance in self.instances]))
 
     @property
     def slope(self) -> float | None:
@@ -216,13 +187,9 @@ def verify(claims: Sequence[Claim], instances: int, seed: int) -> list[Verdict]:
     [('O3', True), ('O3.less', True)]
     """
     measured = side_by_side(lambda claim: _measure(claim, instances, seed), claims, "verify")
-    tested = [
-        instance.p_value
-        for claim, (found, _) in zip(claims, measured, strict=True)
-        for instance in found
-        if claim.kind != "existence"
-    ]
-    limit, verdicts = holm(tested, LEVEL), []
+    universal = [found for claim, (found, _) in zip(claims, measured, strict=True) if claim.kind != "existence"]
+    tested = [instance.p_value for found in universal for instance in found]
+    limit, verdicts = _holm(tested, LEVEL), []
     for claim, (found, seconds) in zip(claims, measured, strict=True):
         obeyed = [instance.p_value > limit for instance in found]
         verdicts.append(Verdict(claim, found, any(obeyed) if claim.kind == "existence" else all(obeyed), seconds))
@@ -245,18 +212,14 @@ def side_by_side(work: Callable[[Claim], Result], claims: Sequence[Claim], descr
 
 def _measure(claim: Claim, instances: int, seed: int) -> tuple[list[Instance], float]:
     start = time.perf_counter()
-    key = claim_key(seed, claim)
-    where = points(claim, max(instances, WITNESSES) if claim.kind == "existence" else instances, key)
-    found = [examine(claim, values, jax.random.fold_in(key, index)) for index, values in enumerate(where)]
+    key = _claim_key(seed, claim)
+    where = _points(claim, max(instances, WITNESSES) if claim.kind == "existence" else instances, key)
+    found = [_examine(claim, values, jax.random.fold_in(key, index)) for index, values in enumerate(where)]
     return found, time.perf_counter() - start
 
 
-def holm(p_values: Sequence[float], level: float) -> float:
-    """The largest p-value that Holm's step-down procedure rejects at `level`; 0 if none is (0 is always rejected).
-
-    >>> holm([0.001, 0.02, 0.03, 0.5], 0.05)
-    0.001
-    """
+def _holm(p_values: Sequence[float], level: float) -> float:
+    """The largest p-value that Holm's step-down procedure rejects at `level`; 0 if none is (0 is always rejected)."""
     limit = 0.0
     for index, p_value in enumerate(sorted(p_values)):
         if p_value > level / (len(p_values) - index):
@@ -301,7 +264,7 @@ class Boundary(NamedTuple):
     holds_to: float
     """Last value at which the claim was seen to hold, on the walk that failed first; `end` if no walk failed."""
     fails_at: float | None
-    """First value at which it failed there; None if no walk failed."""
+    """First value at which it failed there."""
     share: float
     """Share of the walks that failed."""
     refused: str | None
@@ -324,16 +287,16 @@ class Attack(NamedTuple):
 
 def falsify(claim: Claim, effort: Effort, seed: int) -> Attack:
     """Search the assumptions of a claim for its worst instance; then leave them, one at a time."""
-    start = time.perf_counter()
-    key = claim_key(seed, claim)
+    start, key = time.perf_counter(), _claim_key(seed, claim)
     worst = _worst(claim, effort, key)
-    starts = points(claim, effort.walks, jax.random.fold_in(key, effort.points + 1))
-    holds = worst.p_value > LEVEL
+    starts = _points(claim, effort.walks, jax.random.fold_in(key, effort.points + 1))
+    holds = worst.obeys
     if claim.kind == "existence":
         opposite = claim._replace(sides=lambda normal, **values: claim.sides(normal, **values)[::-1])
         best = _worst(opposite, effort, key).values
-        holds = _obeys(claim, best, key)
-        starts = [best, *(values for values in points(claim, effort.points, key) if _obeys(claim, values, key))]
+        holds = _examine(claim, best, key).obeys
+        inside = [values for values in _points(claim, effort.points, key) if _examine(claim, values, key).obeys]
+        starts = [best, *inside]
     # Walks lead out of an assumption; for a claim of existence, across its space.
     boundaries = [
         _walk(claim, starts[: effort.walks], name, end, key)
@@ -347,28 +310,21 @@ def _worst(claim: Claim, effort: Effort, key: Array) -> Instance:
     """The worst of many points, after a local search with the same normals; what is sampled is then sampled afresh."""
     cube = _cube(claim, effort.points, key)
     keys = [jax.random.fold_in(key, index) for index in range(effort.points)]
-    severities = [examine(claim, _values(claim, position), k).severity for position, k in zip(cube, keys, strict=True)]
+    severities = [_examine(claim, _values(claim, position), k).severity for position, k in zip(cube, keys, strict=True)]
     at = int(np.argmax(severities))
     position = cube[at]
     if np.isfinite(severities[at]) and position.size:
         steps = np.diag(np.where(position < 0.5, 0.2, -0.2))  # inwards along each axis
         search = scipy.optimize.minimize(
-            lambda x: -examine(claim, _values(claim, x), keys[at]).severity,
+            lambda x: -_examine(claim, _values(claim, x), keys[at]).severity,
             position,
             method="Nelder-Mead",
             bounds=[(0, 1)] * position.size,
-            options={
-                "maxfev": effort.refinements,
-                "initial_simplex": np.concatenate([position[None], position + steps]),
-            },
+            options={"maxfev": effort.refinements, "initial_simplex": np.vstack([position, position + steps])},
         )
         position = search.x if -search.fun > severities[at] else position
     sampled = claim.kind in ("statistical", "asymptotic")
-    return examine(claim, _values(claim, position), jax.random.fold_in(key, effort.points) if sampled else keys[at])
-
-
-def _obeys(claim: Claim, values: Values, key: Array) -> bool:
-    return examine(claim, values, key).p_value > LEVEL
+    return _examine(claim, _values(claim, position), jax.random.fold_in(key, effort.points) if sampled else keys[at])
 
 
 def _walk(claim: Claim, starts: list[Values], name: str, end: float, key: Array) -> Boundary:
@@ -388,16 +344,16 @@ def _leave(claim: Claim, values: Values, name: str, end: float, key: Array) -> t
         parameter = parameter._replace(low=values[name], high=values[name])
 
     def at(distance: float) -> Instance:
-        return examine(claim, values | {name: parameter.beyond(distance, end)}, key)
+        return _examine(claim, values | {name: parameter.beyond(distance, end)}, key)
 
     held = 0.0
     for failed in DISTANCES:
-        if at(failed).p_value > LEVEL:
+        if at(failed).obeys:
             held = failed
             continue
         for _ in range(BISECTIONS):
             middle = (held + failed) / 2
-            held, failed = (middle, failed) if at(middle).p_value > LEVEL else (held, middle)
+            held, failed = (middle, failed) if at(middle).obeys else (held, middle)
         holds_to, fails_at = parameter.beyond(held, end), parameter.beyond(failed, end)
         return failed, Boundary(name, end, holds_to, fails_at, share=1.0, refused=at(failed).error, at_once=False)
     return None

@@ -5,12 +5,19 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import xarray as xr
+
+from figures.commands import report
+from figures.selection import report_selection
+from figures.style import Picture, canvas
+from linfit import leave_one_out, select
+from linfit.internal.files import whole_file
 
 LINFIT = [str(Path(sys.executable).with_name("linfit"))]
 
@@ -42,8 +49,6 @@ except SystemExit:
 
 
 def test_version():
-    from importlib.metadata import version
-
     assert run("--version").stdout == f"linfit {version('linfit')}\n"
 
 
@@ -67,8 +72,6 @@ def test_select_prints_a_table_and_draws(data):
 
 @pytest.mark.slow
 def test_select_json_equals_the_library(data):
-    from linfit import leave_one_out, select
-
     arrays, file = data
     generator = np.random.default_rng(1)
     X_val = generator.standard_normal((20, 60))
@@ -98,9 +101,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_select_refuses_bad_files(data, name, monkeypatch):
-    from figures.selection import report_selection
-
+def test_select_refuses_bad_files(data, name):
     arrays, file = data
     change, message = BAD_FILES[name]
     np.savez(file, **change(arrays))
@@ -110,8 +111,6 @@ def test_select_refuses_bad_files(data, name, monkeypatch):
 
 
 def test_select_refuses_what_is_not_an_npz(tmp_path):
-    from figures.selection import report_selection
-
     file = tmp_path / "data.npz"
     with pytest.raises(ValueError, match="does not exist"):
         report_selection(file, None, False)
@@ -143,8 +142,6 @@ def test_errors_are_one_line_with_exit_code_two(tmp_path):
 
 def test_figures_are_written_with_their_numbers_and_a_report(tmp_path, monkeypatch):
     """A module of two pictures; `.ci/run` draws the real ones."""
-    from figures.commands import report
-    from figures.style import Picture, canvas
 
     def draw(data):
         figure, axes = canvas(1)
@@ -172,16 +169,14 @@ def test_figures_are_written_with_their_numbers_and_a_report(tmp_path, monkeypat
             assert numbers.attrs["caption"] == caption(numbers) == "2 points: bars ± one standard error & <all>; quick"
             assert draw(numbers).axes[0].lines  # NAME.nc is enough to draw it again
             assert numbers.y.values.tolist() == [0, 1]
-    report = (tmp_path / "index.html").read_text()
-    assert report.count("data:image/png;base64") == 2
-    assert "http" not in report.replace("http-equiv", "")
-    assert "&amp; &lt;all&gt;" in report
-    assert "linfit figures toy --quick --seed 0" in report
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64") == 2
+    assert "http" not in page.replace("http-equiv", "")
+    assert "&amp; &lt;all&gt;" in page
+    assert "linfit figures toy --quick --seed 0" in page
 
 
 def test_a_failing_write_leaves_nothing_behind(tmp_path):
-    from linfit.internal.files import whole_file
-
     path = tmp_path / "numbers.nc"
     path.write_text("old")
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import sims.verdicts
 import sims.verify
 from figures.commands.verify import verify as command
 from sims.claims import Claim
 from sims.parameters import Parameter
-from sims.verify import LEVEL, Effort, examine, falsify, holm, normals, points, studentised, verify
+from sims.verdicts import _boundaries_text
+from sims.verify import LEVEL, Effort, _examine, _holm, _normals, _points, _studentised, falsify, verify
 
 KEY = jax.random.key(0)
 EFFORT = Effort(points=16, refinements=16, walks=2)
@@ -31,16 +31,13 @@ def single(claim: Claim, instances: int = 4, seed: int = 0):
     return verdict
 
 
-# Comparisons
-
-
 @pytest.mark.parametrize("excess", [0.99, 1.01])
 def test_both_sides_of_each_tolerance(excess):
     """Identity, inequality: accepted just within the tolerance, rejected just beyond it."""
     identity = toy(sides=lambda normal, x: ([x, x], [x, x * (1 + 1e-3 * excess)]), tolerance=1e-3)
-    assert examine(identity, {"x": 1.5}, KEY).p_value == float(excess < 1)
+    assert _examine(identity, {"x": 1.5}, KEY).p_value == float(excess < 1)
     inequality = toy("inequality", lambda normal, x: (x, x - 0.1 * excess), tolerance=0.1)
-    instance = examine(inequality, {"x": 1.5}, KEY)
+    instance = _examine(inequality, {"x": 1.5}, KEY)
     assert instance.p_value == float(excess < 1)
     assert instance.severity == pytest.approx(0.1 * excess)
 
@@ -48,7 +45,7 @@ def test_both_sides_of_each_tolerance(excess):
 def test_statistical_p_values_are_those_of_a_t_test():
     """Against scipy, for symmetric samples; and Bonferroni over entries."""
     samples = np.random.default_rng(4).normal([0.0, 0.2, 0.0], 1.0, (200, 3))
-    instance = examine(toy("statistical", lambda normal, x: (np.zeros(3), samples)), {"x": 1.0}, KEY)
+    instance = _examine(toy("statistical", lambda normal, x: (np.zeros(3), samples)), {"x": 1.0}, KEY)
     expected = scipy.stats.ttest_1samp(samples, 0).pvalue.min() * 3
     assert math.log(instance.p_value) == pytest.approx(math.log(expected), abs=0.5)
 
@@ -68,7 +65,7 @@ def test_skewness_is_corrected_for():
     samples = generator.standard_normal((100, 60_000)) ** 2 - 1
     t = samples.mean(axis=0) / samples.std(axis=0, ddof=1) * 10
     critical = scipy.stats.t.isf(1e-3, 99)
-    plain, corrected = (np.mean(np.abs(z) > critical) / 2e-3 for z in (t, studentised(samples)))
+    plain, corrected = (np.mean(np.abs(z) > critical) / 2e-3 for z in (t, _studentised(samples)))
     assert plain > 4
     assert corrected < 2
 
@@ -96,7 +93,7 @@ def test_existence_needs_one_witness():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_fails(value):
-    instance = examine(toy(sides=lambda normal, x: (x, value)), {"x": 1.0}, KEY)
+    instance = _examine(toy(sides=lambda normal, x: (x, value)), {"x": 1.0}, KEY)
     assert (instance.p_value, instance.error) == (0.0, "not finite")
 
 
@@ -107,16 +104,13 @@ def refuse(normal, x):
 
 
 def test_an_error_is_a_failure_with_its_message():
-    instance = examine(toy("inequality", refuse), {"x": 2.7}, KEY)
+    instance = _examine(toy("inequality", refuse), {"x": 2.7}, KEY)
     assert (instance.p_value, instance.error) == (0.0, "x must be nice")
 
 
 def test_shapes_must_agree():
     with pytest.raises(TypeError, match="shape"):
-        examine(toy(sides=lambda normal, x: (x, np.ones(2))), {"x": 1.0}, KEY)
-
-
-# Holm, points, normals
+        _examine(toy(sides=lambda normal, x: (x, np.ones(2))), {"x": 1.0}, KEY)
 
 
 def test_holm_is_the_step_down_procedure():
@@ -128,9 +122,9 @@ def test_holm_is_the_step_down_procedure():
         adjusted = np.maximum.accumulate(p[order] * np.arange(8, 0, -1))
         rejected = np.zeros(8, bool)
         rejected[order] = adjusted <= 0.05
-        assert ((p <= holm(p, 0.05)) == rejected).all()
-    assert holm([0.0, 1.0], LEVEL) == 0.0
-    assert holm([], LEVEL) == 0.0
+        assert ((p <= _holm(p, 0.05)) == rejected).all()
+    assert _holm([0.0, 1.0], LEVEL) == 0.0
+    assert _holm([], LEVEL) == 0.0
 
 
 def test_points_fill_the_space():
@@ -141,14 +135,14 @@ def test_points_fill_the_space():
         "held": Parameter(low=2.0, high=2.0),
     }
     claim = toy(parameters=ranges)
-    sampled = points(claim, 64, KEY)
+    sampled = _points(claim, 64, KEY)
     for name, edges in (("x", np.linspace(0, 1, 9)), ("y", np.logspace(-4, 0, 9))):
         counts = np.histogram([point[name] for point in sampled], edges)[0]
         assert (counts == 8).all(), name  # stratified, where independent samples would not be
     assert sorted({point["k"] for point in sampled}) == [0, 1, 2, 3]
     assert all(type(point["k"]) is int and point["held"] == 2.0 for point in sampled)
-    assert points(claim, 64, KEY) == sampled
-    assert points(claim, 64, jax.random.key(1)) != sampled
+    assert _points(claim, 64, KEY) == sampled
+    assert _points(claim, 64, jax.random.key(1)) != sampled
 
 
 @pytest.mark.parametrize(
@@ -168,18 +162,11 @@ def test_walks_start_at_the_edge(parameter, end, distance, value):
 
 
 def test_normals_are_standard_and_new_at_each_call():
-    normal = normals(KEY)
+    normal = _normals(KEY)
     first, second = normal(20_000), normal(20_000)
     assert scipy.stats.kstest(first, "norm").pvalue > 1e-4
     assert abs(np.corrcoef(first, second)[0, 1]) < 5 / 20_000**0.5
-    np.testing.assert_array_equal(normals(KEY)(20_000), first)
-
-
-# Attacks
-
-
-def boundaries_text(attack) -> str:
-    return sims.verdicts._boundaries_text(attack)
+    np.testing.assert_array_equal(_normals(KEY)(20_000), first)
 
 
 def test_the_search_finds_the_worst_instance():
@@ -190,7 +177,7 @@ def test_the_search_finds_the_worst_instance():
     found = falsify(claim, Effort(points=8, refinements=60, walks=1), 0)
     assert not found.holds
     assert (found.worst.values["x"], found.worst.values["y"]) == pytest.approx((0.7, 0.3), abs=0.05)
-    assert boundaries_text(found) == "no assumption to leave"
+    assert _boundaries_text(found) == "no assumption to leave"
 
 
 def test_the_walk_finds_the_boundary():
@@ -210,14 +197,14 @@ def test_an_assumption_that_is_needed_exactly():
     assert found.holds
     (boundary,) = found.boundaries
     assert (boundary.parameter, boundary.at_once, boundary.share) == ("x", True, 1)
-    assert boundaries_text(found) == "needs x = 0"
+    assert _boundaries_text(found) == "needs x = 0"
 
 
 def test_a_claim_without_boundary_says_so():
     found = falsify(toy("inequality", lambda normal, x: (0.0, 1.0)), EFFORT, 0)
     assert found.holds
     assert all(boundary.fails_at is None for boundary in found.boundaries)
-    assert boundaries_text(found) == "no boundary found (x to -1, x to 3)"
+    assert _boundaries_text(found) == "no boundary found (x to -1, x to 3)"
 
 
 def test_what_the_library_refuses_is_told():
@@ -233,9 +220,6 @@ def test_where_a_claim_of_existence_holds_is_mapped():
     below, above = found.boundaries
     assert below.fails_at == pytest.approx(1.7, abs=0.05)
     assert above.fails_at is None
-
-
-# The command
 
 
 def test_json_is_complete(capsys):
@@ -283,7 +267,6 @@ def test_bad_input(arguments, message):
 
 
 def test_the_command_is_light_until_it_runs():
-    code = (
-        "import sys, figures.commands.verify; print([m for m in ('jax', 'numpy', 'scipy', 'rich') if m in sys.modules])"
-    )
+    heavy = ("jax", "numpy", "scipy", "rich")
+    code = f"import sys, figures.commands.verify; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,21 +1,20 @@
 """Statements of the theory as functions: each computes what is predicted, and the same by another way.
 
-A claim is one function `(normal, **values) → (predicted, measured)` under the decorator `claim`, which carries the
-statement, its formula, its source and its assumptions, the ranges of the values. `sims.verify` draws values from them,
-hands over standard normals and compares the two sides; `linfit verify` prints the verdicts.
-
-To add a claim, write the function in the module of its subject. It draws no random number of its own.
+A claim is one function `(normal, **values) → (predicted, measured)` under the decorator `claim` (or its short form for
+one kind, such as `identity`), which carries the statement, its formula, its source and its assumptions, the ranges of
+the values. `sims.verify` samples values from them, hands over standard normals and compares the two sides.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
 from sims.parameters import Parameter
 
-__all__ = ["Claim", "Normal", "Sides", "all_claims", "claim"]
+__all__ = ["Claim", "all_claims", "claim"]
 
 SECTIONS = ("spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier")
 """Modules that have claims, in the order of the docs."""
@@ -49,18 +48,15 @@ class Claim(NamedTuple):
 
     id: str
     statement: str
-    """In plain words."""
     formula: str
     """In LaTeX."""
     source: str
     """Which paper states it, or "ours"."""
     kind: Kind
     parameters: dict[str, Parameter]
-    """The assumptions."""
     sides: Callable[..., Sides]
     tolerance: float = 0.0
     rate: float = 1.0
-    """Of an asymptotic claim."""
     sizes: tuple[int, ...] = ()
     """Of an asymptotic claim, ascending."""
 
@@ -70,28 +66,25 @@ def claim(
     statement: str,
     formula: str,
     *,
-    source: str,
+    source: str = "ours",
     kind: Kind,
-    parameters: Mapping[str, Parameter],
-    tolerance: float = 0.0,
-    rate: float = 1.0,
-    sizes: tuple[int, ...] = (),
+    parameters: dict[str, Parameter],
+    **comparison: Any,
 ) -> Callable[[Callable[..., Sides]], Claim]:
-    """A decorator that makes a `Claim` of a function (normal, **values) → (predicted, measured).
+    """A decorator that makes a `Claim` of a function; `comparison`: its tolerance, rate and sizes.
 
     >>> from sims.parameters import PENALTY
-    >>> @claim("X", "Squares are not negative.", R"x^2 \\ge 0", source="ours", kind="inequality",
-    ...        parameters={"scale": PENALTY.within(0.1, 1.0)})
+    >>> @inequality("X", "Squares are not negative.", R"x^2 \\ge 0", parameters={"scale": PENALTY.within(0.1, 1.0)})
     ... def squares(normal, scale):
     ...     return 0.0, (scale * normal(5)) ** 2
     >>> squares.kind
     'inequality'
     """
+    return lambda sides: Claim(id, statement, formula, source, kind, parameters, sides, **comparison)
 
-    def register(sides: Callable[..., Sides]) -> Claim:
-        return Claim(id, statement, formula, source, kind, dict(parameters), sides, tolerance, rate, sizes)
 
-    return register
+identity, inequality, existence, statistical, asymptotic = (partial(claim, kind=kind) for kind in get_args(Kind))
+"""`claim` of each kind."""
 
 
 def all_claims() -> tuple[Claim, ...]:

@@ -4,24 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from jax import Array
 
-from linfit import (
-    Filter,
-    GradientFlow,
-    MinNorm,
-    Pair,
-    RandomShift,
-    Ridge,
-    TwoTaskProblem,
-    aligned_problem,
-    risk_forms,
-    spectra,
-)
-from sims.claims import Normal, Sides, claim
+from linfit import Filter, GradientFlow, MinNorm, Pair, Ridge, aligned_problem, risk_forms, spectra
+from sims.claims import Normal, Sides, asymptotic, identity, inequality
 from sims.claims.problems import autocorrelation
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, PRETRAIN_RISK, TIME, Parameter
 from theory import rational
@@ -36,7 +26,7 @@ DESIGN_PARAMETERS = {
     "doublings": Parameter(low=1, high=2, scale="whole", lowest=0, highest=3),
     "decay": DECAY.within(0.0, 1.5, highest=3.0),
     "law": Parameter(low=0, high=2, scale="whole"),
-    "row_correlation": Parameter(low=0.0, high=0.0, highest=0.9),
+    "row_correlation": Parameter(highest=0.9),
 }
 
 
@@ -91,13 +81,12 @@ def _real(value: np.ndarray) -> np.ndarray:
     return np.stack([np.real(value), np.imag(value)], axis=-1)
 
 
-@claim(
+@asymptotic(
     "D1",
     "A sampled resolvent acts like the population's at a larger, effective penalty κ.",
     R"\lambda(\hat\Sigma+\lambda)^{-1} \asymp \kappa(\Sigma+\kappa)^{-1},\quad "
     R"\kappa - \tfrac{\kappa}{n}\mathrm{tr}\,\Sigma(\Sigma+\kappa)^{-1} = \lambda",
     source="random matrices",
-    kind="asymptotic",
     parameters=RESOLVENT_PARAMETERS,
     tolerance=1.0,
     sizes=SIZES,
@@ -111,13 +100,12 @@ def d1(normal: Normal, **values: Any) -> Sides:
     return predicted, measured
 
 
-@claim(
+@asymptotic(
     "D2",
     "Two resolvents with a matrix between them, at any two complex penalties.",
     R"\lambda_1\lambda_2(\hat\Sigma+\lambda_1)^{-1}M(\hat\Sigma+\lambda_2)^{-1} \asymp "
     R"\kappa_1\kappa_2(\Sigma+\kappa_1)^{-1}[M + a\Sigma](\Sigma+\kappa_2)^{-1}",
     source="random matrices",
-    kind="asymptotic",
     parameters=RESOLVENT_PARAMETERS,
     tolerance=10.0,
     sizes=SIZES,
@@ -144,41 +132,18 @@ RISK_PARAMETERS = DESIGN_PARAMETERS | {
 }
 
 
-def _risks(
-    normal: Normal,
-    filters: tuple[Filter, ...],
-    decay: float,
-    alignment: float,
-    pretrain_decay: float,
-    noise_std: float,
-    pretrain_risk: float,
-    **values: Any,
-) -> Sides:
+def _risks(normal: Normal, filters: tuple[Filter, ...], pretrain_decay: float, **values: Any) -> Sides:
     """Total risk on both domains, relative to R_ft(θ₁) = 1: (filters, 2, taus, hyperparameters) flattened."""
-    tau = jnp.array([0.3, 0.7, 1.0, 1.3])[:, None]
+    tau, bed = jnp.array([0.3, 0.7, 1.0, 1.3])[:, None], ("alignment", "noise_std", "pretrain_risk")
     predicted, measured = [], []
-    for n, X, s in _designs(normal, decay=decay, **values):
-        problem = aligned_problem(
-            s,
-            alignment=alignment,
-            noise_std=noise_std,
-            pretrain_spectrum=spectra.power_law(s.size, pretrain_decay),
-            pretrain_risk=pretrain_risk,
-        )
-        padded = _padded_problem(problem)
+    for n, X, s in _designs(normal, **{name: value for name, value in values.items() if name not in bed}):
+        pretrain = spectra.power_law(s.size, pretrain_decay)
+        problem = aligned_problem(s, pretrain_spectrum=pretrain, **{name: values[name] for name in bed})
+        padded = jax.tree.map(lambda leaf: jnp.asarray(_padded(leaf)) if leaf.ndim else leaf, problem)
         pairs = [risk(padded, n, filter, tau) for filter in filters]
         predicted.append(np.concatenate([np.ravel(part.total) for pair in pairs for part in pair]))
         measured.append(np.asarray(_totals(risk_forms(X, problem), filters, tau)))
     return predicted, measured
-
-
-def _padded_problem(problem: TwoTaskProblem) -> TwoTaskProblem:
-    pretrain, finetune, spread = (
-        jnp.asarray(_padded(covariance.diagonal()))
-        for covariance in (problem.pretrain_covariance, problem.finetune_covariance, problem.shift.covariance)  # type: ignore[union-attr]
-    )
-    u = np.zeros(problem.p) if problem.pretrain_error is None else problem.pretrain_error
-    return TwoTaskProblem(pretrain, finetune, RandomShift(spread), problem.noise_std, jnp.asarray(_padded(u)))
 
 
 @eqx.filter_jit
@@ -187,13 +152,11 @@ def _totals(forms: Pair, filters: tuple[Filter, ...], tau: Array) -> Array:
     return jnp.concatenate([total.reshape(len(total), -1) for total in totals], axis=1)
 
 
-@claim(
+@asymptotic(
     "D3",
     "The risk of ensembles of min-norm and ridge, on both domains, follows from the population.",
     R"R(\tau) \asymp (1-\tau)^2\mathrm{tr}\,SM "
     R"+ 2\tau(1-\tau)\,\kappa\,\mathrm{tr}\,S(\Sigma+\kappa)^{-1}M + \tau^2(B + \sigma^2 a)",
-    source="ours",
-    kind="asymptotic",
     parameters=RISK_PARAMETERS | {"penalty": PENALTY.within(1e-3, 0.1, lowest=1e-9)},
     tolerance=5.0,
     sizes=SIZES,
@@ -202,12 +165,10 @@ def d3(normal: Normal, penalty: float, **values: Any) -> Sides:
     return _risks(normal, (MinNorm(), Ridge([penalty, 10 * penalty])), **values)
 
 
-@claim(
+@asymptotic(
     "D4",
     "So does that of gradient flow at any time, as a sum of resolvents on a contour.",
     R"e^{-t\hat\Sigma} = \tfrac{1}{2\pi i}\oint e^{\lambda t}(\hat\Sigma+\lambda)^{-1}d\lambda",
-    source="ours",
-    kind="asymptotic",
     parameters=RISK_PARAMETERS | {"time": TIME.within(1.0, 1e3, highest=1e6)},
     tolerance=5.0,
     sizes=SIZES,
@@ -216,12 +177,10 @@ def d4(normal: Normal, time: float, **values: Any) -> Sides:
     return _risks(normal, (GradientFlow([time, 10 * time]),), **values)
 
 
-@claim(
+@identity(
     "D4.contour",
     "Twenty-five complex ridges reproduce gradient flow at all times of a decade.",
     R"e^{-ts} \approx \mathrm{Re}\textstyle\sum_k w_k\lambda_k/(s+\lambda_k),\quad s \ge 0",
-    source="ours",
-    kind="identity",
     parameters={
         "time": TIME.within(1e-3, 1e6, lowest=1e-9, highest=1e12),
         "span": Parameter(low=1.0, high=10.0, scale="log", highest=1e4),
@@ -242,13 +201,12 @@ def d4_contour(normal: Normal, time: float, span: float) -> Sides:
     return np.exp(-times[:, None] * s), by_contour
 
 
-@claim(
+@asymptotic(
     "D5",
     "Ridge uses up df₁ = n(1 − λ/κ) degrees of freedom.",
     R"\mathrm{tr}\,\hat\Sigma(\hat\Sigma+\lambda)^{-1} \asymp "
     R"\mathrm{tr}\,\Sigma(\Sigma+\kappa)^{-1} = n(1-\lambda/\kappa)",
     source="random matrices",
-    kind="asymptotic",
     parameters=DESIGN_PARAMETERS | {"penalty": PENALTY.within(0.1, 10.0, lowest=1e-6)},
     tolerance=1.0,
     sizes=SIZES,
@@ -264,12 +222,11 @@ def d5(normal: Normal, penalty: float, **values: Any) -> Sides:
     return expected, sampled
 
 
-@claim(
+@inequality(
     "D5.ranks",
     "The effective ranks of benign overfitting are ordered.",
     R"r_k \le R_k \le r_k^2",
     source="Bartlett et al. 2020",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(0.0, 3.0),
         "roughness": Parameter(low=0.0, high=2.0, highest=10.0),

@@ -8,27 +8,10 @@ import scipy.special
 
 from linfit import FixedShift, GradientDescent, GradientFlow, MinNorm, Ridge, TwoTaskProblem, fine_tune, flow_weights
 from linfit.weighting import robust_weights
-from sims.claims import Normal, claim
+from sims.claims import Normal, Sides, identity, inequality, statistical
 from sims.claims.problems import dense_covariance, matrix_of
 from sims.parameters import DECAY, NOISE_STD, PENALTY, TEMPERATURE, Parameter
-from theory.flow import (
-    MEDIAN,
-    best_averaging,
-    errors,
-    fixed_point_coefficient,
-    flow_iterates,
-    heavy_tailed_stall,
-    lognormal_sizes,
-    mean_weight,
-    median_temperature,
-    residual_variance,
-    stall,
-    stalled_direction,
-    temperature_from_beta,
-    trajectory,
-    unweighted_iterates,
-    weighted_covariance,
-)
+from theory import flow
 
 P, REPLICATES = 4, 4096
 GAUSSIAN = Parameter("spread of log S: features (or noise) are √S times Gaussian, kurtosis 3e^{spread²}", highest=2.0)
@@ -41,12 +24,11 @@ HEAVY = {"tail": GAUSSIAN, "noise_tail": GAUSSIAN}
 TAILS = {"tail": GAUSSIAN._replace(high=0.7, highest=None), "noise_tail": GAUSSIAN}
 
 
-@claim(
+@identity(
     "F1",
     "Normalised, FLOW's weights minimise Σπℓ + TΣπ log π; their opposites maximise Σπℓ − TΣπ log π.",
     R"\pi \propto e^{-\ell/T} = \arg\min_\pi \textstyle\sum_i\pi_i\ell_i + T\sum_i\pi_i\log\pi_i",
     source="paper 2502.02797, Prop. 4.3",
-    kind="identity",
     parameters={
         "temperature": TEMPERATURE.within(0.2, 5.0),
         "temperature_ratio": Parameter(
@@ -55,7 +37,7 @@ TAILS = {"tail": GAUSSIAN._replace(high=0.7, highest=None), "noise_tail": GAUSSI
     },
     tolerance=1e-9,
 )
-def f1(normal: Normal, temperature: float, temperature_ratio: float) -> tuple[Any, Any]:
+def f1(normal: Normal, temperature: float, temperature_ratio: float) -> Sides:
     """The optima by mirror descent from a random start."""
     losses, start = normal(6) ** 2, normal(6)
     weights = [np.asarray(weigh(losses, temperature)) for weigh in (flow_weights, robust_weights)]
@@ -85,40 +67,38 @@ def _sampled(
     shift = shift / np.sqrt(shift @ covariance @ shift)
     x = root_size(tail)[:, None] * normal(REPLICATES, P) @ scipy.linalg.cholesky(covariance)
     r = x @ shift + root_size(noise_tail) * normal(REPLICATES) * noise_std
-    temperature = warmth * MEDIAN * (1 + noise_std**2)
+    temperature = warmth * flow.MEDIAN * (1 + noise_std**2)
     return (covariance, shift, noise_std, temperature), x, r, np.asarray(flow_weights(r**2, temperature))
 
 
-@claim(
+@statistical(
     "F2",
     "Weighting Gaussian data deflates its covariance along one direction, ΣΔ.",
     R"\Sigma_w = Z\bigl(\Sigma - \tfrac{2}{T+2v}\Sigma\Delta\Delta^\top\Sigma\bigr),\ "
     R"\mathbb E\,wxr = \tfrac{Z\,\Sigma\Delta}{1+2v/T}",
     source="paper 2502.02797 (setting); ours (general)",
-    kind="statistical",
     parameters=DATA | HEAVY,
 )
-def f2(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def f2(normal: Normal, **values: Any) -> Sides:
     """E w, E w xxᵀ and E w x r in one vector."""
     data, x, r, w = _sampled(normal, **values)
-    mean = mean_weight(residual_variance(*data[:3]), data[3])
-    weighted = weighted_covariance(*data)
+    mean = flow.mean_weight(flow.residual_variance(*data[:3]), data[3])
+    weighted = flow.weighted_covariance(*data)
     predicted = np.concatenate([np.ravel(mean), np.ravel(weighted), weighted.moment])
     outer = np.einsum("n,np,nq->npq", w, x, x).reshape(len(w), -1)
     return predicted, np.concatenate([w[:, None], outer, (w * r)[:, None] * x], axis=1)
 
 
-@claim(
+@statistical(
     "F2.median",
     "The median of Gaussian squared residuals is 0.4549 of their variance.",
     R"T/v = \mathrm{median}\,\chi^2_1 = 0.4549",
     source="paper 2502.02797 (T); ours (constant)",
-    kind="statistical",
     parameters=DATA | HEAVY | {"warmth": DATA["warmth"].within(1.0)},
 )
-def f2_median(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def f2_median(normal: Normal, **values: Any) -> Sides:
     data, _, r, _ = _sampled(normal, **values)
-    return 0.5, (r**2 <= float(median_temperature(residual_variance(*data[:3])))).astype(float)
+    return 0.5, (r**2 <= float(flow.median_temperature(flow.residual_variance(*data[:3])))).astype(float)
 
 
 def _measured_speeds(sampled: Sampled) -> np.ndarray:
@@ -132,34 +112,31 @@ def _measured_speeds(sampled: Sampled) -> np.ndarray:
     return np.stack([w * a**2, w * c**2, w * a * c, w * a * r], axis=1)
 
 
-@claim(
+@statistical(
     "F3",
     "In whitened coordinates FLOW slows learning along Σ^{1/2}Δ, and all else alike.",
     R"\mathrm{rate} = \frac{1+2\sigma^2/T}{1+2v/T},\quad \mathrm{drive} = \frac{1}{1+2v/T}",
     source="paper 2502.02797 (stalls); ours (form)",
-    kind="statistical",
     parameters=DATA | HEAVY,
 )
-def f3(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def f3(normal: Normal, **values: Any) -> Sides:
     sampled = _sampled(normal, **values)
-    stalled = stall(*sampled[0])
+    stalled = flow.stall(*sampled[0])
     predicted = stalled.mean_weight * np.array([stalled.rate, 1.0, 0.0, stalled.drive])
     return predicted, _measured_speeds(sampled)
 
 
-@claim(
+@statistical(
     "F3.tails",
     "For heavy-tailed features FLOW still slows Δ alone, at another rate.",
     R"\mathrm{rate} = (1+2\sigma^2/T)\,\mathbb E[SZ_S^3]/\mathbb E[SZ_S],\ x = \sqrt S z",
-    source="ours",
-    kind="statistical",
     parameters=DATA | TAILS,
 )
-def f3_tails(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def f3_tails(normal: Normal, **values: Any) -> Sides:
     sampled = _sampled(normal, **values)
     noise = sampled[0][2:]
-    heavy = heavy_tailed_stall(1.0, *noise, *lognormal_sizes(values["tail"]))
-    predicted = heavy.speed * np.array([heavy.rate, 1.0, 0.0, heavy.rate * fixed_point_coefficient(*noise)])
+    heavy = flow.heavy_tailed_stall(1.0, *noise, *flow.lognormal_sizes(values["tail"]))
+    predicted = heavy.speed * np.array([heavy.rate, 1.0, 0.0, heavy.rate * flow.fixed_point_coefficient(*noise)])
     return predicted, _measured_speeds(sampled)
 
 
@@ -185,17 +162,16 @@ def _population(
     gap = shift - u
     signal = gap @ covariance @ gap
     noise_std = noise_std * signal**0.5
-    temperature = warmth * MEDIAN * (signal + noise_std**2)
+    temperature = warmth * flow.MEDIAN * (signal + noise_std**2)
     problem = TwoTaskProblem(pretrain, covariance, FixedShift(shift), noise_std, u)
     return problem, temperature, *_moments_by_quadrature(covariance, gap, noise_std, temperature)
 
 
-@claim(
+@identity(
     "F3.path",
     "Descent, flow and ridge under FLOW's weights follow from the spectrum of Σ alone.",
     R"\theta_k = \theta_1 + \tau[I-(I-\eta\Sigma_w)^k]\Delta",
     source="paper 2502.02797 (setting); ours (general)",
-    kind="identity",
     parameters=DATA
     | {
         "speed": Parameter("η times the largest eigenvalue of Σ_w", 1.0, 0.1, 1.9, highest=2.5),
@@ -204,68 +180,63 @@ def _population(
     },
     tolerance=1e-7,
 )
-def f3_path(normal: Normal, *, speed: float, steps: int, penalty: float, **values: Any) -> tuple[Any, Any]:
+def f3_path(normal: Normal, *, speed: float, steps: int, penalty: float, **values: Any) -> Sides:
     """θ − θ₁, R_ft, R_pre of four fine-tuners; by the iteration, the matrix exponential, and linear systems."""
     problem, temperature, matrix, first = _population(normal, **values)
     step_size, penalty = speed / np.linalg.eigvalsh(matrix)[-1], penalty * np.trace(matrix) / P
     filters = (GradientDescent(step_size, steps), GradientFlow(step_size * steps), Ridge(penalty), MinNorm())
-    paths = [trajectory(problem, filter, temperature) for filter in filters]
+    paths = [flow.trajectory(problem, filter, temperature) for filter in filters]
     predicted = np.stack([np.concatenate([path.moved, np.array(path.risks)]) for path in paths])
-
     descent = np.zeros(P)
     for _ in range(steps):
         descent = descent + step_size * (first - matrix @ descent)
     end = np.linalg.solve(matrix, first)
-    flow = end - scipy.linalg.expm(-step_size * steps * matrix) @ end
+    flowed = end - scipy.linalg.expm(-step_size * steps * matrix) @ end
     ridge = np.linalg.solve(matrix + penalty * np.eye(P), first)
     u, gap = np.asarray(problem.pretrain_error), np.asarray(problem.gap_mean)
     sigma_1, sigma_2 = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
-    measured = [[*m, (m - gap) @ sigma_2 @ (m - gap), (m + u) @ sigma_1 @ (m + u)] for m in (descent, flow, ridge, end)]
+    measured = [
+        [*m, (m - gap) @ sigma_2 @ (m - gap), (m + u) @ sigma_1 @ (m + u)] for m in (descent, flowed, ridge, end)
+    ]
     return predicted, np.stack(measured)
 
 
-@claim(
+@statistical(
     "F4",
     "With label noise FLOW ends on the way from θ₁ to θ₂*, whatever the law of the features.",
     R"\theta_\infty = \theta_1 + \Delta/(1+2\sigma^2/T)",
-    source="ours",
-    kind="statistical",
     parameters=DATA | TAILS,
 )
-def f4(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def f4(normal: Normal, **values: Any) -> Sides:
     """The normal equations, E w x (τ xᵀΔ) = E w x r."""
     (_, shift, noise_std, temperature), x, r, w = _sampled(normal, **values)
-    tau = float(fixed_point_coefficient(noise_std, temperature))
+    tau = float(flow.fixed_point_coefficient(noise_std, temperature))
     return (w * (tau * x @ shift))[:, None] * x, (w * r)[:, None] * x
 
 
-@claim(
+@identity(
     "F4.ridge",
     "FLOW with ridge is averaged ridge: of penalty λ/Z, its τ set by what ridge leaves unexplained.",
     R"\theta_\lambda - \theta_1 = \frac{(\Sigma+\lambda/Z)^{-1}\Sigma\Delta}{1+2v_\lambda/T},\ "
     R"v_\lambda = \sigma^2 + \Delta^\top\Sigma\tfrac{\lambda}{Z}(\Sigma+\tfrac{\lambda}{Z})^{-1}\Delta",
-    source="ours",
-    kind="identity",
     parameters=DATA | {"penalty": PENALTY.within(1e-3, 1e3)},
     tolerance=1e-9,
 )
-def f4_ridge(normal: Normal, *, penalty: float, **values: Any) -> tuple[Any, Any]:
+def f4_ridge(normal: Normal, *, penalty: float, **values: Any) -> Sides:
     problem, temperature, matrix, first = _population(normal, **values)
     penalty = penalty * np.trace(matrix) / P
     noise_variance, gap = float(problem.noise_std) ** 2, np.asarray(problem.gap_mean)
     covariance = matrix_of(problem.finetune_covariance)
-    scale = float(mean_weight(gap @ covariance @ gap + noise_variance, temperature))
+    scale = float(flow.mean_weight(gap @ covariance @ gap + noise_variance, temperature))
     ridge = np.linalg.solve(covariance + penalty / scale * np.eye(P), covariance @ gap)
     unexplained = noise_variance + gap @ covariance @ (gap - ridge)
     return ridge / (1 + 2 * unexplained / temperature), np.linalg.solve(matrix + penalty * np.eye(P), first)
 
 
-@claim(
+@identity(
     "F5",
     "Where the model interpolates, weights do not move the limit of training.",
     R"n \le p \implies \hat\theta_w = \theta_1 + X^+(y-X\theta_1)",
-    source="ours",
-    kind="identity",
     parameters={
         "surplus": Parameter("samples beyond features, n = 24 + 8·surplus", -1, -2, -1, "whole", highest=1),
         "noise_std": NOISE_STD.within(0.1, 10.0**0.5),
@@ -273,7 +244,7 @@ def f4_ridge(normal: Normal, *, penalty: float, **values: Any) -> tuple[Any, Any
     },
     tolerance=1e-6,
 )
-def f5(normal: Normal, surplus: int, noise_std: float, warmth: float) -> tuple[Any, Any]:
+def f5(normal: Normal, surplus: int, noise_std: float, warmth: float) -> Sides:
     p = 24
     n = p + 8 * surplus
     X, theta_1 = normal(n, p), normal(p)
@@ -300,7 +271,7 @@ def _theorem(
     """The setting of Theorem 7.2 in R^p: a random frame (p, p) that begins with ē and ē⊥; Σ̃, Σ_w, E w x r and μ."""
     frame = np.linalg.qr(normal(p, p))[0].T
     covariance = np.eye(p) + rho * (np.outer(frame[0], frame[1]) + np.outer(frame[1], frame[0]))
-    temperature = float(temperature_from_beta(beta, rho, distance))
+    temperature = float(flow.temperature_from_beta(beta, rho, distance))
     moments = _moments_by_quadrature(covariance, -distance * frame[0], noise_std, temperature)
     return frame, covariance, *moments, (temperature / (temperature + 2 * distance**2)) ** 0.5
 
@@ -315,53 +286,50 @@ def _descent(matrix: np.ndarray, first: np.ndarray, step_size: float) -> np.ndar
     return np.array(path)
 
 
-@claim(
+@identity(
     "F6",
     "Theorem 7.2: the iterates of FLOW in the paper's two-task setting.",
     R"\theta_K = \theta_2^* + \tfrac{\lambda_1^K+\lambda_2^K\beta^2\rho^2}{1+\beta^2\rho^2}e "
     R"- \beta\rho\tfrac{\lambda_1^K-\lambda_2^K}{1+\beta^2\rho^2}\|e\|\bar e_\perp",
     source="paper 2502.02797, Theorem 7.2",
-    kind="identity",
     parameters=THEOREM,
     tolerance=1e-10,
 )
-def f6(normal: Normal, *, step_ratio: float, **values: Any) -> tuple[Any, Any]:
+def f6(normal: Normal, *, step_ratio: float, **values: Any) -> Sides:
     """θ_K − θ₂* in units of ‖e‖."""
     frame, _, matrix, first, mu = _theorem(normal, **values)
-    predicted = np.asarray(flow_iterates(values["rho"], values["beta"], STEPS)) @ frame[:2]
+    predicted = np.asarray(flow.flow_iterates(values["rho"], values["beta"], STEPS)) @ frame[:2]
     return predicted, _descent(matrix, first, step_ratio / (2 * mu)) / values["distance"] + frame[0]
 
 
-@claim(
+@identity(
     "F6.vanilla",
     "Without weights, at η = ½, the error alternates between e and −‖e‖ē⊥ and shrinks by ρ.",
     R"\theta_K = \theta_2^* + \rho^K e\ (K\ \text{even}),\ \theta_2^* - \rho^K\|e\|\bar e_\perp\ "
     R"(K\ \text{odd})",
     source="paper 2502.02797, §7",
-    kind="identity",
     parameters=THEOREM | {"noise_std": THEOREM["noise_std"].within(0.0)},
     tolerance=1e-10,
 )
-def f6_unweighted(normal: Normal, *, step_ratio: float, **values: Any) -> tuple[Any, Any]:
+def f6_unweighted(normal: Normal, *, step_ratio: float, **values: Any) -> Sides:
     frame, covariance, *_ = _theorem(normal, **values)
     distance = values["distance"]
     path = _descent(covariance, covariance @ (-distance * frame[0]), step_ratio / 2)
-    return np.asarray(unweighted_iterates(values["rho"], STEPS)) @ frame[:2], path / distance + frame[0]
+    return np.asarray(flow.unweighted_iterates(values["rho"], STEPS)) @ frame[:2], path / distance + frame[0]
 
 
-@claim(
+@identity(
     "F6.stalled",
     "FLOW is stalled along e − βρ‖e‖ē⊥, the top eigenvector of its iteration.",
     R"Q(e-\beta\rho\|e\|\bar e_\perp) = \tfrac{1+\beta\rho^2}{1+\beta}(e-\beta\rho\|e\|\bar e_\perp)",
     source="paper 2502.02797, Theorem 7.2",
-    kind="identity",
     parameters=THEOREM,
     tolerance=1e-10,
 )
-def f6_stalled(normal: Normal, *, step_ratio: float, rho: float, beta: float, **values: Any) -> tuple[Any, Any]:
+def f6_stalled(normal: Normal, *, step_ratio: float, rho: float, beta: float, **values: Any) -> Sides:
     """λ₁ times the stalled direction, and one step from it."""
     frame, _, matrix, _, mu = _theorem(normal, rho, beta, **values)
-    direction = np.asarray(stalled_direction(rho, beta)) @ frame[:2]
+    direction = np.asarray(flow.stalled_direction(rho, beta)) @ frame[:2]
     return (1 + beta * rho**2) / (1 + beta) * direction, direction - step_ratio / mu * (matrix @ direction)
 
 
@@ -386,7 +354,7 @@ def _least_total(rho: float, block: np.ndarray) -> float:
     low, high = np.full(LONG.size, np.log(1e-6)), np.zeros(LONG.size)
     for _ in range(6):
         grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 65)
-        values = np.asarray(sum(errors(flow_iterates(rho, np.exp(grid), LONG[:, None]), rho, block)))
+        values = np.asarray(sum(flow.errors(flow.flow_iterates(rho, np.exp(grid), LONG[:, None]), rho, block)))
         at, spacing = values.argmin(axis=1), (high - low) / 64
         middle = grid[np.arange(LONG.size), at]
         low, high = np.maximum(middle - spacing, np.log(1e-6)), np.minimum(middle + spacing, 0)
@@ -402,26 +370,24 @@ def _least_average(block: np.ndarray) -> float:
     return float(least - (after - before) ** 2 / (8 * (after - 2 * least + before)))
 
 
-@claim(
+@identity(
     "F6.averaging",
     "The best average of both models has total error s/(s+1), s = ēᵀΣ₁ē.",
     R"\min_\omega \mathrm{err}_\mathrm{tot}(\theta_2^*+\omega e) = \tfrac{s}{s+1}\|e\|^2",
     source="paper 2502.02797, §7",
-    kind="identity",
     parameters=TWO_TASKS,
     tolerance=1e-9,
 )
-def f6_averaging(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def f6_averaging(normal: Normal, **values: Any) -> Sides:
     block = _block(**values)
-    return float(best_averaging(block)), _least_average(block)
+    return float(flow.best_averaging(block)), _least_average(block)
 
 
-@claim(
+@inequality(
     "F6.remark",
     "Remark 7.6: the best FLOW, over T and K, is at least as good as the best averaging.",
     R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} \le \min_\omega\mathrm{err}_\mathrm{tot}",
     source="paper 2502.02797, Remark 7.6",
-    kind="inequality",
     parameters=TWO_TASKS
     | {
         "rho": TWO_TASKS["rho"].within(0.0, 0.95),
@@ -429,34 +395,30 @@ def f6_averaging(normal: Normal, **values: Any) -> tuple[Any, Any]:
     },
     tolerance=1e-3,
 )
-def f6_remark(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def f6_remark(normal: Normal, **values: Any) -> Sides:
     """What the best FLOW gains over the best averaging, relative."""
     block = _block(**values)
     return 0.0, 1 - _least_total(values["rho"], block) / _least_average(block)
 
 
-@claim(
+f6_better = inequality(
     "F6.better",
     "The best FLOW is better than the best averaging if ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē, and only then.",
     R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} < \min_\omega\mathrm{err}_\mathrm{tot} \iff "
     R"\bar e^\top\Sigma_1\bar e_\perp < \rho\,\bar e^\top\Sigma_1\bar e",
     source="paper 2502.02797 (ρ > 0); ours (condition)",
-    kind="inequality",
     parameters=TWO_TASKS,
-)
-def f6_better(normal: Normal, **values: Any) -> tuple[Any, Any]:
-    return f6_remark.sides(normal, **values)
+)(f6_remark.sides)
 
 
-@claim(
+@identity(
     "F6.equal",
     "At ρ = 0 FLOW is averaging: their best total errors are equal.",
     R"\rho = 0 \implies \min_{\beta,K}\mathrm{err}_\mathrm{tot} = \tfrac{s}{s+1}\|e\|^2",
     source="paper 2502.02797, Remark 7.6",
-    kind="identity",
     parameters=TWO_TASKS | {"rho": TWO_TASKS["rho"].within(0.0, highest=0.9)},
     tolerance=1e-6,
 )
-def f6_equal(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def f6_equal(normal: Normal, **values: Any) -> Sides:
     block = _block(**values)
-    return float(best_averaging(block)), _least_total(values["rho"], block)
+    return float(flow.best_averaging(block)), _least_total(values["rho"], block)

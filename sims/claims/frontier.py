@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from linfit import FixedShift, RandomShift, TwoTaskProblem, fine_tune, flow_weights
-from sims.claims import Normal, claim
-from sims.claims.problems import EXACT_PARAMETERS, exact_instance, matrix_of, moments, totals
+from sims.claims import Normal, Sides, identity, inequality, statistical
+from sims.claims.problems import exact_instance, matrix_of, skewed, without
 from sims.parameters import DECAY, NOISE_STD, TAU, Parameter
 from theory import flow, frontier, s3ft
 
@@ -14,12 +14,12 @@ REPLICATES = 1 << 15
 RATIOS = np.array([0.1, 1.0, 10.0])
 """κ, in units of the parameter `weight`."""
 
-EXACT = {name: value for name, value in EXACT_PARAMETERS.items() if name != "tau"}
+EXACT = without("tau")
 GAUSSIAN = {
     "noise_std": NOISE_STD.within(0.05**0.5, 3.0**0.5),
     "knob": Parameter(low=0.3, high=3.0, scale="log"),
-    "skewed_features": Parameter(low=0.0, high=0.0, highest=0.9),
-    "skewed_noise": Parameter(low=0.0, high=0.0, highest=0.9),
+    "skewed_features": Parameter(highest=0.9),
+    "skewed_noise": Parameter(highest=0.9),
 }
 WEIGHT = Parameter(low=0.1, high=10.0, scale="log", lowest=1e-4, highest=1e4)
 
@@ -29,27 +29,19 @@ def _population(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """x along Δ and in another direction (N, 2), residuals (N,) and their standard deviation √v, q = 1.
 
-    xᵀΔ and the noise are standardised mixtures of a normal z and z²−1, whose share is 0 in the Gaussian case.
+    xᵀΔ and the noise are Gaussian but for their skewness.
     """
-
-    def mixed(skewness: float) -> np.ndarray:
-        z = normal(REPLICATES)
-        values = (1 - skewness) * z + skewness * (z**2 - 1)
-        return values / ((1 - skewness) ** 2 + 2 * skewness**2) ** 0.5
-
-    x = np.stack([mixed(skewed_features), mixed(skewed_features)], axis=1)
-    return x, x[:, 0] + noise_std * mixed(skewed_noise), (1 + noise_std**2) ** 0.5
+    x = np.stack([skewed(normal, skewed_features, REPLICATES) for _ in range(2)], axis=1)
+    return x, x[:, 0] + noise_std * skewed(normal, skewed_noise, REPLICATES), (1 + noise_std**2) ** 0.5
 
 
-@claim(
+@statistical(
     "E1.targets",
     "Training on own answers within a threshold, or on clipped targets, ends where an ensemble is.",
     R"\mathbb{E}\,x\,\psi(r) = \tau\,\Sigma\Delta,\quad \tau = \mathbb{E}\,\psi'(r)",
-    source="ours",
-    kind="statistical",
     parameters=GAUSSIAN,
 )
-def e1_targets(normal: Normal, knob: float, **values: float) -> tuple[Any, Any]:
+def e1_targets(normal: Normal, knob: float, **values: float) -> Sides:
     """E x·target is τ along Δ and 0 across, for S3FT and clipped targets at the threshold c = knob·√v."""
     x, r, std = _population(normal, **values)
     c = knob * std
@@ -71,44 +63,35 @@ def _misfit(normal: Normal, knob: float, noise_std: float, **values: float) -> n
     return (weights * (r[:, None] - tau * x[:, :1]))[..., None] * x[:, None]
 
 
-@claim(
+@statistical(
     "E1.weights",
     "Weighting samples by pretrained loss (FLOW), or dropping the hard ones, is an ensemble too.",
     R"\tau = vm/(\sigma^2 + qm),\quad m = \mathbb{E}\,wr^2/(v\,\mathbb{E}\,w)",
-    source="ours",
-    kind="statistical",
     parameters=GAUSSIAN,
 )
-def e1_weights(normal: Normal, **values: float) -> tuple[Any, Any]:
+def e1_weights(normal: Normal, **values: float) -> Sides:
     return np.zeros((2, 2)), _misfit(normal, **values)
 
 
-@claim(
+@statistical(
     "E1.flow",
     "For FLOW this needs no law of the features, only Gaussian noise.",
     R"\mathbb{E}[e^{-r^2/T}(r - \tau s) \mid s = x^\top\Delta] = 0,\quad \tau = 1/(1+2\sigma^2/T)",
-    source="ours",
-    kind="statistical",
     parameters=GAUSSIAN | {"skewed_features": Parameter(low=0.0, high=0.9, highest=1.0)},
 )
-def e1_flow(normal: Normal, **values: float) -> tuple[Any, Any]:
+def e1_flow(normal: Normal, **values: float) -> Sides:
     return np.zeros(2), _misfit(normal, **values)[:, 0]
 
 
-@claim(
+@identity(
     "E1.smoothing",
     "Labels softened towards the pretrained model's own predictions are an ensemble, for any data.",
     R"y' = (1-\alpha)y + \alpha X\theta_1 \implies \hat\theta' = \theta_{1-\alpha}",
-    source="ours",
-    kind="identity",
     parameters=EXACT
-    | {
-        "smoothing": Parameter(low=0.0, high=1.0, lowest=-1.0, highest=2.0),
-        "foreign": Parameter(low=0.0, high=0.0, highest=1.0),
-    },
+    | {"smoothing": Parameter(low=0.0, high=1.0, lowest=-1.0, highest=2.0), "foreign": Parameter(highest=1.0)},
     tolerance=1e-8,
 )
-def e1_smoothing(normal: Normal, smoothing: float, foreign: float, **values: Any) -> tuple[Any, Any]:
+def e1_smoothing(normal: Normal, smoothing: float, foreign: float, **values: Any) -> Sides:
     """θ₁ + (1−α)(θ̂ − θ₁) for four fine-tuners; the teacher is θ₁ but for a share `foreign` of another model."""
     exact = exact_instance(normal, **values, tau=1.0)
     X, theta_1 = exact.X, np.asarray(exact.problem.pretrain_error)
@@ -119,19 +102,17 @@ def e1_smoothing(normal: Normal, smoothing: float, foreign: float, **values: Any
     return averages, np.stack([np.asarray(fine_tune(X, softened, theta_1, filter)) for filter in exact.filters])
 
 
-@claim(
+@identity(
     "E2",
     "The Pareto frontier of the two risks is where their weighted sum is least.",
     R"\theta_\kappa = \theta_1^* + (\kappa\Sigma_1+\Sigma_2)^{-1}\Sigma_2\delta",
-    source="ours",
-    kind="identity",
     parameters=EXACT | {"weight": WEIGHT, "trust": Parameter(low=1.0, high=1.0, scale="log", lowest=0.1, highest=10.0)},
     tolerance=1e-8,
 )
-def e2(normal: Normal, weight: float, trust: float, **values: Any) -> tuple[Any, Any]:
+def e2(normal: Normal, weight: float, trust: float, **values: Any) -> Sides:
     """Both risks at every κ, and the same from (κΣ₁+Σ₂)⁻¹Σ₂ as a matrix; `trust` mistakes κ by a factor."""
-    problem = exact_instance(normal, **values, tau=1.0).problem
-    m, shift = moments(problem), problem.shift
+    exact = exact_instance(normal, **values, tau=1.0)
+    problem, m, shift = exact.problem, exact.moments, exact.problem.shift
     second = np.outer(shift.vector, shift.vector) if isinstance(shift, FixedShift) else matrix_of(shift.covariance)
     risks = []
     for kappa in weight * RATIOS:
@@ -142,40 +123,36 @@ def e2(normal: Normal, weight: float, trust: float, **values: Any) -> tuple[Any,
     return np.stack(frontier.pareto(problem, weight * RATIOS), axis=-1), np.array(risks)
 
 
-@claim(
+@inequality(
     "E2.floor",
     "No fine-tuner and no average of it gets below the frontier.",
     R"R_\mathrm{ft}(\theta) + \kappa R_\mathrm{pre}(\theta) \ge R_\mathrm{ft}(\theta_\kappa)"
     R" + \kappa R_\mathrm{pre}(\theta_\kappa)",
-    source="ours",
-    kind="inequality",
     parameters=EXACT | {"weight": WEIGHT, "average": Parameter(low=-0.5, high=1.5, lowest=-10.0, highest=10.0)},
     tolerance=1e-9,
 )
-def e2_floor(normal: Normal, weight: float, average: float, **values: Any) -> tuple[Any, Any]:
+def e2_floor(normal: Normal, weight: float, average: float, **values: Any) -> Sides:
     """R_ft + κR_pre of four fine-tuners and of their averages, relative to the frontier's, minus 1: (8, κ)."""
     exact = exact_instance(normal, **values, tau=1.0)
     kappa = weight * RATIOS
     finetune, pretrain = frontier.pareto(exact.problem, kappa)
-    points = np.array([totals(exact.problem, exact.X, tau * R) for tau in (1.0, average) for R in exact.maps])
+    points = np.array([exact.totals(tau * R) for tau in (1.0, average) for R in exact.maps])
     return 0.0, (points[:, :1] + kappa * points[:, 1:]) / np.asarray(finetune + kappa * pretrain) - 1
 
 
-@claim(
+@identity(
     "E2.ensemble",
     "With Σ₁ ∝ Σ₂ and no pretraining error, averaging the optima is Pareto-optimal.",
     R"\Sigma_1 \propto \Sigma_2,\ u = 0 \implies \theta_\tau \in \{\theta_\kappa\}",
-    source="ours",
-    kind="identity",
     parameters={
         "decay": DECAY.within(0.0, 2.0),
         "tau": TAU.within(0.05, 0.95, lowest=-0.5, highest=1.5),
-        "mismatch": Parameter(low=0.0, high=0.0, highest=1.0),
-        "pretrain_size": Parameter(low=0.0, high=0.0, highest=1.0),
+        "mismatch": Parameter(highest=1.0),
+        "pretrain_size": Parameter(highest=1.0),
     },
     tolerance=1e-7,
 )
-def e2_ensemble(normal: Normal, decay: float, tau: float, mismatch: float, pretrain_size: float) -> tuple[Any, Any]:
+def e2_ensemble(normal: Normal, decay: float, tau: float, mismatch: float, pretrain_size: float) -> Sides:
     """1 + excess forgetting of θ₁ + τΔ, relative to its own.
 
     Σ₁ = 2Σ₂ diagonal but for `mismatch`, a factor e^{mismatch·z} per eigenvalue; u = 0 but for `pretrain_size`.

@@ -7,19 +7,8 @@ import numpy as np
 from jax import Array
 
 from linfit import MinNorm, RandomShift, RiskForm, TwoTaskProblem, aligned_problem, fine_tune, risk_forms, spectra
-from sims.claims import Normal, Sides, claim
-from sims.claims.problems import (
-    EXACT_PARAMETERS,
-    best_linear_map,
-    coloured,
-    exact_instance,
-    matrix_of,
-    moments,
-    parabola_through,
-    ridge_map,
-    risk_by_algebra,
-    totals,
-)
+from sims.claims import Normal, Sides, existence, identity, inequality, statistical
+from sims.claims.problems import EXACT, EXTREMES, exact_instance, moments, parabola, ridge_map, shifts, without
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, TAU, Parameter
 from theory.overadaptation import bayes_penalty, best_of_each_method, combined, overadaptation_condition
 
@@ -31,22 +20,17 @@ REPLICATES = 1024
 TAIL_CONTEST = {
     "decay": DECAY.within(0.5, 2.0, lowest=0.0, highest=4.0),
     "alignment": ALIGNMENT.within(-1.0, lowest=-2.0, highest=1.0),
-    "noise_std": NOISE_STD.within(1e-3**0.5, 10**0.5, lowest=1e-3, highest=1e3**0.5),
+    "noise_std": EXTREMES["noise_std"],
 }
 """A shift in the tail of the spectrum, Ω ∝ Σ⁻¹."""
-
-
-def _without(*names: str) -> dict[str, Parameter]:
-    return {name: value for name, value in EXACT_PARAMETERS.items() if name not in names}
 
 
 def _on_one_design(
     normal: Normal, shape: tuple[int, int], decay: float, alignment: float, noise_std: float
 ) -> tuple[Array, TwoTaskProblem, RiskForm]:
     """A design X (n, p) of the test bed, the problem, and its fine-tuning risk."""
-    n, p = shape
-    problem = aligned_problem(spectra.power_law(p, decay), alignment=alignment, noise_std=noise_std)
-    X = coloured(normal, n, problem)
+    problem = aligned_problem(spectra.power_law(shape[1], decay), alignment=alignment, noise_std=noise_std)
+    X = problem.finetune_covariance.colour(normal(*shape))  # type: ignore[arg-type]
     return X, problem, risk_forms(X, problem).finetune
 
 
@@ -56,39 +40,31 @@ def _contest(normal: Normal, **values: float) -> dict[str, float]:
     return {name: float(optimum.risk) for name, optimum in best_of_each_method(form).items()}
 
 
-@claim(
+@identity(
     "O1",
     "Min-norm overadapts (τ* < 1) exactly where the noise it fits exceeds the signal it misses.",
     R"\tau^* < 1 \iff \mathrm{tr}\,\Pi S (I-\Pi)\Sigma_2 < \sigma^2\,\mathrm{tr}\,A^\top \Sigma_2 A",
-    source="ours",
-    kind="identity",
-    parameters=EXACT_PARAMETERS
-    | {
-        "noise_std": NOISE_STD.within(1e-3**0.5, 10**0.5, lowest=1e-3, highest=1e3**0.5),
-        "decay": DECAY.within(0.0, 1.5, highest=3.0),
-    },
+    parameters=EXACT | EXTREMES,
     tolerance=1e-8,
 )
 def o1(normal: Normal, **values: Any) -> Sides:
     """The two traces of O1 and their difference, −R'(1)/2 by the risks at τ = ½ and 3/2, relative to R_ft(θ₁)."""
     exact = exact_instance(normal, **values)
     missed, fitted = overadaptation_condition(exact.forms.finetune)
-    m, A = moments(exact.problem), np.linalg.pinv(exact.X)
+    m, A = exact.moments, np.linalg.pinv(exact.X)
     projector = A @ exact.X
     missed_trace = np.trace(projector @ m.second @ (np.eye(len(projector)) - projector) @ m.finetune)
     fitted_trace = m.noise_std**2 * np.trace(A.T @ m.finetune @ A)
-    before, after = (totals(exact.problem, exact.X, tau * A)[0] for tau in (0.5, 1.5))
+    before, after = (exact.totals(tau * A)[0] for tau in (0.5, 1.5))
     predicted = np.array([missed, fitted, missed - fitted]) / float(exact.forms.finetune.constant)
     measured = np.array([missed_trace, fitted_trace, (before - after) / 2]) / np.trace(m.second @ m.finetune)
     return predicted, measured
 
 
-@claim(
+@inequality(
     "O1.isotropic",
     "For an isotropic shift min-norm always overadapts: any label noise makes averaging help.",
     R"S = \omega I,\ \sigma > 0 \implies \tau^* < 1",
-    source="ours",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(0.0, 2.0, highest=3.0),
         "alignment": ALIGNMENT.within(0.0, lowest=-2.0, highest=2.0),
@@ -100,13 +76,12 @@ def o1_isotropic(normal: Normal, **values: Any) -> Sides:
     return 0.0, float(1 - form.optimal_tau(MinNorm()))
 
 
-@claim(
+@statistical(
     "O2",
     "Along τ, the risk is bias² plus τ² times the variance of the fine-tuned model.",
     R"R_\mathrm{ft}(\tau) = \mathrm{bias}^2(\tau) + \tau^2\,\mathrm{variance}(1)",
     source="paper 2506.01901 (picture)",
-    kind="statistical",
-    parameters=_without("fixed", "tau") | {"noise_correlation": Parameter(low=0.0, high=0.0, highest=0.9)},
+    parameters=without("fixed", "tau") | {"noise_correlation": Parameter(highest=0.9)},
 )
 def o2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
     """The fit to noise-free labels misses by the bias; two fits to the same signal differ by twice the variance.
@@ -114,14 +89,9 @@ def o2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
     The two noise vectors of a pair are independent unless `noise_correlation` is not 0.
     """
     exact = exact_instance(normal, **values, fixed=0, tau=1.0)
-    (n, p), m, form, taus = (
-        exact.X.shape,
-        moments(exact.problem),
-        exact.forms.finetune,
-        np.array([0.25, 0.5, 1.0, 1.25]),
-    )
-    delta = np.linalg.cholesky(matrix_of(exact.problem.gap_covariance)) @ normal(p, REPLICATES)  # type: ignore[arg-type]
-    noise, fresh = normal(n, REPLICATES), normal(n, REPLICATES)
+    m, form, taus = exact.moments, exact.forms.finetune, np.array([0.25, 0.5, 1.0, 1.25])
+    delta = shifts(normal, exact.problem, REPLICATES)
+    noise, fresh = (normal(len(exact.X), REPLICATES) for _ in range(2))
     other = noise_correlation * noise + (1 - noise_correlation**2) ** 0.5 * fresh
     theta_1, signal = np.repeat(m.u[:, None], REPLICATES, 1), exact.X @ delta
 
@@ -139,17 +109,16 @@ def o2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
     return np.array(predicted), np.moveaxis(np.array(measured), -1, 0)
 
 
-@claim(
+@inequality(
     "O2.bias",
     "bias² falls as τ leaves 0, for a mean-zero shift whose covariance commutes with Σ₂.",
     R"\tfrac{d}{d\tau}\,\mathrm{bias}^2(\tau)\big|_{\tau=0} < 0",
     source="paper 2506.01901 (picture)",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(0.0, 2.0),
         "alignment": ALIGNMENT.within(-1.0, 1.0),
         "noise_std": NOISE_STD.within(0.1, 10**0.5),
-        "adversarial": Parameter(low=0.0, high=0.0, highest=1.0),
+        "adversarial": Parameter(highest=1.0),
     },
 )
 def o2_bias(normal: Normal, adversarial: float, **values: float) -> Sides:
@@ -158,62 +127,52 @@ def o2_bias(normal: Normal, adversarial: float, **values: float) -> Sides:
     A share `adversarial` of the signal lies in the one direction for which learning starts by doing harm.
     """
     design, problem, _ = _on_one_design(normal, SMALL, **values)
-    X, finetune = np.asarray(design), matrix_of(problem.finetune_covariance)
-    A, spread = np.linalg.pinv(X), moments(problem).second
+    X, (_, finetune, spread, *_) = np.asarray(design), moments(problem)
+    A = np.linalg.pinv(X)
     harm = A @ X @ finetune
     direction = np.linalg.eigh(harm + harm.T)[1][:, 0]
     direction = direction / np.sqrt(direction @ finetune @ direction)
     problem = replace(
         problem, shift=RandomShift((1 - adversarial) * np.diag(spread)), pretrain_error=adversarial**0.5 * direction
     )
-    start, slope, _ = parabola_through(lambda tau: risk_by_algebra(problem, X, tau * A)[0, 0])
+    start, slope, _ = parabola(lambda tau: moments(problem).risks(X, tau * A)[0, 0])
     return 0.0, float(slope / start)
 
 
-@claim(
+@identity(
     "O3",
     "Started from the pretraining optimum (u = 0), forgetting is exactly quadratic in τ.",
     R"u = 0 \implies R_\mathrm{pre}(\tau) = \tau^2 R_\mathrm{pre}(1)",
-    source="ours",
-    kind="identity",
-    parameters=_without("tau") | {"pretrain_size": Parameter(low=0.0, high=0.0, highest=1.0)},
+    parameters=without("tau") | {"pretrain_size": Parameter(highest=1.0)},
     tolerance=1e-9,
 )
 def o3(normal: Normal, **values: Any) -> Sides:
     """R_pre along τ for four filters, relative to R_pre(1) of the first: (4, taus)."""
     exact, taus = exact_instance(normal, **values, tau=1.0), np.array([-0.5, 0.25, 0.5, 0.75, 1.25])
-    full = np.array([totals(exact.problem, exact.X, R)[1] for R in exact.maps])
+    full = np.array([exact.totals(R)[1] for R in exact.maps])
     form = exact.forms.pretrain
     along = np.array([form(filter, taus).total for filter in exact.filters])
     return full[:, None] * taus**2 / full[0], along / float(form(exact.filters[0]).total)
 
 
-@claim(
+@inequality(
     "O3.less",
     "The ensemble forgets less than the fine-tuned model.",
     R"R_\mathrm{pre}(\tau) < R_\mathrm{pre}(1),\quad |\tau| < 1,\ u = 0",
     source="paper 2506.01901",
-    kind="inequality",
-    parameters=EXACT_PARAMETERS
-    | {
-        "tau": TAU.within(-0.99, 0.99, lowest=-1.5, highest=1.5),
-        "pretrain_size": Parameter(low=0.0, high=0.0, highest=3.0),
-    },
+    parameters=EXACT
+    | {"tau": TAU.within(-0.99, 0.99, lowest=-1.5, highest=1.5), "pretrain_size": Parameter(highest=3.0)},
 )
 def o3_less(normal: Normal, **values: Any) -> Sides:
     exact = exact_instance(normal, **values)
-    ensemble, full = (
-        np.array([totals(exact.problem, exact.X, tau * R)[1] for R in exact.maps]) for tau in (exact.tau, 1.0)
-    )
+    ensemble, full = (np.array([exact.totals(tau * R)[1] for R in exact.maps]) for tau in (exact.tau, 1.0))
     return ensemble / full, 1.0
 
 
-@claim(
+@identity(
     "O4.bayes",
     "For an isotropic shift ridge with λ = σ²/(nω) is Bayes, the oracle filter, and has τ* = 1.",
     R"S = \omega I \implies R\bigl(\tfrac{1}{s+\sigma^2/n\omega}\bigr) = R(g^*),\ \tau^* = 1",
-    source="ours",
-    kind="identity",
     parameters={
         "decay": DECAY.within(0.0, 2.0),
         "alignment": ALIGNMENT.within(0.0, lowest=-1.0, highest=1.0),
@@ -225,22 +184,20 @@ def o3_less(normal: Normal, **values: Any) -> Sides:
 def o4_bayes(normal: Normal, penalty_ratio: float, **values: float) -> Sides:
     """Risk of ridge at λ_Bayes and of the best linear estimator of all, relative to R_ft(θ₁); ridge's best τ."""
     design, problem, form = _on_one_design(normal, SMALL, **values)
-    X, (n, p) = np.asarray(design), SMALL
+    X, m, (n, p) = np.asarray(design), moments(problem), SMALL
     oracle = float(form.oracle_risk() / form.constant)
-    penalty = float(bayes_penalty(problem.noise_std, np.trace(moments(problem).second) / p, n)) * penalty_ratio
+    penalty = float(bayes_penalty(problem.noise_std, np.trace(m.second) / p, n)) * penalty_ratio
     R = ridge_map(X, penalty)
-    start, slope, curvature = parabola_through(lambda tau: totals(problem, X, tau * R)[0])
-    ridge, linear = (totals(problem, X, at)[0] for at in (R, best_linear_map(problem, X)))
+    start, slope, curvature = parabola(lambda tau: m.totals(X, tau * R)[0])
+    ridge, linear = (m.totals(X, at)[0] for at in (R, m.best_map(X)))
     return np.array([oracle, oracle, 1.0]), np.array([ridge / start, linear / start, slope / curvature])
 
 
-@claim(
+@inequality(
     "O4.tail",
     "For a tail shift, ensembled min-norm beats the best ridge and the best early stopping.",
     R"S \propto \Sigma^{-1} \implies "
     R"R(\tau^*\!/s) < \min_\lambda R(\mathrm{ridge}),\ \min_t R(\mathrm{flow})",
-    source="ours",
-    kind="inequality",
     parameters=TAIL_CONTEST,
 )
 def o4_tail(normal: Normal, **values: float) -> Sides:
@@ -248,12 +205,10 @@ def o4_tail(normal: Normal, **values: float) -> Sides:
     return 0.0, np.array([best["ridge"], best["early stopping"]]) / best["min-norm + ensemble"] - 1
 
 
-@claim(
+@inequality(
     "O4.tail.oracle",
     "For a tail shift, ensembled min-norm comes within 1% of the oracle filter.",
     R"S \propto \Sigma^{-1} \implies R(\tau^*\!/s) < 1.01\, R(g^*)",
-    source="ours",
-    kind="inequality",
     parameters=TAIL_CONTEST,
 )
 def o4_tail_oracle(normal: Normal, **values: float) -> Sides:
@@ -261,13 +216,11 @@ def o4_tail_oracle(normal: Normal, **values: float) -> Sides:
     return 0.0, 1.01 - best["min-norm + ensemble"] / best["oracle"]
 
 
-@claim(
+@inequality(
     "O4.head",
     "For a noisy head shift, the best ridge and the best early stopping beat ensembled min-norm.",
     R"S \propto \Sigma \implies "
     R"\min_\lambda R(\mathrm{ridge}),\ \min_t R(\mathrm{flow}) < R(\tau^*\!/s)",
-    source="ours",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(1.0, 2.0, lowest=0.0, highest=4.0),
         "alignment": ALIGNMENT.within(1.0, lowest=-1.0, highest=2.0),
@@ -279,13 +232,11 @@ def o4_head(normal: Normal, **values: float) -> Sides:
     return 0.0, 1 - np.array([best["ridge"], best["early stopping"]]) / best["min-norm + ensemble"]
 
 
-@claim(
+@inequality(
     "O4.head.both",
     "For a head shift, averaging (τ may exceed 1) still improves the best ridge by 1% or more.",
     R"S \propto \Sigma \implies "
     R"\min_{\lambda,\tau} R(\tau\,\mathrm{ridge}) < 0.99 \min_\lambda R(\mathrm{ridge})",
-    source="ours",
-    kind="inequality",
     parameters={
         "decay": DECAY.within(0.8, 1.5, lowest=0.0, highest=4.0),
         "alignment": ALIGNMENT.within(1.0, lowest=-1.0, highest=2.0),
@@ -297,12 +248,11 @@ def o4_head_both(normal: Normal, **values: float) -> Sides:
     return 0.01, 1 - best["ridge + ensemble"] / best["ridge"]
 
 
-@claim(
+@existence(
     "O4.informal",
     "Ensembling the fine-tuned model beats the best ridge: true in part of the space only.",
     R"\min_\tau R(\tau/s) < \min_\lambda R\bigl(\tfrac{1}{s+\lambda}\bigr)",
     source="paper 2506.01901 (informal)",
-    kind="existence",
     parameters={
         "decay": DECAY.within(0.5, 2.0),
         "alignment": ALIGNMENT.within(-1.0, 1.0),
@@ -314,13 +264,11 @@ def o4_informal(normal: Normal, **values: float) -> Sides:
     return 0.0, best["ridge"] / best["min-norm + ensemble"] - 1
 
 
-@claim(
+@identity(
     "O5",
     "The combined objective R_ft + κR_pre is the same kind of quadratic, and so is its best τ.",
     R"\tau^* = (b + \kappa b')\cdot g \,/\, g^\top (H + \kappa H') g",
-    source="ours",
-    kind="identity",
-    parameters=_without("tau") | {"weight": Parameter(low=0.1, high=10.0, scale="log", lowest=1e-4, highest=1e4)},
+    parameters=without("tau") | {"weight": Parameter(low=0.1, high=10.0, scale="log", lowest=1e-4, highest=1e4)},
     tolerance=1e-7,
 )
 def o5(normal: Normal, weight: float, **values: Any) -> Sides:
@@ -328,8 +276,6 @@ def o5(normal: Normal, weight: float, **values: Any) -> Sides:
     exact = exact_instance(normal, **values, tau=1.0)
     form, measured = combined(exact.forms, weight), []
     for R in exact.maps:
-        _, slope, curvature = parabola_through(
-            lambda tau, R=R: np.array([1.0, weight]) @ totals(exact.problem, exact.X, tau * R)
-        )
+        _, slope, curvature = parabola(lambda tau, R=R: np.array([1.0, weight]) @ exact.totals(tau * R))
         measured.append(slope / curvature)
     return np.array([form.optimal_tau(filter) for filter in exact.filters]), np.array(measured)

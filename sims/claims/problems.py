@@ -5,27 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
-from jax import Array
 
-from linfit import (
-    FixedShift,
-    GradientDescent,
-    GradientFlow,
-    MinNorm,
-    Pair,
-    RandomShift,
-    Ridge,
-    TwoTaskProblem,
-    risk_forms,
-)
-from linfit.covariance import Covariance, Diagonal
+from linfit import FixedShift, GradientDescent, GradientFlow, MinNorm, RandomShift, Ridge, TwoTaskProblem, risk_forms
+from linfit.covariance import Covariance
+from linfit.problem import Pair
 from sims.claims import Normal
 from sims.parameters import DECAY, NOISE_STD, PENALTY, TAU, TIME, Parameter
 
 SIZES = ((10, 25), (16, 20))
 """(n, p) of the exact claims: few, because every new shape is compiled."""
 
-EXACT_PARAMETERS = {
+EXACT = {
     "size": Parameter(low=0, high=len(SIZES) - 1, scale="whole"),
     "decay": DECAY.within(0.0, 1.5),
     "fixed": Parameter(low=0, high=1, scale="whole"),
@@ -39,18 +29,77 @@ EXACT_PARAMETERS = {
 }
 """Assumptions of the claims that are exact for any problem and any design."""
 
+EXTREMES = {
+    "noise_std": NOISE_STD.within(1e-3**0.5, 10**0.5, lowest=1e-3, highest=1e3**0.5),
+    "decay": DECAY.within(0.0, 1.5, highest=3.0),
+}
+"""Ranges of two of them with ends to walk to."""
+
+
+def without(*names: str) -> dict[str, Parameter]:
+    """`EXACT` but for some."""
+    return {name: value for name, value in EXACT.items() if name not in names}
+
+
+class Moments(NamedTuple):
+    """A problem as matrices and vectors: Σ₁, Σ₂, S = E ΔΔᵀ, E Δ, u, σ; and the risks of θ̂ = θ₁ + R(y − Xθ₁)."""
+
+    pretrain: np.ndarray
+    finetune: np.ndarray
+    second: np.ndarray
+    mean: np.ndarray
+    u: np.ndarray
+    noise_std: float
+
+    def risks(self, X: np.ndarray, R: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        """[[bias², variance] fine-tuning, [bias², variance] pretraining] by traces; `noise` (n, n): its correlation."""
+        learned = R @ X
+        missed = learned - np.eye(len(learned))
+        spread = R @ (np.eye(len(X)) if noise is None else noise) @ R.T * self.noise_std**2
+        finetune = np.trace(self.finetune @ missed @ self.second @ missed.T)
+        moved = self.u @ self.pretrain @ self.u + 2 * self.u @ self.pretrain @ learned @ self.mean
+        pretrain = moved + np.trace(self.pretrain @ learned @ self.second @ learned.T)
+        return np.array([[finetune, np.trace(self.finetune @ spread)], [pretrain, np.trace(self.pretrain @ spread)]])
+
+    def totals(self, X: np.ndarray, R: np.ndarray) -> np.ndarray:
+        """[R_ft, R_pre]."""
+        return self.risks(X, R).sum(axis=1)
+
+    def best_map(self, X: np.ndarray) -> np.ndarray:
+        """R (p, n) = SXᵀ(XSXᵀ + σ²I)⁻¹, the best linear estimator of all, spectral or not."""
+        return self.second @ X.T @ np.linalg.inv(X @ self.second @ X.T + self.noise_std**2 * np.eye(len(X)))
+
+
+def matrix_of(covariance: Covariance) -> np.ndarray:
+    """Σ (p, p)."""
+    return np.asarray(covariance.apply(np.eye(covariance.size)))  # type: ignore[arg-type]
+
+
+def moments(problem: TwoTaskProblem) -> Moments:
+    """The problem as matrices and vectors."""
+    mean, u = (np.zeros(problem.p) if v is None else np.asarray(v) for v in (problem.gap_mean, problem.pretrain_error))
+    second = np.outer(mean, mean)
+    if problem.gap_covariance is not None:
+        second = second + matrix_of(problem.gap_covariance)
+    pretrain, finetune = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
+    return Moments(pretrain, finetune, second, mean, u, float(problem.noise_std))
+
 
 class Exact(NamedTuple):
     """A design, a problem with nothing special about it, four filters, and the same fine-tuners as plain matrices."""
 
     X: np.ndarray
     problem: TwoTaskProblem
+    moments: Moments
     forms: Pair
     filters: list[Any]
     maps: np.ndarray
     """R (4, p, n) with θ̂ = θ₁ + R(y − Xθ₁), without an eigendecomposition of the kernel."""
     tau: float
-    extra: dict[str, Any]
+
+    def totals(self, R: np.ndarray) -> np.ndarray:
+        """[R_ft, R_pre] of θ̂ = θ₁ + R(y − Xθ₁)."""
+        return self.moments.totals(self.X, R)
 
 
 def exact_instance(
@@ -66,7 +115,6 @@ def exact_instance(
     time: float,
     speed: float,
     steps: int,
-    **extra: Any,
 ) -> Exact:
     """Σ₁, Σ₂, Ω dense with power-law spectra and unrelated eigenvectors; δ random, or fixed if `fixed`; u ≠ 0."""
     n, p = SIZES[size]
@@ -77,12 +125,7 @@ def exact_instance(
     step_size = float(speed * n / np.linalg.norm(X, 2) ** 2)
     filters = [MinNorm(), Ridge(penalty), GradientFlow(time), GradientDescent(step_size, steps)]
     maps = np.stack([np.linalg.pinv(X), ridge_map(X, penalty), _flow(X, time), _descent(X, step_size, steps)])
-    return Exact(X, problem, risk_forms(X, problem), filters, maps, tau, extra)
-
-
-def zero(_: Any) -> float:
-    """What is predicted of a gap that should vanish."""
-    return 0.0
+    return Exact(X, problem, moments(problem), risk_forms(X, problem), filters, maps, tau)
 
 
 def dense_covariance(latent: np.ndarray, decay: float) -> np.ndarray:
@@ -115,78 +158,25 @@ def _descent(X: np.ndarray, step_size: float, steps: int) -> np.ndarray:
     return R
 
 
-def matrix_of(covariance: Covariance) -> np.ndarray:
-    """Σ (p, p)."""
-    if isinstance(covariance, Diagonal):
-        return np.diag(covariance.eigenvalues)
-    return np.asarray(covariance.apply(np.eye(covariance.size)))  # type: ignore[arg-type]
+def shifts(normal: Normal, problem: TwoTaskProblem, count: int) -> np.ndarray:
+    """Samples of δ (p, count), the pretraining optimum at 0; all equal for a fixed shift."""
+    if isinstance(problem.shift, FixedShift):
+        return np.repeat(np.asarray(problem.shift.vector)[:, None], count, 1)
+    return np.linalg.cholesky(matrix_of(problem.shift.covariance)) @ normal(problem.p, count)
 
 
-class Moments(NamedTuple):
-    """The problem as p × p matrices."""
-
-    pretrain: np.ndarray
-    finetune: np.ndarray
-    second: np.ndarray
-    """S = E ΔΔᵀ."""
-    mean: np.ndarray
-    """E Δ."""
-    u: np.ndarray
-    noise_std: float
-
-
-def moments(problem: TwoTaskProblem) -> Moments:
-    """Σ₁, Σ₂, S, E Δ, u, σ."""
-    mean, u = (np.zeros(problem.p) if v is None else np.asarray(v) for v in (problem.gap_mean, problem.pretrain_error))
-    second = np.outer(mean, mean)
-    if problem.gap_covariance is not None:
-        second = second + matrix_of(problem.gap_covariance)
-    pretrain, finetune = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
-    return Moments(pretrain, finetune, second, mean, u, float(problem.noise_std))
-
-
-def risk_by_algebra(
-    problem: TwoTaskProblem, X: np.ndarray, R: np.ndarray, noise: np.ndarray | None = None
-) -> np.ndarray:
-    """[[bias², variance] fine-tuning, [bias², variance] pretraining] of θ̂ = θ₁ + R(y − Xθ₁), by traces.
-
-    `noise` (n, n) is the correlation of the label noise, I if None.
-    """
-    m = moments(problem)
-    noise = np.eye(len(X)) if noise is None else noise
-    learned = R @ X
-    missed = learned - np.eye(problem.p)
-    spread = R @ noise @ R.T * m.noise_std**2
-    finetune = np.trace(m.finetune @ missed @ m.second @ missed.T)
-    moved = m.u @ m.pretrain @ m.u + 2 * m.u @ m.pretrain @ learned @ m.mean
-    pretrain = moved + np.trace(m.pretrain @ learned @ m.second @ learned.T)
-    return np.array([[finetune, np.trace(m.finetune @ spread)], [pretrain, np.trace(m.pretrain @ spread)]])
-
-
-def totals(problem: TwoTaskProblem, X: np.ndarray, R: np.ndarray) -> np.ndarray:
-    """[R_ft, R_pre] by algebra."""
-    return risk_by_algebra(problem, X, R).sum(axis=1)
-
-
-def best_linear_map(problem: TwoTaskProblem, X: np.ndarray) -> np.ndarray:
-    """R (p, n) = SXᵀ(XSXᵀ + σ²I)⁻¹, the best linear estimator of all, spectral or not."""
-    m = moments(problem)
-    return m.second @ X.T @ np.linalg.inv(X @ m.second @ X.T + m.noise_std**2 * np.eye(len(X)))
-
-
-def parabola_through(risk: Callable[..., Any]) -> tuple[Any, Any, Any]:
+def parabola(risk: Callable[..., Any]) -> tuple[Any, Any, Any]:
     """(c, b, a) of R(τ) = c − 2bτ + aτ² from its values at τ = 0, ½ and 1; the vertex is at b/a."""
     start, half, end = (risk(tau) for tau in (0.0, 0.5, 1.0))
     return start, (3 * start - 4 * half + end) / 2, 2 * (end - 2 * half + start)
 
 
+def skewed(normal: Normal, skewness: float, count: int) -> np.ndarray:
+    """Standardised mixtures (count,) of z and z² − 1, `skewness` the share of the latter."""
+    z = normal(count)
+    return ((1 - skewness) * z + skewness * (z**2 - 1)) / ((1 - skewness) ** 2 + 2 * skewness**2) ** 0.5
+
+
 def autocorrelation(n: int, correlation: float) -> np.ndarray:
     """(n, n) of rows in sequence: correlation^|i−j|."""
-    index = np.arange(n)
-    return correlation ** np.abs(index[:, None] - index)
-
-
-def coloured(normal: Normal, n: int, problem: TwoTaskProblem) -> Array:
-    """A Gaussian design (n, p) with E xxᵀ = Σ₂."""
-    covariance = problem.finetune_covariance
-    return covariance.colour(normal(n, covariance.latent_size))  # type: ignore[arg-type]
+    return scipy.linalg.toeplitz(correlation ** np.arange(n))

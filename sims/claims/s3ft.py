@@ -8,10 +8,11 @@ import scipy.stats
 
 from linfit import FixedShift, MinNorm, Pair, Ridge, RiskForm, TwoTaskProblem, risk_forms, s3ft_targets
 from linfit.targets import Source
-from sims.claims import Normal, claim
+from sims.claims import Normal, Sides, existence, identity, inequality, statistical
+from sims.claims.problems import skewed
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, Parameter
 from theory import s3ft
-from theory.s3ft import Expectation, Procedure, VectorProblem
+from theory.s3ft import Procedure, VectorProblem
 
 REPLICATES, SCALAR_REPLICATES = 1 << 12, 1 << 15
 OUTPUTS, FEATURES = 5, 6
@@ -30,48 +31,41 @@ JUDGED = {
 LIMIT = JUDGED | {
     "decay": DECAY.within(0.0, 1.5),
     "style_signal": Parameter(low=0.3, high=3.0, scale="log"),
-    "anisotropy": Parameter(low=0.0, high=0.0, highest=1.5),
+    "anisotropy": Parameter(highest=1.5),
 }
-SAMPLED = LIMIT | {
-    "heavy_tails": Parameter(low=0.0, high=0.0, highest=0.8),
-    "entangled": Parameter(low=0.0, high=0.0, highest=2.0),
-}
+SAMPLED = LIMIT | {"heavy_tails": Parameter(highest=0.8), "entangled": Parameter(highest=2.0)}
 ONE_OUTPUT = {"decay": DECAY.within(0.0, 2.0), "alignment": ALIGNMENT.within(-1.0, 1.0)}
 
 
-@claim(
+@identity(
     "T1",
     "The coefficient ρ(c) is the share of residual variance beyond the threshold.",
     R"\rho(c) = 2[z\varphi(z) + 1 - \Phi(z)] = \mathbb{E}\,r^2 1\{|r|>c\}/v,\ z = c/\sqrt v",
-    source="ours",
-    kind="identity",
     parameters={"threshold": Parameter(low=0.0, high=4.0), "residual_std": Parameter(low=0.1, high=10.0, scale="log")},
     tolerance=1e-9,
 )
-def t1(normal: Normal, threshold: float, residual_std: float) -> tuple[Any, Any]:
+def t1(normal: Normal, threshold: float, residual_std: float) -> Sides:
     """`threshold` in units of √v."""
     c, density = threshold * residual_std, scipy.stats.norm(scale=residual_std).pdf
     inside, _ = scipy.integrate.quad(lambda r: r**2 * density(r), 0, c, epsabs=1e-14, epsrel=1e-13)
     return float(s3ft.fixed_point_coefficient(c, residual_std)), 1 - 2 * inside / residual_std**2
 
 
-@claim(
+@statistical(
     "T1.sampled",
     "S3FT on scalar responses ends at θ₁ + ρ(c)δ, an ensemble, whatever Σ.",
     R"\Sigma^{-1}\,\mathbb{E}\,x\,r\,1\{|r|>c\} = \rho(c)\,\delta",
-    source="ours",
-    kind="statistical",
     parameters={
         "decay": DECAY.within(0.0, 2.0),
         "noise_std": NOISE_STD.within(0.05**0.5, 5.0**0.5),
         "threshold": Parameter(low=0.3, high=2.0),
-        "heavy_tails": Parameter(low=0.0, high=0.0, highest=0.8),
-        "skewness": Parameter(low=0.0, high=0.0, highest=1.0),
+        "heavy_tails": Parameter(highest=0.8),
+        "skewness": Parameter(highest=1.0),
     },
 )
 def t1_sampled(
     normal: Normal, decay: float, noise_std: float, threshold: float, heavy_tails: float, skewness: float
-) -> tuple[Any, Any]:
+) -> Sides:
     """Least squares ends at the mean of Σ⁻¹x·target; θ₁ = 0.
 
     `threshold` in units of √v. Heavy tails: x has a random length; skewness: the noise is a shifted square.
@@ -81,10 +75,7 @@ def t1_sampled(
     delta = delta / np.sqrt(np.sum(spectrum * delta**2))
     length = np.exp(heavy_tails * normal(SCALAR_REPLICATES) - heavy_tails**2)
     x = length[:, None] * normal(SCALAR_REPLICATES, 4) * np.sqrt(spectrum)
-    z = normal(SCALAR_REPLICATES)
-    noise = (1 - skewness) * z + skewness * (z**2 - 1)
-    y = x @ delta + noise_std * noise / np.sqrt((1 - skewness) ** 2 + 2 * skewness**2)
-    std = (1 + noise_std**2) ** 0.5
+    y, std = x @ delta + noise_std * skewed(normal, skewness, SCALAR_REPLICATES), (1 + noise_std**2) ** 0.5
     targets = np.asarray(s3ft_targets(np.zeros_like(y), y, np.abs(y) <= threshold * std).values)
     return float(s3ft.fixed_point_coefficient(threshold * std, std)) * delta, x / spectrum * targets[:, None]
 
@@ -103,11 +94,9 @@ def _judged(
     return np.asarray(values), np.asarray(source)
 
 
-def _procedure(
-    tolerance: float, success: float, false_accept: float, false_reject: float, sampling_std: float, noise_std: float
-) -> Procedure:
+def _procedure(noise_std: float, tolerance: float, success: float, **judge: float) -> Procedure:
     """`tolerance` in units of √v, v = 1 + σ²."""
-    return Procedure(tolerance * (1 + noise_std**2) ** 0.5, success, false_accept, false_reject, sampling_std)
+    return Procedure(tolerance * (1 + noise_std**2) ** 0.5, success, **judge)
 
 
 def _sampled(
@@ -139,42 +128,33 @@ def _sampled(
     x = length[:, None] * normal(REPLICATES, FEATURES) * spectrum**0.5
     gold = x @ shift + noise_std * normal(REPLICATES, OUTPUTS)
     chances = scipy.stats.norm.cdf(normal(3, REPLICATES))
-    procedure = _procedure(noise_std=noise_std, **judged)
+    procedure = _procedure(noise_std, **judged)
     own = judged["sampling_std"] * normal(REPLICATES, OUTPUTS)
     return problem, procedure, x, *_judged(problem, procedure, gold, own, chances)
 
 
-def _residual_std(problem: VectorProblem) -> float:
-    """√v of each content output, whose signal is 1."""
-    return float(1 + problem.noise_std**2) ** 0.5
-
-
-@claim(
+@statistical(
     "T2.shares",
     "Shares of own, paraphrased and gold targets follow from a χ² with as many degrees as content.",
     R"\mathrm{own} = (1-f)F_k + a(1-F_k),\ \mathrm{paraphrase} = (1-a)q(1-f)(1-F_k)",
-    source="ours",
-    kind="statistical",
     parameters=SAMPLED,
 )
-def t2_shares(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_shares(normal: Normal, **values: Any) -> Sides:
     problem, procedure, _, _, source = _sampled(normal, **values)
-    expected = s3ft.shares(procedure, problem.content_rank, _residual_std(problem))
+    expected = s3ft.shares(procedure, problem.content_rank, (1 + values["noise_std"] ** 2) ** 0.5)
     return np.array(expected), source[:, None] == np.array(list(Source))
 
 
-@claim(
+@statistical(
     "T2.drift",
     "S3FT on vector responses is an ensemble with one coefficient for content and one for style.",
     R"\hat\theta = \theta_1 + \rho_\mathrm{content}\,\Delta P + \rho_\mathrm{style}\,\Delta(I-P)",
-    source="ours",
-    kind="statistical",
     parameters=SAMPLED,
 )
-def t2_drift(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_drift(normal: Normal, **values: Any) -> Sides:
     """Least squares ends at the mean of Σ⁻¹x·targetᵀ."""
     problem, procedure, x, targets, _ = _sampled(normal, **values)
-    learned = s3ft.coefficients(procedure, problem.content_rank, _residual_std(problem))
+    learned = s3ft.coefficients(procedure, problem.content_rank, (1 + values["noise_std"] ** 2) ** 0.5)
     content, style = problem.gaps
     solved = x / np.asarray(problem.finetune_covariance.diagonal())
     return np.asarray(learned.content * content + learned.style * style), solved[:, :, None] * targets[:, None, :]
@@ -192,50 +172,44 @@ def _relative(quantity: str, normal: Normal, pretrain_size: float = 0.0, **value
     return float(ours / supervised)
 
 
-@claim(
+@inequality(
     "T2.style",
     "With paraphrases that always succeed and a judge that knows what is right, style stays.",
     R"q = 1,\ f = 0 \implies \rho_\mathrm{style} = 0",
-    source="ours",
-    kind="inequality",
     parameters=LIMIT
     | {
         "success": Parameter(low=1.0, high=1.0, lowest=0.0),
-        "false_reject": Parameter(low=0.0, high=0.0, highest=0.5),
+        "false_reject": Parameter(highest=0.5),
         "false_accept": Parameter(low=0.0, high=0.5, highest=1.0),
     },
 )
-def t2_style(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_style(normal: Normal, **values: Any) -> Sides:
     return _relative("style_drift", normal, **values), 1e-12
 
 
-@claim(
+@inequality(
     "T2.less",
     "With unlimited data S3FT forgets less than supervised fine-tuning.",
     R"u = 0 \implies R_\mathrm{pre}(\mathrm{S3FT}) < R_\mathrm{pre}(\mathrm{SFT})",
-    source="ours",
-    kind="inequality",
     parameters=LIMIT
     | {
         "tolerance": Parameter(low=0.01, high=5.0, scale="log"),
         "false_accept": Parameter(low=0.0, high=1.0),
         "false_reject": Parameter(low=0.0, high=0.95),
-        "pretrain_size": Parameter(low=0.0, high=0.0, highest=3.0),
+        "pretrain_size": Parameter(highest=3.0),
     },
 )
-def t2_less(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_less(normal: Normal, **values: Any) -> Sides:
     return _relative("forgetting", normal, **values), 1.0
 
 
-@claim(
+@statistical(
     "T2.rejection",
     "Training on accepted own answers alone moves content towards gold by the sampling noise only.",
     R"\hat\theta = \theta_1 + \frac{s^2B}{A - Bq}\,\Delta P",
-    source="ours",
-    kind="statistical",
     parameters=SAMPLED,
 )
-def t2_rejection(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_rejection(normal: Normal, **values: Any) -> Sides:
     """The normal equations at the predicted weights: x·(own − xᵀθ)ᵀ over the accepted own answers has mean 0."""
     problem, procedure, x, targets, source = _sampled(normal, **values)
     rho = s3ft.rejection_coefficient(procedure, problem.content_rank, 1.0, float(problem.noise_std))
@@ -244,18 +218,16 @@ def t2_rejection(normal: Normal, **values: Any) -> tuple[Any, Any]:
     return np.zeros(problem.shift.shape), own[:, None, None] * x[:, :, None] * residual[:, None, :]
 
 
-@claim(
+@statistical(
     "T2.design",
     "Shares and risks of S3FT on a given design are exact, whatever n, p, Σ₁, Σ₂, P and the judge.",
     R"\mathbb{E}\,t_i = A_{k+2}(\lambda_i)\,\mu_i,\quad \lambda_i = \|\mu_i\|^2/(\sigma^2+s^2)",
-    source="ours",
-    kind="statistical",
     parameters=JUDGED
     | {
         "decay": DECAY.within(0.0, 1.5),
         "pretrain_size": Parameter(low=0.0, high=1.0),
         "penalty": PENALTY.within(1e-2, 10.0),
-        "noise_correlation": Parameter(low=0.0, high=0.0, highest=0.9),
+        "noise_correlation": Parameter(highest=0.9),
     },
 )
 def t2_design(
@@ -267,9 +239,8 @@ def t2_design(
     penalty: float,
     noise_correlation: float,
     **judged: float,
-) -> tuple[Any, Any]:
-    """Ridge on one design, a problem with nothing special about it, and draws of all else: shares of own and gold
-    answers, then the five risks."""
+) -> Sides:
+    """Shares of own and gold answers, then the five risks, of ridge on one design; all else is sampled."""
     n, p, count = 5, 8, REPLICATES // 2
     spectrum, turn = (1.0 + np.arange(p)) ** -decay, np.linalg.qr(normal(p, p))[0]
     basis = np.linalg.qr(normal(OUTPUTS, OUTPUTS))[0]
@@ -278,9 +249,8 @@ def t2_design(
     goal, start = normal(p, OUTPUTS) / p**0.5, pretrain_size * normal(p, OUTPUTS) / p**0.5
     pretrain, style_std = turn * spectrum @ turn.T, 0.7 * noise_std
     problem = VectorProblem(pretrain, np.diag(spectrum), goal, P, noise_std, style_std, start)
-    procedure = _procedure(noise_std=noise_std, **judged)
+    procedure = _procedure(noise_std, **judged)
     expected = s3ft.conditional(X, problem, procedure, Ridge(penalty))
-
     common, fresh = normal(count, 1, OUTPUTS), normal(count, n, OUTPUTS)
     noise = noise_correlation**0.5 * common + (1 - noise_correlation) ** 0.5 * fresh
     gold = X @ goal + noise_std * noise @ P + style_std * (noise - noise @ P)
@@ -291,17 +261,16 @@ def t2_design(
     moved = np.linalg.solve(X.T @ X / n + penalty * np.eye(p), X.T / n) @ (targets.reshape(own.shape) - X @ start)
     missed = moved + start - goal
 
-    def squared(error: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-        return np.sum(error * (covariance @ error), axis=(1, 2))
-
+    parts = [(part, np.diag(spectrum)) for error in (missed, moved) for part in (error @ P, error - error @ P)]
     measured = [(source == kind).mean(axis=1) for kind in (Source.OWN, Source.GOLD)]
-    for error in (missed, moved):
-        measured += [squared(part, np.diag(spectrum)) for part in (error @ P, error - error @ P)]
-    measured.append(squared(moved + start, pretrain))
+    for part, covariance in [*parts, (moved + start, pretrain)]:
+        measured.append(np.sum(part * (covariance @ part), axis=(1, 2)))
     return np.array([expected.own, expected.gold, *expected[3:]]), np.stack(measured, axis=1)
 
 
-def _one_output(normal: Normal, decay: float, alignment: float, noise_std: float) -> tuple[Expectation, Pair[RiskForm]]:
+def _one_output(
+    normal: Normal, decay: float, alignment: float, noise_std: float
+) -> tuple[s3ft.Expectation, Pair[RiskForm]]:
     """Min-norm on a design with n < p and one output: S3FT without paraphrases at each tolerance, and SFT."""
     n, p = 20, 60
     spectrum = (1.0 + np.arange(p)) ** -decay
@@ -314,31 +283,27 @@ def _one_output(normal: Normal, decay: float, alignment: float, noise_std: float
     return s3ft.conditional(X, problem, procedure, MinNorm()), supervised
 
 
-@claim(
+@inequality(
     "T2.averaging",
     "With noisy labels and n < p, averaging SFT at its best τ beats S3FT at its best tolerance.",
     R"\sigma^2 \geq \tfrac{1}{10}\delta^\top\Sigma\delta \implies \min_\tau R \leq \min_c R",
-    source="ours",
-    kind="inequality",
     parameters=ONE_OUTPUT | {"noise_std": NOISE_STD.within(0.1**0.5, 10.0**0.5, lowest=1e-2)},
     tolerance=1e-9,
 )
-def t2_averaging(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_averaging(normal: Normal, **values: Any) -> Sides:
     """How much worse on the task S3FT at its best tolerance is, relative."""
     selective, supervised = _one_output(normal, **values)
     averaged = supervised.finetune.along(MinNorm()).optimal_risk
     return 0.0, float(selective.content_risk.min() / averaged - 1)
 
 
-@claim(
+@existence(
     "T2.more",
     "With few samples and little noise S3FT can forget more than SFT: mixed targets are rough.",
     R"n < p:\ \max_c R_\mathrm{pre}(c) > 1.01\,R_\mathrm{pre}(\mathrm{SFT})",
-    source="ours",
-    kind="existence",
     parameters=ONE_OUTPUT | {"noise_std": NOISE_STD.within(1e-3**0.5, 0.1**0.5, highest=10.0**0.5)},
 )
-def t2_more(normal: Normal, **values: Any) -> tuple[Any, Any]:
+def t2_more(normal: Normal, **values: Any) -> Sides:
     """The largest R_pre over the tolerances, relative to that of SFT; at the strictest, S3FT is SFT."""
     selective, supervised = _one_output(normal, **values)
     return 0.01, float(selective.forgetting.max() / supervised.pretrain(MinNorm()).total - 1)

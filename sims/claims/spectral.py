@@ -9,34 +9,22 @@ import numpy as np
 from jax import Array
 
 from linfit import Ridge, TwoTaskProblem, aligned_problem, fine_tune, leave_one_out, risk_forms, spectra
-from sims.claims import Normal, Sides, claim
-from sims.claims.problems import (
-    EXACT_PARAMETERS,
-    SIZES,
-    autocorrelation,
-    best_linear_map,
-    exact_instance,
-    matrix_of,
-    moments,
-    parabola_through,
-    risk_by_algebra,
-    totals,
-)
+from sims.claims import Normal, Sides, identity, inequality, statistical
+from sims.claims.problems import EXACT, EXTREMES, SIZES, autocorrelation, exact_instance, parabola, shifts
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, TAU, Parameter
 
 REPLICATES = 1024
 
-LABEL_CORRELATION = Parameter(low=0.0, high=0.0, highest=0.9)
+LABEL_CORRELATION = Parameter(highest=0.9)
 """Of the noise of consecutive labels."""
 
 
-@claim(
+@identity(
     "S1",
     "Minimum norm, ridge, gradient flow and gradient descent from θ₁ are spectral filters of XXᵀ/n.",
     R"\hat\theta = \theta_1 + \tfrac1n X^\top U\,\mathrm{diag}(g(s))\,U^\top (y - X\theta_1)",
     source="paper 2506.01901 (estimators)",
-    kind="identity",
-    parameters=EXACT_PARAMETERS | {"speed": Parameter(low=0.1, high=1.9, highest=2.5)},
+    parameters=EXACT | {"speed": Parameter(low=0.1, high=1.9, highest=2.5)},
     tolerance=1e-9,
 )
 def s1(normal: Normal, **values: Any) -> Sides:
@@ -46,13 +34,11 @@ def s1(normal: Normal, **values: Any) -> Sides:
     return closed_form, theta_1 + exact.maps @ (y - exact.X @ theta_1)
 
 
-@claim(
+@identity(
     "S2",
     "Given X, bias² and variance on both domains are quadratic forms in the filter.",
     R"R(g) = c - 2\,b\cdot g + g^\top H g,\quad H = (P\circ Q)/n^2 + \sigma^2\mathrm{diag}(Q_{ii})/n^2",
-    source="ours",
-    kind="identity",
-    parameters=EXACT_PARAMETERS | {"noise_correlation": LABEL_CORRELATION},
+    parameters=EXACT | {"noise_correlation": LABEL_CORRELATION},
     tolerance=1e-9,
 )
 def s2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
@@ -60,27 +46,20 @@ def s2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
     exact = exact_instance(normal, **values)
     noise, unit = autocorrelation(len(exact.X), noise_correlation), float(exact.forms.finetune.constant)
     by_forms = [[form(filter, exact.tau) for form in exact.forms] for filter in exact.filters]
-    by_traces = [risk_by_algebra(exact.problem, exact.X, exact.tau * R, noise) for R in exact.maps]
+    by_traces = [exact.moments.risks(exact.X, exact.tau * R, noise) for R in exact.maps]
     return np.array(by_forms) / unit, np.array(by_traces) / unit
 
 
-@claim(
+@statistical(
     "S2.sampled",
     "The quadratic form is the mean risk of weights actually fitted, whatever the law of the noise.",
     R"\mathbb E_{\delta,\varepsilon}\|\theta_\tau - \theta_2^*\|^2_{\Sigma_2} = R_\mathrm{ft}(\tau g)",
-    source="ours",
-    kind="statistical",
-    parameters=EXACT_PARAMETERS
-    | {"law": Parameter(low=0, high=1, scale="whole"), "noise_correlation": LABEL_CORRELATION},
+    parameters=EXACT | {"law": EXACT["fixed"], "noise_correlation": LABEL_CORRELATION},
 )
 def s2_sampled(normal: Normal, law: int, noise_correlation: float, **values: Any) -> Sides:
     """R_ft and R_pre of the weights fitted to each draw of shift and labels (replicates, 4, 2)."""
     exact = exact_instance(normal, **values)
-    X, problem, tau, m = exact.X, exact.problem, exact.tau, moments(exact.problem)
-    if problem.gap_covariance is None:
-        delta = np.repeat((m.mean + m.u)[:, None], REPLICATES, 1)
-    else:
-        delta = np.linalg.cholesky(matrix_of(problem.gap_covariance)) @ normal(problem.p, REPLICATES)
+    X, tau, m, delta = exact.X, exact.tau, exact.moments, shifts(normal, exact.problem, REPLICATES)
     noise = normal(len(X), REPLICATES)
     noise = np.linalg.cholesky(autocorrelation(len(X), noise_correlation)) @ (np.sign(noise) if law else noise)
     theta_1, y = np.repeat(m.u[:, None], REPLICATES, 1), X @ delta + m.noise_std * noise
@@ -93,18 +72,13 @@ def s2_sampled(normal: Normal, law: int, noise_correlation: float, **values: Any
     return np.array(expected), np.moveaxis(np.array(realised), 2, 0)
 
 
-@claim(
+@identity(
     "S3",
     "Along the ensemble the risk is a parabola; its vertex and the gain over τ = 1 are known.",
     R"\tau^* = b\cdot g / g^\top H g,\quad R(1) - R(\tau^*) = (1-\tau^*)^2\, g^\top H g",
-    source="ours",
-    kind="identity",
-    parameters=EXACT_PARAMETERS
-    | {
-        "noise_std": NOISE_STD.within(1e-3**0.5, 10**0.5, lowest=1e-3, highest=1e3**0.5),
-        "decay": DECAY.within(0.0, 1.5, highest=3.0),
-        "pretrain_size": Parameter(low=0.1, high=1.0, scale="log", lowest=1e-3, highest=10.0),
-    },
+    parameters=EXACT
+    | EXTREMES
+    | {"pretrain_size": Parameter(low=0.1, high=1.0, scale="log", lowest=1e-3, highest=10.0)},
     tolerance=1e-7,
 )
 def s3(normal: Normal, **values: Any) -> Sides:
@@ -114,25 +88,23 @@ def s3(normal: Normal, **values: Any) -> Sides:
     known, found = [], []
     for filter, R in zip(exact.filters, exact.maps):
         known.append([(form.optimal_tau(filter), form.along(filter).gain / unit) for form in exact.forms])
-        _, slope, curvature = parabola_through(lambda tau, R=R: totals(exact.problem, exact.X, tau * R))
+        _, slope, curvature = parabola(lambda tau, R=R: exact.totals(tau * R))
         tau = slope / curvature
         found.append(np.stack([tau, (curvature - 2 * slope + slope * tau) / unit], axis=-1))
     return np.array(known), np.array(found)
 
 
-@claim(
+@inequality(
     "S4",
     "No spectral filter has a lower fine-tuning risk than the oracle filter H⁻¹b.",
     R"R(g) \ge c - b^\top H^{-1} b",
-    source="ours",
-    kind="inequality",
-    parameters=EXACT_PARAMETERS | {"beyond_spectral": Parameter(low=0.0, high=0.0, highest=1.0)},
+    parameters=EXACT | {"beyond_spectral": Parameter(highest=1.0)},
     tolerance=1e-9,
 )
 def s4(normal: Normal, beyond_spectral: float, **values: Any) -> Sides:
     """R_ft of the four filters at τ, of four arbitrary ones, and of one moved towards the best linear estimator."""
     exact = exact_instance(normal, **values)
-    problem, X, form, n = exact.problem, exact.X, exact.forms.finetune, len(exact.X)
+    X, form, n = exact.X, exact.forms.finetune, len(exact.X)
     s, U = np.linalg.eigh(X @ X.T / n)
 
     def spectral_map(g: np.ndarray) -> np.ndarray:
@@ -142,19 +114,17 @@ def s4(normal: Normal, beyond_spectral: float, **values: Any) -> Sides:
     maps = [
         *(exact.tau * exact.maps),
         *(spectral_map(factors / s) for factors in np.exp(normal(4, n))),
-        (1 - beyond_spectral) * oracle + beyond_spectral * best_linear_map(problem, X),
+        (1 - beyond_spectral) * oracle + beyond_spectral * exact.moments.best_map(X),
     ]
-    risks = np.array([totals(problem, X, R)[0] for R in maps])
+    risks = np.array([exact.totals(R)[0] for R in maps])
     return float(form.oracle_risk() / form.constant), risks / float(form.constant)
 
 
-@claim(
+@identity(
     "S5",
     "Leave-one-out residuals of an ensemble of ridge need no refitting, the penalty nλ held fixed.",
     R"r_i - \tau\,\bigl(r_i - (Gr)_i/G_{ii}\bigr),\quad G = (XX^\top + n\lambda I)^{-1}",
-    source="ours",
-    kind="identity",
-    parameters={name: EXACT_PARAMETERS[name] for name in ("size", "decay", "noise_std", "penalty", "tau")}
+    parameters={name: EXACT[name] for name in ("size", "decay", "noise_std", "penalty", "tau")}
     | {"refit_ratio": Parameter(low=1.0, high=1.0, scale="log", lowest=0.25, highest=4.0)},
     tolerance=1e-8,
 )
@@ -175,19 +145,17 @@ def s5(
     return np.asarray(leave_one_out(X, y, theta_1, np.array([0.0, penalty]), tau)), refitted
 
 
-@claim(
+@statistical(
     "S5.unbiased",
     "The mean squared leave-one-out residual is unbiased for the prediction error at n − 1 samples.",
     R"\mathbb E\,\tfrac1n\textstyle\sum_i r_{(i)}^2 = \mathbb E\,R_\mathrm{ft}^{(n-1)} + \sigma^2",
-    source="ours",
-    kind="statistical",
     parameters={
         "decay": DECAY.within(0.0, 1.5),
         "alignment": ALIGNMENT.within(-1.0, 1.0),
         "noise_std": NOISE_STD.within(0.1, 10**0.5),
         "penalty": PENALTY.within(1e-2, 10.0),
         "tau": TAU.within(-0.5, 1.5),
-        "repeated": Parameter(low=0.0, high=0.0, highest=0.99),
+        "repeated": Parameter(highest=0.99),
     },
 )
 def s5_unbiased(
