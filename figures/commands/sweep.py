@@ -17,36 +17,30 @@ if TYPE_CHECKING:
 __all__ = ["sweep"]
 
 
+_Store = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the results.")]
+
+
 @dataclass(kw_only=True)
 class _How:
     """Options that every sweep has."""
 
-    resume: bool = False
-    """Compute what is missing in a store that exists."""
-    retry: bool = False
-    """With --resume: do replicates that failed again."""
-    workers: int = 0
-    """Local worker processes, or Slurm jobs; 0 computes in this process."""
-    scheduler: str | None = None
-    """Address of a running Dask scheduler, such as tcp://host:8786."""
+    resume: bool = False  # Compute what is missing in a store that exists.
+    retry: bool = False  # With --resume: do replicates that failed again.
+    workers: int = 0  # Local worker processes, or Slurm jobs; 0 computes in this process.
+    scheduler: str | None = None  # Address of a running Dask scheduler, such as tcp://host:8786.
     slurm: bool = False
     """Start the workers as Slurm jobs; queue, memory and walltime as configured for dask-jobqueue."""
-    plan: bool = False
-    """Only print what would be computed."""
+    plan: bool = False  # Only print what would be computed.
 
 
 @dataclass(kw_only=True)
 class _What(_How):
     """Options of a sweep that is given on the command line."""
 
-    store: Path
-    """Folder of the results (zarr), to be created."""
-    seeds: int = 16
-    """Replicates of every point."""
-    seed: int = 0
-    """Seed of every random number."""
-    chunk: int = 8
-    """Replicates in a task; no number depends on it."""
+    store: Path  # Folder of the results (zarr), to be created.
+    seeds: int = 16  # Replicates of every point.
+    seed: int = 0  # Seed of every random number.
+    chunk: int = 8  # Replicates in a task; no number depends on it.
     points: int | None = None
     """Points of the Sobol design along the axes given as low:high:sobol; a power of two."""
 
@@ -75,70 +69,48 @@ class _File(_How):
     The experiment is one of ours by name, or one of your own as file.py:NAME or module:NAME.
     """
 
-    file: tyro.conf.Positional[Path]
-    """The TOML file."""
-    store: Path | None = None
-    """Folder of the results, instead of the one in the file."""
+    file: tyro.conf.Positional[Path]  # The TOML file.
+    store: Path | None = None  # Folder of the results, instead of the one in the file.
 
 
 @dataclass
 class _Resume(_How):
     """What is missing in a store, as it was configured."""
 
-    store: tyro.conf.Positional[Path]
-    """Folder of the results."""
+    store: _Store
 
 
 @dataclass
 class _Show:
     """Summary of a store: axes, share done, the best point of every output, failures."""
 
-    store: tyro.conf.Positional[Path]
-    """Folder of the results."""
-    json: bool = False
-    """Print everything as JSON."""
+    store: _Store
+    json: bool = False  # Print everything as JSON.
 
 
 @dataclass
 class _Plot:
     """A quick look at a store: an output along one axis, a line for each value of another."""
 
-    store: tyro.conf.Positional[Path]
-    """Folder of the results."""
-    x: str
-    """Axis to draw along."""
-    lines: str | None = None
-    """Axis whose values are lines."""
-    y: tuple[str, ...] = ()
-    """Outputs to draw, a panel each; the first two that vary along x if not given."""
-    at: tuple[str, ...] = ()
-    """Where the other axes are held, as NAME=VALUE; at the best point if not given."""
-    out: Path | None = None
-    """Picture to write (.png, .pdf or .svg); STORE with the ending .png if not given."""
+    store: _Store
+    x: str  # Axis to draw along.
+    lines: str | None = None  # Axis whose values are lines.
+    y: tuple[str, ...] = ()  # Outputs to draw, a panel each; the first two that vary along x if not given.
+    at: tuple[str, ...] = ()  # Where the other axes are held, as NAME=VALUE; at the best point if not given.
+    out: Path | None = None  # Picture to write (.png, .pdf or .svg); STORE with the ending .png if not given.
 
 
 @dataclass
 class _Export:
     """A store as one file: NetCDF with everything, or CSV with means and standard errors."""
 
-    store: tyro.conf.Positional[Path]
-    """Folder of the results."""
-    out: Path
-    """File to write, .nc or .csv."""
+    store: _Store
+    out: Path  # File to write, .nc or .csv.
 
 
-_ACTIONS = (
-    *(
-        Annotated[_experiment_options(experiment), tyro.conf.subcommand(name)]
-        for name, experiment in EXPERIMENTS.items()
-    ),
-    Annotated[_File, tyro.conf.subcommand("file")],
-    Annotated[_Resume, tyro.conf.subcommand("resume")],
-    Annotated[_Show, tyro.conf.subcommand("show")],
-    Annotated[_Plot, tyro.conf.subcommand("plot")],
-    Annotated[_Export, tyro.conf.subcommand("export")],
-)
-
+_KINDS = {name: _experiment_options(experiment) for name, experiment in EXPERIMENTS.items()}
+_KINDS |= {"file": _File, "resume": _Resume, "show": _Show, "plot": _Plot, "export": _Export}
+_ACTIONS = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in _KINDS.items())
 
 if TYPE_CHECKING:
     _Action = Any  # the dataclasses above are made while the module is imported
@@ -181,23 +153,22 @@ def _run(action: Any) -> bool:
     from sims.sweep.store import read_sweep
     from sims.sweep.summary import Progress, print_outcome, print_plan
 
-    resume = action.resume
+    resume = action.resume or isinstance(action, _Resume)
     if isinstance(action, _File):
         planned, path = sweep_from_toml(action.file)
         path = action.store or path
         if path is None:
             raise ValueError(f"--store is needed: {action.file} names none")
-    elif isinstance(action, _Resume):
-        planned, path, resume = read_sweep(action.store), action.store, True
     else:
-        planned, path = _planned(action), action.store
+        planned, path = read_sweep(action.store) if isinstance(action, _Resume) else _planned(action), action.store
     if action.retry and not resume:
         raise ValueError("--retry does again what failed in a store, together with --resume")
     executor = _executor(action)
     if action.plan:
         print_plan(Console(), planned, path)
         return True
-    with Progress(planned, path, action.workers) as watcher:
+    watcher = Progress(planned, path, action.workers)
+    with watcher.bar:
         outcome = run(planned, path, resume=resume, retry=action.retry, executor=executor, watcher=watcher)
     print_outcome(outcome, path)
     return not (outcome.failed or outcome.left)

@@ -49,6 +49,7 @@ class Experiment(NamedTuple):
     """What the key of replicate i is: jax.random.fold_in(key(seed), i), or numpy's SeedSequence([seed, i])."""
 
 
+_ALONG_RIDGE, _ALONG_FLOW = ("noise_std", "penalty", "tau"), ("tilt", "time", "tau")
 _BED = {"n": N, "p": P, "decay": DECAY, "alignment": ALIGNMENT, "pretrain_risk": PRETRAIN_RISK, "law": LAW}
 _NOISE_STD, _PENALTY, _TIME, _TAU = (one._replace(batched=True) for one in (NOISE_STD, PENALTY, TIME, TAU))
 
@@ -68,9 +69,9 @@ OVERADAPTATION = _ours(
     "Exact risk of fine-tuning and averaging on random designs: ridge and early stopping, both domains.",
     {**_BED, "noise_std": _NOISE_STD, "penalty": _PENALTY, "time": _TIME, "tau": _TAU},
     {
-        "finetune": Output(("noise_std", "penalty", "tau"), "fine-tuning risk of ridge", RISK, "least"),
-        "finetune_bias": Output(("noise_std", "penalty", "tau"), "its squared bias", RISK),
-        "pretrain": Output(("noise_std", "penalty", "tau"), "pretraining risk of ridge", RISK, "least"),
+        "finetune": Output(_ALONG_RIDGE, "fine-tuning risk of ridge", RISK, "least"),
+        "finetune_bias": Output(_ALONG_RIDGE, "its squared bias", RISK),
+        "pretrain": Output(_ALONG_RIDGE, "pretraining risk of ridge", RISK, "least"),
         "best_tau": Output(("noise_std", "penalty"), "the τ of least fine-tuning risk"),
         "finetune_stopped": Output(("noise_std", "time", "tau"), "fine-tuning risk of gradient flow", RISK, "least"),
         "finetune_bias_stopped": Output(("noise_std", "time", "tau"), "its squared bias", RISK),
@@ -78,9 +79,6 @@ OVERADAPTATION = _ours(
         "best_tau_stopped": Output(("noise_std", "time"), "the τ of least fine-tuning risk of gradient flow"),
     },
 )
-
-
-_ALONG_RIDGE = ("noise_std", "penalty", "tau")
 
 EQUIVALENTS = _ours(
     "equivalents",
@@ -96,9 +94,7 @@ EQUIVALENTS = _ours(
     },
 )
 
-
 _LOSS = "squared units of W"
-
 OVERTRAINING = _ours(
     "overtraining",
     "Two-layer linear networks along pretraining: perturbed by Gaussian noise, and fine-tuned to a rotated task.",
@@ -121,9 +117,7 @@ OVERTRAINING = _ours(
     },
 )
 
-
-_ALONG_FLOW = ("tilt", "time", "tau")
-
+_TILT = Parameter("tilt c of the weights exp(−c·loss/median); 1 is FLOW, 0 unweighted, < 0 robust", 1.0, batched=True)
 FLOW = _ours(
     "flow",
     "Fine-tuning weighted by pretrained losses (FLOW), along the temperature and training time, in both domains.",
@@ -131,9 +125,7 @@ FLOW = _ours(
         **_BED,
         "deviation": Parameter("what keeps y from being linear in x: gaussian, outliers or misfit", "gaussian"),
         "noise_std": NOISE_STD,
-        "tilt": Parameter(
-            "tilt c of the weights exp(−c·loss/median); 1 is FLOW, 0 unweighted, < 0 robust", 1.0, batched=True
-        ),
+        "tilt": _TILT,
         "time": _TIME,
         "tau": _TAU,
     },
@@ -146,10 +138,8 @@ FLOW = _ours(
     },
 )
 
-
 _PROCEDURE = ("tolerance", "paraphrase_success", "false_accept", "false_reject", "sampling_std")
 _ALONG_PROCEDURE = ("penalty", *_PROCEDURE)
-
 S3FT = _ours(
     "s3ft",
     "Selective self-supervised fine-tuning on answers with content and style; tolerance 0 without paraphrases is SFT.",
