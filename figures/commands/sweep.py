@@ -24,23 +24,32 @@ _Store = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the
 class _How:
     """Options that every sweep has."""
 
-    resume: bool = False  # Compute what is missing in a store that exists.
-    retry: bool = False  # With --resume: do replicates that failed again.
-    workers: int = 0  # Local worker processes, or Slurm jobs; 0 computes in this process.
-    scheduler: str | None = None  # Address of a running Dask scheduler, such as tcp://host:8786.
+    resume: bool = False
+    """Compute what is missing in a store that exists."""
+    retry: bool = False
+    """With --resume: do replicates that failed again."""
+    workers: int = 0
+    """Local worker processes, or Slurm jobs; 0 computes in this process."""
+    scheduler: str | None = None
+    """Address of a running Dask scheduler, such as tcp://host:8786."""
     slurm: bool = False
     """Start the workers as Slurm jobs; queue, memory and walltime as configured for dask-jobqueue."""
-    plan: bool = False  # Only print what would be computed.
+    plan: bool = False
+    """Only print what would be computed."""
 
 
 @dataclass(kw_only=True)
 class _What(_How):
     """Options of a sweep that is given on the command line."""
 
-    store: Path  # Folder of the results (zarr), to be created.
-    seeds: int = 16  # Replicates of every point.
-    seed: int = 0  # Seed of every random number.
-    chunk: int = 8  # Replicates in a task; no number depends on it.
+    store: Path
+    """Folder of the results (zarr), to be created."""
+    seeds: int = 16
+    """Replicates of every point."""
+    seed: int = 0
+    """Seed of every random number."""
+    chunk: int = 8
+    """Replicates in a task; no number depends on it."""
     points: int | None = None
     """Points of the Sobol design along the axes given as low:high:sobol; a power of two."""
 
