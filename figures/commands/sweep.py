@@ -12,10 +12,8 @@ from sims.sweep.experiments import EXPERIMENTS, Experiment
 
 if TYPE_CHECKING:
     from sims.sweep.executors import Executor
-    from sims.sweep.plan import Sweep
 
 __all__ = ["sweep"]
-
 
 _Store = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the results.")]
 
@@ -60,8 +58,8 @@ def _experiment_options(experiment: Experiment) -> type:
     for name, parameter in experiment.parameters.items():
         unit = "" if parameter.unit == "1" else f" [{parameter.unit}]"
         text = f"{parameter.help}{unit}{', batched' if parameter.batched else ''}."
-        annotation = Annotated[str, tyro.conf.arg(help=text, metavar="AXIS")]
-        fields.append((name, annotation, field(default=str(parameter.default))))
+        option = Annotated[str, tyro.conf.arg(help=text, metavar="AXIS")]
+        fields.append((name, option, field(default=str(parameter.default))))
     made = make_dataclass(experiment.name, fields, bases=(_What,), kw_only=True)
     made.__doc__ = (
         f"{experiment.help}\n\n"
@@ -158,7 +156,7 @@ def _run(action: Any) -> bool:
     from rich.console import Console
 
     from sims.sweep.driver import run
-    from sims.sweep.plan import sweep_from_toml
+    from sims.sweep.plan import sweep_from_toml, sweep_over
     from sims.sweep.store import read_sweep
     from sims.sweep.summary import Progress, print_outcome, print_plan
 
@@ -168,8 +166,16 @@ def _run(action: Any) -> bool:
         path = action.store or path
         if path is None:
             raise ValueError(f"--store is needed: {action.file} names none")
+    elif isinstance(action, _Resume):
+        planned, path = read_sweep(action.store), action.store
     else:
-        planned, path = read_sweep(action.store) if isinstance(action, _Resume) else _planned(action), action.store
+        experiment = EXPERIMENTS[type(action).__name__]
+        axes = {name: getattr(action, name) for name in experiment.parameters}
+        counts = {name: getattr(action, name) for name in ("seeds", "seed", "chunk", "points")}
+        try:
+            planned, path = sweep_over(experiment, axes, **counts), action.store
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
     if action.retry and not resume:
         raise ValueError("--retry does again what failed in a store, together with --resume")
     executor = _executor(action)
@@ -183,20 +189,7 @@ def _run(action: Any) -> bool:
     return not (outcome.failed or outcome.left)
 
 
-def _planned(action: _What) -> "Sweep":
-    from sims.sweep.plan import sweep_over
-
-    experiment = EXPERIMENTS[type(action).__name__]
-    axes = {name: getattr(action, name) for name in experiment.parameters}
-    counts = {name: getattr(action, name) for name in ("seeds", "seed", "chunk", "points")}
-    try:
-        return sweep_over(experiment, axes, **counts)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from None
-
-
 def _executor(action: _How) -> "Executor":
-    """Who computes."""
     from sims.sweep import executors
 
     if action.workers < 0:

@@ -122,8 +122,7 @@ def sweep_over(
     >>> sweep.arguments((1,))["n"], sweep.arguments((1,))["penalty"]
     (100, array([0.001, 0.01 , 0.1  , 1.   ]))
     """
-    if isinstance(experiment, str):
-        experiment = find_experiment(experiment)
+    experiment = find_experiment(experiment) if isinstance(experiment, str) else experiment
     for name, value, minimum in (("seeds", seeds, 1), ("chunk", chunk, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
             raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")

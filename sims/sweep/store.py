@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -186,14 +186,11 @@ class Store:
 
     def __init__(self, path: Path, sweep: Sweep):
         self.path, self.sweep = path, sweep
-        self.group = zarr.open_group(path, mode="r+")
-        self.status = np.asarray(self._array("status")[...])
+        self.group: Any = zarr.open_group(path, mode="r+")
+        self.status = np.asarray(zarr.open_array(path / "status", mode="r")[...])
         self.device = read_attributes(path)["device"]
 
-    def _array(self, name: str) -> zarr.Array:
-        return cast(zarr.Array, self.group[name])
-
-    def missing_tasks(self, retry: bool = False) -> list[Task]:
+    def missing_tasks(self, retry: bool) -> list[Task]:
         """Tasks that are not done, or not even failed unless `retry`."""
         wanted = (self.status == MISSING) | ((self.status == FAILED) & retry)
         return [task for task in self.sweep.tasks if wanted[(*task.cell, slice(task.first, task.last))].any()]
@@ -215,14 +212,14 @@ class Store:
 
     def summarise(self) -> None:
         """Means and standard errors of finished cells that have none, because a run ended just before."""
-        counts = np.asarray(self._array("replicates")[...])
+        counts = np.asarray(self.group["replicates"][...])
         for cell in np.argwhere((self.status == DONE).all(axis=-1) & (counts == 0)).tolist():
             self._summarise(tuple(cell))
 
     def _summarise(self, cell: tuple[int, ...]) -> None:
         values = {}
         for name in self.sweep.experiment.outputs:
-            samples = np.asarray(self._array(f"{name}_samples")[cell])
+            samples = np.asarray(self.group[f"{name}_samples"][cell])
             with np.errstate(invalid="ignore", over="ignore"):  # infinite samples
                 values[name] = samples.mean(axis=0)
                 spread = samples.std(axis=0, ddof=1) if len(samples) > 1 else np.full(samples.shape[1:], np.nan)
@@ -255,7 +252,7 @@ class Store:
             for values in steps:
                 touched = []
                 for name, value in values.items():
-                    array = self._array(name)
+                    array = self.group[name]
                     array[region] = value
                     chunk = [*place, *[0] * (array.ndim - len(place))]
                     touched += [self.path / name / ".".join(["c", *map(str, chunk)]), self.path / name]

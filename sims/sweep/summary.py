@@ -24,7 +24,6 @@ SHOWN_FAILURES = 10  # told one by one; the rest are counted
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line as it is."""
     console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -128,12 +127,9 @@ def _failure_text(failure: Failure) -> str:
 
 def print_outcome(outcome: Outcome, path: Path) -> None:
     """What a run did, in a line."""
-    text = f"{outcome.tasks} tasks in {_duration(outcome.seconds)} into {path}"
-    if outcome.failed:
-        text += f"; {outcome.failed} replicates failed"
-    if outcome.left:
-        text += f"; {outcome.left} tasks are still missing"
-    print(text)
+    failed = f"; {outcome.failed} replicates failed" if outcome.failed else ""
+    left = f"; {outcome.left} tasks are still missing" if outcome.left else ""
+    print(f"{outcome.tasks} tasks in {_duration(outcome.seconds)} into {path}{failed}{left}")
 
 
 def best_points(sweep: Sweep, data: "xr.Dataset") -> dict[str, dict[str, Any]]:
@@ -158,18 +154,16 @@ def _summary(path: Path) -> dict[str, Any]:
     status, messages = data["status"].values, data["message"].values
     places = [tuple(place) for place in np.argwhere(status == FAILED).tolist()]
     shown = [(sweep.where(place[:-1], place[-1]), str(messages[place])) for place in places[:SHOWN_FAILURES]]
+    counted = {"done": DONE, "failed": FAILED, "missing": MISSING}
     return {
         "store": str(path),
         "configuration": sweep.configuration,
-        "replicates_done": int((status == DONE).sum()),
-        "replicates_failed": len(places),
-        "replicates_missing": int((status == MISSING).sum()),
+        **{f"replicates_{name}": int((status == value).sum()) for name, value in counted.items()},
         "share_done": float((status == DONE).mean()),
         "kernel_seconds": float(np.nansum(data["seconds"].values)),
         "wall_time": attributes["wall_time"],
         "versions": json_format.loads(attributes["versions"]),
-        "revision": attributes["revision"],
-        "device": attributes["device"],
+        **{name: attributes[name] for name in ("revision", "device")},
         "best": best_points(sweep, data),
         "failures": [Failure(*failure)._asdict() for failure in shown],
     }
