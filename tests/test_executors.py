@@ -15,11 +15,10 @@ from unittest.mock import Mock
 import dask
 import numpy as np
 import pytest
-import xarray as xr
 from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.core import Status
 
-from sims.sweep import Watcher, executors, run, sweep_over
+from sims.sweep import Watcher, executors, read, run, sweep_over
 from sims.sweep.environment import SETTINGS
 from tests.sweep_toys import DEADLY, NOISE, numbers, undisturbed
 
@@ -111,8 +110,7 @@ def test_a_task_that_kills_its_worker_is_given_up_and_the_others_finish(tmp_path
     assert [failure.where for failure in outcome.failures] == [{"level": 2.0, "replicate": 0}]
     assert "its worker died 4 times" in outcome.failures[0].message
     assert diary.read_text() == "xxxx"
-    status = xr.open_zarr(tmp_path / "a.zarr", chunks=None).status.values
-    np.testing.assert_array_equal(status, [[1, 1], [0, 0], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(read(tmp_path / "a.zarr").status, [[1, 1], [0, 0], [1, 1], [1, 1]])
 
 
 def test_workers_with_other_settings_are_refused(tmp_path):
@@ -136,7 +134,6 @@ def test_a_cluster_without_workers_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(executors, "TICK", 0.1)
     with running(0) as workers, Client(workers) as client, pytest.raises(executors._NoWorkers, match="stays alive"):
         list(executors._through(client, sweep, sweep.tasks, patience=0.3))
-
     monkeypatch.setattr(executors, "_through", Mock(side_effect=executors._NoWorkers))  # that never come up
     monkeypatch.setattr(executors, "RETRIES", 0)
     told = dict(executors.local(1)(sweep, sweep.tasks))
