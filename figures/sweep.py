@@ -17,8 +17,7 @@ from sims.sweep.summary import best_points
 
 __all__ = ["draw_sweep"]
 
-MOST_LINES = 7
-"""More values than this are thinned out."""
+MOST_LINES = 7  # more values than this are thinned out
 
 
 def draw_sweep(
@@ -65,16 +64,13 @@ def draw_sweep(
 def _outputs(sweep: Sweep, data: xr.Dataset, x: str, asked: Sequence[str]) -> list[str]:
     names = [name for text in asked for name in text.split(",")]
     along = [name for name in sweep.experiment.outputs if x in data[name].dims]
-    wrong = [name for name in names if name not in along]
+    known, wrong = ", ".join(along) or "none", ", ".join(name for name in names if name not in along)
     if wrong or not along:
-        raise ValueError(
-            f"--y must be outputs that vary along {x}: {', '.join(along) or 'none'}; got {', '.join(wrong)}"
-        )
+        raise ValueError(f"--y must be outputs that vary along {x}: {known}; got {wrong}")
     return names or [name for name in along if sweep.experiment.outputs[name].best][:2] or along[:2]
 
 
 def _held(sweep: Sweep, data: xr.Dataset, output: str, x: str, lines: str | None, at: Sequence[str]) -> dict[str, Any]:
-    """Coordinates at which the other axes are held."""
     others = [axis for axis in (*sweep.task_dims, *sweep.batched_dims) if axis not in (x, lines)]
     best = best_points(sweep, data).get(output, {"at": {}})["at"]
     held = {axis: best.get(axis, data[axis].values[len(data[axis]) // 2]) for axis in others}
@@ -124,11 +120,10 @@ def _logarithmic(values: np.ndarray, factor: float = 30) -> bool:
 
 
 def _label(array: xr.DataArray) -> str:
-    text, units = array.attrs["long_name"], array.attrs["units"]
-    return fill(text, 34) if units == "1" else f"{fill(text, 34)}\n[{units}]"
+    text, units = fill(array.attrs["long_name"], 34), array.attrs.get("units", "1")  # the number of a point has none
+    return text if units == "1" else f"{text}\n[{units}]"
 
 
 def _text(held: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} = {value:.3g}" if isinstance(value, float) else f"{name} = {value}" for name, value in held.items()
-    )
+    words = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in held.items()}
+    return ", ".join(f"{name} = {word}" for name, word in words.items())

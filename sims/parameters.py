@@ -22,22 +22,20 @@ class Parameter(NamedTuple):
     default: int | float | str = 0.0
     low: float = 0.0
     high: float = 0.0
-    scale: Literal["linear", "log", "whole"] = "linear"
-    """How a position in [0, 1] becomes a value; "whole" gives Python ints, for counts and choices."""
+    scale: Literal["linear", "log", "whole"] = "linear"  #: "whole" gives Python ints, for counts and choices.
     unit: str = "1"
     lowest: float | None = None
     """How far a search below the range walks, to report where a claim stops holding; `highest` above it."""
     highest: float | None = None
-    batched: bool = False
-    """Whether a kernel gets all values of a sweep at once, because one factorisation serves them."""
+    batched: bool = False  #: Whether a kernel gets all values at once, because one factorisation serves them.
 
     def within(
         self, low: float, high: float | None = None, *, lowest: float | None = None, highest: float | None = None
     ) -> "Parameter":
-        """The same parameter in [low, high], or held at `low`.
+        """The same parameter in [low, high], or held at `low`; a search ends at `lowest` and `highest`.
 
-        >>> PENALTY.within(1e-3, 10.0).scale, TAU.within(1.0).high
-        ('log', 1.0)
+        >>> PENALTY.within(1e-3, 10.0).scale, TAU.within(1.0, highest=2.0).ends
+        ('log', (2.0,))
         """
         return self._replace(low=low, high=low if high is None else high, lowest=lowest, highest=highest)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import zarr
 
 from sims.parameters import Parameter
-from sims.sweep import Experiment, Output
+from sims.sweep import Experiment, Output, run
 from sims.sweep.environment import SETTINGS
 
 
@@ -56,14 +57,8 @@ _OUTPUTS = {
 }
 
 NOISE = Experiment("tests.sweep_toys:NOISE", "Random numbers", measure_noise, _PARAMETERS, _OUTPUTS, "numpy")
-DEADLY = Experiment(
-    "tests.sweep_toys:DEADLY",
-    "Kills its worker",
-    measure_deadly,
-    {"level": _PARAMETERS["level"], "diary": Parameter("a file", "diary"), "tau": _PARAMETERS["tau"]},
-    _OUTPUTS,
-    "numpy",
-)
+_DEADLY = {"level": _PARAMETERS["level"], "diary": Parameter("a file", "diary"), "tau": _PARAMETERS["tau"]}
+DEADLY = Experiment("tests.sweep_toys:DEADLY", "Kills its worker", measure_deadly, _DEADLY, _OUTPUTS, "numpy")
 
 
 def numbers(store):
@@ -71,3 +66,10 @@ def numbers(store):
     arrays = zarr.open_group(store, mode="r").arrays()
     found = {name: np.asarray(array[...]) for name, array in arrays if name != "seconds"}
     return {name: values.tobytes() for name, values in found.items() if values.dtype.kind in "iuf"}
+
+
+def undisturbed(sweep):
+    """The numbers of a sweep that is run to its end in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(sweep, f"{folder}/a.zarr")
+        return numbers(f"{folder}/a.zarr")

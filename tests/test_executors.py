@@ -10,15 +10,17 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import dask
 import numpy as np
 import pytest
-import xarray as xr
+from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed.core import Status
 
-from sims.sweep import Watcher, executors, run, sweep_over
+from sims.sweep import Watcher, executors, read, run, sweep_over
 from sims.sweep.environment import SETTINGS
-from tests.sweep_toys import DEADLY, NOISE, numbers
+from tests.sweep_toys import DEADLY, NOISE, numbers, undisturbed
 
 AXES = {"level": [1.0, 2.0, 3.5], "tau": "0:1:5"}
 BY_PATH = f"{Path(__file__).with_name('sweep_toys.py')}:NOISE"
@@ -27,8 +29,6 @@ BY_PATH = f"{Path(__file__).with_name('sweep_toys.py')}:NOISE"
 @contextmanager
 def running(workers, environment=SETTINGS):
     """A Dask cluster of local processes, as someone else would have started it."""
-    from distributed import Nanny, Scheduler, SpecCluster
-
     options = {"nthreads": 1, "dashboard": False, "env": environment, "silence_logs": 50}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
     nannies = {index: {"cls": Nanny, "options": options} for index in range(workers)}
@@ -40,14 +40,13 @@ def running(workers, environment=SETTINGS):
 def test_one_worker_and_two_give_the_bits_of_this_process(tmp_path, monkeypatch, like_a_worker):
     """Of an experiment in a file loaded by its path, which the workers have to load too."""
     sweep = sweep_over(BY_PATH, AXES, seeds=7, chunk=2)
-    run(sweep, tmp_path / "here.zarr")
+    expected = undisturbed(sweep)
     run(sweep, tmp_path / "workers.zarr", executor=executors.local(2))
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")  # now this process is not like a worker, and a worker computes
     run(sweep, tmp_path / "worker.zarr")
     assert os.environ["OPENBLAS_NUM_THREADS"] == "2"
-    expected = numbers(tmp_path / "here.zarr")
-    assert numbers(tmp_path / "workers.zarr") == expected
-    assert numbers(tmp_path / "worker.zarr") == expected
+    for name in ("workers.zarr", "worker.zarr"):
+        assert numbers(tmp_path / name) == expected
 
 
 @pytest.mark.slow
@@ -82,11 +81,8 @@ class Killer(Watcher):
 @pytest.mark.slow
 def test_killing_workers_loses_nothing(tmp_path, generator, like_a_worker):
     sweep = sweep_over(NOISE, AXES | {"pause": 0.01}, seeds=8, chunk=2)
-    run(sweep, tmp_path / "whole.zarr")
-    expected = numbers(tmp_path / "whole.zarr")
+    expected = undisturbed(sweep)
     with running(2) as workers:
-        from distributed.core import Status
-
         executor = executors.remote(workers.scheduler_address)
 
         def pids():
@@ -114,8 +110,7 @@ def test_a_task_that_kills_its_worker_is_given_up_and_the_others_finish(tmp_path
     assert [failure.where for failure in outcome.failures] == [{"level": 2.0, "replicate": 0}]
     assert "its worker died 4 times" in outcome.failures[0].message
     assert diary.read_text() == "xxxx"
-    status = xr.open_zarr(tmp_path / "a.zarr", chunks=None).status.values
-    np.testing.assert_array_equal(status, [[1, 1], [0, 0], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(read(tmp_path / "a.zarr").status, [[1, 1], [0, 0], [1, 1], [1, 1]])
 
 
 def test_workers_with_other_settings_are_refused(tmp_path):
@@ -129,26 +124,17 @@ def test_workers_that_lack_an_experiment_are_told_of(tmp_path, monkeypatch):
     with running(1) as workers:
         (tmp_path / "only_here.py").write_text("def measure(key, parameters):\n    return {}\n")
         monkeypatch.syspath_prepend(tmp_path)
-        experiment = NOISE._replace(measure=importlib.import_module("only_here").measure)
-        executor = executors.remote(workers.scheduler_address)
+        sweep = sweep_over(NOISE._replace(measure=importlib.import_module("only_here").measure), AXES, seeds=2)
         with pytest.raises(ValueError, match=r"a worker cannot run this sweep: ModuleNotFoundError: .*only_here"):
-            run(sweep_over(experiment, AXES, seeds=2), tmp_path / "a.zarr", executor=executor)
+            run(sweep, tmp_path / "a.zarr", executor=executors.remote(workers.scheduler_address))
 
 
 def test_a_cluster_without_workers_is_not_waited_for(monkeypatch):
-    from distributed import Client
-
     sweep = sweep_over(NOISE, AXES, seeds=2)
     monkeypatch.setattr(executors, "TICK", 0.1)
     with running(0) as workers, Client(workers) as client, pytest.raises(executors._NoWorkers, match="stays alive"):
         list(executors._through(client, sweep, sweep.tasks, patience=0.3))
-
-    def lonely(client, sweep, tasks, patience):
-        """Workers that never come up."""
-        raise executors._NoWorkers
-        yield
-
-    monkeypatch.setattr(executors, "_through", lonely)
+    monkeypatch.setattr(executors, "_through", Mock(side_effect=executors._NoWorkers))  # that never come up
     monkeypatch.setattr(executors, "RETRIES", 0)
     told = dict(executors.local(1)(sweep, sweep.tasks))
     assert list(told) == sweep.tasks
@@ -156,12 +142,9 @@ def test_a_cluster_without_workers_is_not_waited_for(monkeypatch):
 
 
 def test_bad_executors_are_refused(tmp_path):
-    for call, message in (
-        (lambda: executors.local(0), "workers must be at least 1, got 0"),
-        (lambda: executors.slurm(0), "--slurm needs --workers"),
-    ):
+    for make, message in ((executors.local, "workers must be at least 1, got 0"), (executors.slurm, "needs --workers")):
         with pytest.raises(ValueError, match=message):
-            call()
+            make(0)
     with pytest.raises(ValueError, match="no Dask scheduler answers at nonsense://1"):
         run(sweep_over(NOISE, AXES, seeds=2), tmp_path / "a.zarr", executor=executors.remote("nonsense://1"))
     assert "scheduler" not in dask.config.config  # Dask is as it was
@@ -215,8 +198,6 @@ def test_slurm_jobs(tmp_path, monkeypatch, like_a_worker):
         outcome = run(sweep, tmp_path / "a.zarr", executor=executors.slurm(1), watcher=Cancel())
     assert (outcome.tasks, outcome.left) == (6, 0)
     assert len((tmp_path / "jobs").read_text().split()) == 2  # another one was submitted in its place
-    run(sweep, tmp_path / "b.zarr")
-    assert numbers(tmp_path / "a.zarr") == numbers(tmp_path / "b.zarr")
+    assert numbers(tmp_path / "a.zarr") == undisturbed(sweep)
     script = (tmp_path / "script").read_text()
-    for line in ("#SBATCH", "export OPENBLAS_NUM_THREADS=1", "--nthreads 1"):
-        assert line in script
+    assert all(line in script for line in ("#SBATCH", "export OPENBLAS_NUM_THREADS=1", "--nthreads 1")), script

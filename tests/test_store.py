@@ -1,5 +1,6 @@
 """The store: what any xarray finds in it, and that neither kills, nor full disks, nor second writers spoil it."""
 
+import csv
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import tempfile
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,13 +22,10 @@ from sims.sweep import store as stores
 from sims.sweep.executors import local
 from sims.sweep.store import create, export, opened, read_attributes, read_sweep
 from sims.sweep.task import measure
-from tests.sweep_toys import NOISE, numbers
+from tests.sweep_toys import NOISE, numbers, undisturbed
 
 ROOT = Path(__file__).parents[1]
-LINFIT = [str(Path(sys.executable).with_name("linfit"))]
 AXES = {"level": [1.0, 2.0, 3.5], "kind": ["plain", "other"], "tau": "0:1:5"}
-
-
 pytestmark = pytest.mark.usefixtures("like_a_worker")
 
 
@@ -40,15 +39,16 @@ def path(tmp_path):
     return tmp_path / "runs" / "a.zarr"
 
 
-def some(count):
-    """An executor that stops after so many tasks, as if interrupted."""
+def interrupt(sweep, path, count):
+    """A run that is stopped after so many tasks."""
 
     def execute(sweep, tasks):
         for task in tasks[:count]:
             yield task, measure(sweep, task)
         raise KeyboardInterrupt
 
-    return execute
+    with pytest.raises(KeyboardInterrupt):
+        run(sweep, path, resume=True, executor=execute)
 
 
 @pytest.mark.filterwarnings("error")
@@ -64,12 +64,10 @@ def test_any_xarray_opens_it(sweep, path):
     assert data.risk.units == data.risk_error.units == "squared units"
     assert data.risk_error.long_name == "standard error of risk"
     assert data.pause.units == data.seconds.units == "s"
-    attributes = data.attrs
-    assert json.loads(attributes["configuration"]) == sweep.configuration
-    assert json.loads(attributes["versions"])["numpy"] == np.__version__
-    assert (attributes["seed"], attributes["device"], attributes["experiment"]) == (7, "cpu", NOISE.name)
-    assert 0 < attributes["wall_time"] < 100
-    assert attributes["revision"] == stores.revision()
+    assert json.loads(data.configuration) == sweep.configuration
+    assert json.loads(data.versions)["numpy"] == np.__version__
+    assert (data.seed, data.device, data.experiment, data.revision) == (7, "cpu", NOISE.name, stores.revision())
+    assert 0 < data.wall_time < 100
     assert read_sweep(path).configuration == sweep.configuration
 
 
@@ -79,8 +77,7 @@ def test_sobol_designs_are_labelled(path):
     data = xr.open_zarr(path)
     assert data.risk.dims == ("point",)
     for name in ("level", "tau"):
-        assert data[name].dims == ("point",)
-        assert name in data.coords
+        assert data.coords[name].dims == ("point",)
         np.testing.assert_array_equal(data[name], sweep.parameters[name])
     expected = NOISE.measure(np.random.SeedSequence([0, 1]), sweep.arguments((3,)))
     np.testing.assert_array_equal(data.risk_samples[3, 1], expected["risk"][0])
@@ -89,8 +86,7 @@ def test_sobol_designs_are_labelled(path):
 def test_a_sweep_without_axes(path, tmp_path):
     run(sweep_over(NOISE, seeds=1), path)
     data = xr.open_zarr(path)
-    assert data.risk.dims == ()
-    assert np.isfinite(data.risk)
+    assert (data.risk.dims, np.isfinite(data.risk)) == ((), True)
     assert np.isnan(data.risk_error)  # of one replicate
     export(path, tmp_path / "a.csv")
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
@@ -107,12 +103,10 @@ def test_export(sweep, path, tmp_path):
         assert json.loads(copy.attrs["configuration"]) == sweep.configuration
         assert list(copy.kind.values) == ["plain", "other"]
     export(path, tmp_path / "a.csv")
-    lines = (tmp_path / "a.csv").read_text().splitlines()
-    names = lines[0].split(",")
-    assert names == [*NOISE.parameters, "risk", "risk_error", "size", "size_error"]
-    assert len(lines) == 1 + 3 * 2 * 5
-    for line in lines[1:]:
-        row = dict(zip(names, line.split(",")))
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert list(rows[0]) == [*NOISE.parameters, "risk", "risk_error", "size", "size_error"]
+    assert len(rows) == 3 * 2 * 5
+    for row in rows:
         point = data.sel(level=float(row["level"]), kind=row["kind"], tau=float(row["tau"]))
         assert float(row["risk"]) == point.risk
         assert float(row["size_error"]) == point.size_error
@@ -122,32 +116,24 @@ def test_export(sweep, path, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.csv", "a.nc", "runs"]
 
 
-def test_resuming_does_exactly_what_is_missing(sweep, path, tmp_path):
-    run(sweep, tmp_path / "whole.zarr")
-    with pytest.raises(KeyboardInterrupt):
-        run(sweep, path, executor=some(7))
+def test_resuming_does_exactly_what_is_missing(sweep, path):
+    interrupt(sweep, path, 7)
     data = xr.open_zarr(path)
     assert int((data.status == 1).sum()) == 2 * 5 + 2  # two cells of three tasks, and one task of two
     np.testing.assert_array_equal(data.replicates, [[5, 5], [0, 0], [0, 0]])  # finished cells have their means
     np.testing.assert_array_equal(np.isnan(data.risk).all("tau"), data.replicates == 0)
     assert run(sweep, path, resume=True).tasks == 18 - 7
-    assert numbers(path) == numbers(tmp_path / "whole.zarr")
+    assert numbers(path) == undisturbed(sweep)
     assert run(sweep, path, resume=True).tasks == 0
     assert read_attributes(path)["wall_time"] > 0
 
 
-def test_means_that_a_kill_prevented_are_made_up_for(sweep, path, tmp_path, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stores.Store, "_summarise", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(sweep, path)
+def test_means_that_a_kill_prevented_are_made_up_for(sweep, path):
+    with patch.object(stores.Store, "_summarise", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        run(sweep, path)
     assert (read(path).replicates == 0).all()
     run(sweep, path, resume=True)
-    run(sweep, tmp_path / "whole.zarr")
-    assert numbers(path) == numbers(tmp_path / "whole.zarr")
+    assert numbers(path) == undisturbed(sweep)
 
 
 def test_another_configuration_or_version_is_refused_with_the_difference(sweep, path, monkeypatch):
@@ -158,10 +144,7 @@ def test_another_configuration_or_version_is_refused_with_the_difference(sweep, 
     for change, message in (
         ({"seeds": 6}, "seeds: the store has 5, asked for is 6"),
         ({"axes": AXES | {"count": 4}}, "count: the store has 3, asked for is 4"),
-        (
-            {"axes": AXES | {"tau": "0:1:6"}},
-            r"the store has 5 values 0.0, 0.25 … 1.0, asked for is 6 values 0.0, 0.2 … 1.0",
-        ),
+        ({"axes": AXES | {"tau": "0:1:6"}}, "has 5 values 0.0, 0.25 … 1.0, asked for is 6 values 0.0, 0.2 … 1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             run(sweep_over(NOISE, **{"axes": AXES, "seeds": 5, "seed": 7, "chunk": 2} | change), path, resume=True)
@@ -190,34 +173,29 @@ def test_numbers_from_elsewhere_are_refused(sweep, path):
         with pytest.raises(ValueError, match=message):
             run(sweep, path, resume=True, executor=elsewhere(change))
     assert (read(path).status == 0).all()
-    with pytest.raises(KeyboardInterrupt):
-        run(sweep, path, resume=True, executor=some(1))
+    interrupt(sweep, path, 1)
     with pytest.raises(ValueError, match="device is NVIDIA H100 there, cpu here"):
         run(sweep, path, resume=True, executor=elsewhere({"device": "NVIDIA H100"}))
 
 
-@pytest.mark.parametrize("content", ["nothing", "folder", "file", "zarr"])
-def test_what_is_no_store_is_refused(sweep, path, content):
+@pytest.mark.parametrize("make", [None, Path.mkdir, Path.touch, zarr.create_group])
+def test_what_is_no_store_is_refused(sweep, path, make):
     path.parent.mkdir()
-    if content == "folder":
-        path.mkdir()
-    elif content == "file":
-        path.write_text("text")
-    elif content == "zarr":
-        zarr.create_group(path, zarr_format=3)
+    if make:
+        make(path)
     for action in (read, read_sweep, lambda path: opened(path, sweep).__enter__()):
         with pytest.raises(ValueError, match="is not a store made by linfit sweep"):
             action(path)
 
 
-def test_drafts_and_leftovers_vanish(sweep, path, monkeypatch):
+def test_drafts_and_leftovers_vanish(sweep, path):
     run(sweep, path)
     leftover = path / "risk" / "c.0.0.123.partial"
     leftover.write_text("half")
     run(sweep, path, resume=True)
     assert not leftover.exists()
-    monkeypatch.setattr(stores, "_lay_out", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match=r"cannot write to .*b\.zarr: No space left on device"):
+    full, told = OSError(28, "No space left on device"), r"cannot write to .*b\.zarr: No space left on device"
+    with patch.object(stores, "_lay_out", side_effect=full), pytest.raises(OSError, match=told):
         create(path.parent / "b.zarr", sweep)
     assert [entry.name for entry in path.parent.iterdir()] == ["a.zarr"]
 
@@ -240,10 +218,10 @@ def finished_tasks(path):
     return len(list((path / "status").glob("c.*"))) if path.exists() else 0
 
 
-def wait_for(condition, seconds=300):
+def wait_for(condition):
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() < start + seconds, "waited in vain"
+        assert time.monotonic() < start + 300, "waited in vain"
         time.sleep(0.001)
 
 
@@ -258,8 +236,7 @@ def kill_at(process, path, count, delay):
 @pytest.mark.slow
 def test_killing_the_driver_loses_nothing(tmp_path, generator):
     sweep = sweep_over(NOISE, AXES, seeds=4, chunk=2)
-    run(sweep, tmp_path / "whole.zarr")
-    expected, left = numbers(tmp_path / "whole.zarr"), []
+    expected, left = undisturbed(sweep), []
     for round_ in range(20):
         store = tmp_path / f"{round_}.zarr"
         kill_at(driver(sweep, store), store, generator.integers(0, 11), generator.uniform(0, 0.03))
@@ -273,15 +250,14 @@ def test_killing_the_driver_loses_nothing(tmp_path, generator):
 
 
 @pytest.mark.slow
-def test_a_driver_with_workers_killed_leaves_a_store_to_resume(path, tmp_path):
+def test_a_driver_with_workers_killed_leaves_a_store_to_resume(path):
     sweep = sweep_over(NOISE, AXES | {"pause": 0.05}, seeds=4, chunk=1)
-    run(sweep, tmp_path / "whole.zarr")
     kill_at(driver(sweep, path, workers=2), path, count=5, delay=0.02)
     assert 0 < run(sweep, path, resume=True).tasks < 24
-    assert numbers(path) == numbers(tmp_path / "whole.zarr")
+    assert numbers(path) == undisturbed(sweep)
 
 
-def test_a_second_driver_is_refused_while_the_first_lives(path, tmp_path):
+def test_a_second_driver_is_refused_while_the_first_lives(path):
     sweep = sweep_over(NOISE, AXES | {"pause": 0.2}, seeds=5)
     first = driver(sweep, path)
     try:
@@ -298,25 +274,20 @@ def test_a_second_driver_is_refused_while_the_first_lives(path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_interrupting_leaves_a_store_to_resume(path, tmp_path, workers):
-    file = tmp_path / "toy.toml"
-    axes = 'level = [1, 2, 3.5]\ntau = "0:1:5"\npause = 0.05\n'
-    file.write_text(f'experiment = "{NOISE.name}"\nseeds = 4\nchunk = 1\n[axes]\n{axes}')
-    command = [*LINFIT, "sweep", "file", str(file), "--store", str(path), "--workers", str(workers)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_interrupting_leaves_a_store_to_resume(path, workers):
+    sweep = sweep_over(NOISE, {"level": [1, 2, 3.5], "tau": "0:1:5", "pause": 0.05}, seeds=4, chunk=1)
+    create(path, sweep)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [Path(sys.executable).with_name("linfit"), "sweep", "resume", path, "--workers", workers]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     wait_for(lambda: finished_tasks(path) >= 3 or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert (process.returncode, "Traceback" in errors) == (130, False)
     assert errors.endswith("linfit: interrupted\n")
-    assert "Traceback" not in errors
-    sweep = read_sweep(path)
     assert 0 < run(sweep, path, resume=True).tasks < 10
-    run(sweep, tmp_path / "whole.zarr")
-    assert numbers(path) == numbers(tmp_path / "whole.zarr")
+    assert numbers(path) == undisturbed(sweep)
 
 
 LIMITED = """
@@ -333,36 +304,32 @@ def test_a_full_disk_is_told_and_spoils_nothing(path, tmp_path):
     sweep = sweep_over(NOISE, {"level": [1.0, 2.0], "tau": "0:1:2000"}, seeds=4, chunk=2)
 
     def limited(size, *arguments):
-        command = [sys.executable, "-c", LIMITED, str(size), *map(str, arguments)]
+        command = [sys.executable, "-c", LIMITED, str(size), "sweep", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(sweep, path, executor=some(1))
+    interrupt(sweep, path, 1)
     before = numbers(path)
-    answer = limited(15_000, "sweep", "resume", path)
-    assert answer.returncode == 2
+    answer = limited(15_000, "resume", path)
+    assert (answer.returncode, "Traceback" in answer.stderr) == (2, False)
     told = f"cannot write to {path}: File too large; what was finished is kept, and --resume computes the rest"
     assert answer.stderr.splitlines()[-1] == f"linfit: error: {told}"
-    assert "Traceback" not in answer.stderr
     assert numbers(path) == before
     assert not list(path.glob("**/*.partial"))
     assert run(sweep, path, resume=True).tasks == 3
-    run(sweep, tmp_path / "whole.zarr")
-    assert numbers(path) == numbers(tmp_path / "whole.zarr")
-    answer = limited(100, "sweep", "overadaptation", "--store", tmp_path / "new.zarr")
+    assert numbers(path) == undisturbed(sweep)
+    answer = limited(100, "overadaptation", "--store", tmp_path / "new.zarr")
     assert answer.returncode == 2
     assert f"cannot write to {tmp_path / 'new.zarr'}: File too large" in answer.stderr
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["runs", "whole.zarr"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["runs"]
 
 
 def test_a_read_only_store(sweep):
     """Told by one line, and still read. As root, who may write anything, it is tried as another user."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder, path = Path(name), Path(name) / "a.zarr"
-        with pytest.raises(KeyboardInterrupt):
-            run(sweep, path, executor=some(3))
+        path = Path(name) / "a.zarr"
+        interrupt(sweep, path, 3)
         before = numbers(path)
-        for entry in (*path.glob("**/*"), path, folder):
+        for entry in (*path.glob("**/*"), path, path.parent):
             entry.chmod(0o555 if entry.is_dir() else 0o444)
         try:
             if os.getuid() == 0:
@@ -373,5 +340,3 @@ def test_a_read_only_store(sweep):
             assert numbers(path) == before
         finally:
             os.seteuid(os.getuid())
-            for entry in (folder, *path.glob("**/*"), path):
-                entry.chmod(0o755)

@@ -13,6 +13,20 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from figures.commands import main
+from linfit import (
+    aligned_problem,
+    excess_risks,
+    fine_tune,
+    flow_weights,
+    interpolate,
+    risk_forms,
+    sample_design,
+    spectra,
+)
+from linfit.filters import GradientFlow, Ridge
+from linfit.weighting import median_temperature
+from sims.flow import sample_deviating_task
 from sims.parameters import Parameter
 from sims.sweep import read, run, sweep_over
 from sims.sweep.axes import read_axis
@@ -20,6 +34,8 @@ from sims.sweep.experiments import EXPERIMENTS, find_experiment
 from sims.sweep.plan import Task, sweep_from_configuration, sweep_from_toml
 from sims.sweep.task import measure, replicate_key
 from tests.sweep_toys import NOISE, numbers
+from theory.overtraining import singular_values
+from theory.s3ft import Procedure, shares
 
 ROOT = Path(__file__).parents[1]
 AXES = {"level": [1.0, 2.0, 3.5], "tau": "0:1:5"}
@@ -33,40 +49,32 @@ def test_axes():
     np.testing.assert_array_equal(read_axis("a", "10:1000:4:log", WHOLE), [10, 46, 215, 1000])
     np.testing.assert_array_equal(read_axis("a", "1:3:9", WHOLE), [1, 2, 3])  # coinciding ones are dropped
     assert read_axis("a", "1:3:9", WHOLE).dtype == np.int64
-    assert read_axis("a", 2, NUMBER).shape == ()
-    assert read_axis("a", 2, NUMBER).dtype == np.float64
+    assert (read_axis("a", 2, NUMBER).shape, read_axis("a", 2, NUMBER).dtype) == ((), np.float64)
     assert list(read_axis("a", "x, y", WORD)) == ["x", "y"]
     assert read_axis("a", "tcp://host:1", WORD).item() == "tcp://host:1"
     assert read_axis("a", "1e-4:1e2:sobol:log", NUMBER).logarithmic
 
 
 @pytest.mark.parametrize(
-    ("value", "parameter", "message"),
+    ("parameter", "message", "values"),
     [
-        ("1:2", NUMBER, "low:high:count"),
-        ("1:2:3:4", NUMBER, "low:high:count"),
-        ("1:x:3", NUMBER, "low:high:count"),
-        ("1:2:2.5", NUMBER, "low:high:count"),
-        ("2:1:5", NUMBER, "lower to its higher"),
-        ("0:1:5:log", NUMBER, "positive"),
-        ("0:inf:5", NUMBER, "finite ends"),
-        ("0:1:1", NUMBER, "at least 2"),
-        ("", NUMBER, "low:high:count"),
-        ("1,,2", NUMBER, "low:high:count"),
-        ("nan", NUMBER, "finite"),
-        (True, NUMBER, "low:high:count"),
-        ([], NUMBER, "one value or a list"),
-        ([[1.0, 2.0]], NUMBER, "shape"),
-        ("1,1", NUMBER, "twice"),
-        ("1.5", WHOLE, "whole"),
-        ("a,a", WORD, "twice"),
-        (3, WORD, "a word"),
-        ("", WORD, "a word"),
+        (NUMBER, "low:high:count", ("1:2", "1:2:3:4", "1:x:3", "1:2:2.5", "", "1,,2", True)),
+        (NUMBER, "lower to its higher", ("2:1:5",)),
+        (NUMBER, "positive", ("0:1:5:log",)),
+        (NUMBER, "finite ends", ("0:inf:5",)),
+        (NUMBER, "at least 2", ("0:1:1",)),
+        (NUMBER, "finite", ("nan",)),
+        (NUMBER, "one value or a list of values.* shape", ([], [[1.0, 2.0]])),
+        (NUMBER, "twice", ("1,1",)),
+        (WHOLE, "whole", ("1.5",)),
+        (WORD, "twice", ("a,a",)),
+        (WORD, "a word", (3, "")),
     ],
 )
-def test_bad_axes_are_refused(value, parameter, message):
-    with pytest.raises(ValueError, match=f"a must.*{message}"):
-        read_axis("a", value, parameter)
+def test_bad_axes_are_refused(parameter, message, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"a must.*{message}"):
+            read_axis("a", value, parameter)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +97,13 @@ def test_bad_sweeps_are_refused(options, message):
 
 
 def test_unknown_experiments_are_refused():
-    for name, message in (
-        ("nothing", "one of overadaptation"),
-        ("no.module:X", "cannot be imported: No module named 'no'"),
-        ("no/file.py:X", "cannot be imported: .*No such file"),
-        ("figures:X", "cannot be imported: .*has no attribute 'X'"),
-        ("tests.sweep_toys:measure_noise", "is of type function"),
-    ):
+    for name, message in {
+        "nothing": "one of overadaptation",
+        "no.module:X": "cannot be imported: No module named 'no'",
+        "no/file.py:X": "cannot be imported: .*No such file",
+        "figures:X": "cannot be imported: .*has no attribute 'X'",
+        "tests.sweep_toys:measure_noise": "is of type function",
+    }.items():
         with pytest.raises(ValueError, match=message):
             find_experiment(name)
 
@@ -161,9 +169,8 @@ def test_tasks_cover_every_replicate_of_every_cell_once():
 
 
 def test_sobol_design():
-    sweep = sweep_over(
-        NOISE, {"level": "1e-2:1e2:sobol:log", "tau": "0:2:sobol", "count": [1, 2], "depth": [0.0, 1.0]}, points=16
-    )
+    design = {"level": "1e-2:1e2:sobol:log", "tau": "0:2:sobol"}
+    sweep = sweep_over(NOISE, design | {"count": [1, 2], "depth": [0.0, 1.0]}, points=16)
     assert sweep.task_dims == {"point": 16, "count": 2}
     assert sweep.batched_dims == {"depth": 2}
     level, tau = sweep.parameters["level"], sweep.parameters["tau"]
@@ -173,8 +180,7 @@ def test_sobol_design():
     assert (arguments["level"], arguments["count"]) == (level[5], 2)
     np.testing.assert_array_equal(arguments["tau"], tau[5:6])
     assert sweep.output_dims("risk") == {}
-    again = sweep_over(NOISE, {"level": "1e-2:1e2:sobol:log", "tau": "0:2:sobol"}, points=16, seed=1)
-    assert not np.array_equal(again.parameters["tau"], tau)
+    assert not np.array_equal(sweep_over(NOISE, design, points=16, seed=1).parameters["tau"], tau)
 
 
 def test_toml(tmp_path):
@@ -217,11 +223,10 @@ def test_samples_are_the_kernels_and_means_their_means(tmp_path, like_a_worker):
     outcome = run(sweep, tmp_path / "a.zarr")
     assert (outcome.tasks, outcome.left, outcome.failed, outcome.failures) == (9, 0, 0, [])
     data = read(tmp_path / "a.zarr")
-    for cell in range(3):
-        for replicate in range(7):
-            expected = NOISE.measure(np.random.SeedSequence([5, replicate]), sweep.arguments((cell,)))
-            np.testing.assert_array_equal(data.risk_samples[cell, replicate], expected["risk"])
-            np.testing.assert_array_equal(data.size_samples[cell, replicate], expected["size"])
+    for cell, replicate in np.ndindex(3, 7):
+        expected = NOISE.measure(np.random.SeedSequence([5, replicate]), sweep.arguments((cell,)))
+        np.testing.assert_array_equal(data.risk_samples[cell, replicate], expected["risk"])
+        np.testing.assert_array_equal(data.size_samples[cell, replicate], expected["size"])
     np.testing.assert_array_equal(data.replicates, 7)
     np.testing.assert_allclose(data.risk, data.risk_samples.mean("replicate"), rtol=1e-14)
     np.testing.assert_allclose(data.risk_error, data.risk_samples.std("replicate", ddof=1) / 7**0.5, rtol=1e-12)
@@ -257,46 +262,36 @@ def test_a_failing_cell_is_recorded_and_the_rest_completes(tmp_path, like_a_work
     assert (data.message.sel(level=[1.0, 3.5]) == "").all()
     np.testing.assert_array_equal(np.isnan(data.risk).all("tau"), [False, True, False])
     np.testing.assert_array_equal(data.replicates, [3, 0, 3])
-    again = run(sweep, tmp_path / "a.zarr", resume=True)
-    assert (again.tasks, again.failed) == (0, 3)
-    again = run(sweep, tmp_path / "a.zarr", resume=True, retry=True)
-    assert (again.tasks, again.failed) == (2, 3)
+    for retry, tasks in ((False, 0), (True, 2)):
+        again = run(sweep, tmp_path / "a.zarr", resume=True, retry=retry)
+        assert (again.tasks, again.failed) == (tasks, 3)
 
 
-BAD_KERNELS = {
-    "missing": (lambda key, p: {"risk": p["tau"]}, "gave no size, only risk"),
-    "shape": (lambda key, p: {"risk": p["tau"][:2], "size": 1.0}, r"risk must have shape \(5,\), got \(2,\)"),
-    "nan": (lambda key, p: {"risk": p["tau"] * np.nan, "size": 1.0}, "risk has 5 NaN among 5 values"),
-    "text": (lambda key, p: {"risk": p["tau"], "size": "many"}, "could not convert"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_KERNELS)
-def test_what_is_no_result_is_a_failure(name):
-    kernel, message = BAD_KERNELS[name]
-    sweep = sweep_over(NOISE._replace(measure=kernel), {"tau": "0:1:5"}, seeds=2)
-    result = measure(sweep, Task((), 0, 2))
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (lambda key, p: {"risk": p["tau"]}, "gave no size, only risk"),
+        (lambda key, p: {"risk": p["tau"][:2], "size": 1.0}, r"risk must have shape \(5,\), got \(2,\)"),
+        (lambda key, p: {"risk": p["tau"] * np.nan, "size": 1.0}, "risk has 5 NaN among 5 values"),
+        (lambda key, p: {"risk": p["tau"], "size": "many"}, "could not convert"),
+    ],
+)
+def test_what_is_no_result_is_a_failure(kernel, message):
+    result = measure(sweep_over(NOISE._replace(measure=kernel), {"tau": "0:1:5"}, seeds=2), Task((), 0, 2))
     for text in result.messages:
         assert re.search(message, text)
     assert np.isnan(result.samples["risk"]).all()
 
 
 CASES = {
-    "overadaptation": {
-        "n": 12, "p": 40, "tau": [0.3, 1.0], "penalty": [0.01, 0.1, 1.0], "noise_std": [0.2, 0.9],
-        "alignment": -0.5, "decay": 1.3,
-    },
-    "equivalents": {"n": 60, "p": 240, "tau": [0.5, 1.0], "penalty": [0.01, 0.1], "noise_std": [0.2, 0.7]},
-    "overtraining": {
-        "size": 3, "time": [10.0, 2.0, 5.0], "gamma": [0.1, 0.0], "step_size": 0.005, "finetune_steps": 10
-    },
-    "flow": {
-        "n": 12, "p": 40, "tau": [0.3, 1.0, 1.5], "tilt": [0.0, 2.0], "time": [5.0, 50.0], "noise_std": 0.9,
-        "deviation": "outliers",
-    },
-    "s3ft": {
-        "n": 20, "p": 60, "penalty": [0.01, 0.1], "tolerance": [0.0, 1.0, 100.0], "paraphrase_success": [0.0, 0.5]
-    },
+    "overadaptation": {"n": 12, "p": 40, "alignment": -0.5, "decay": 1.3, "noise_std": [0.2, 0.9],
+                       "penalty": [0.01, 0.1, 1.0], "tau": [0.3, 1.0]},
+    "equivalents": {"n": 60, "p": 240, "noise_std": [0.2, 0.7], "penalty": [0.01, 0.1], "tau": [0.5, 1.0]},
+    "overtraining": {"size": 3, "step_size": 0.005, "finetune_steps": 10, "time": [10, 2, 5], "gamma": [0.1, 0.0]},
+    "flow": {"n": 12, "p": 40, "noise_std": 0.9, "deviation": "outliers",
+             "tilt": [0.0, 2.0], "time": [5.0, 50.0], "tau": [0.3, 1.0, 1.5]},
+    "s3ft": {"n": 20, "p": 60, "penalty": [0.01, 0.1], "tolerance": [0.0, 1.0, 100.0],
+             "paraphrase_success": [0.0, 0.5]},
 }  # fmt: skip
 
 
@@ -304,9 +299,8 @@ CASES = {
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_and_repeats_itself(name):
     sweep = sweep_over(name, CASES[name], seeds=2)
-    result = measure(sweep, Task((), 0, 2))
+    result, alone = measure(sweep, Task((), 0, 2)), measure(sweep, Task((), 1, 2))
     assert result.messages == ["", ""]
-    alone = measure(sweep, Task((), 1, 2))
     for output in sweep.experiment.outputs:
         assert np.isfinite(result.samples[output]).all()
         np.testing.assert_array_equal(result.samples[output][1], alone.samples[output][0])
@@ -315,8 +309,6 @@ def test_every_experiment_runs_and_repeats_itself(name):
 
 
 def test_overadaptation_is_the_exact_risk_of_the_design():
-    from linfit import Ridge, aligned_problem, risk_forms, sample_design, spectra
-
     sweep = sweep_over("overadaptation", CASES["overadaptation"], seeds=2, seed=4)
     samples = measure(sweep, Task((), 1, 2)).samples
     key = jax.random.fold_in(jax.random.key(4), 1)
@@ -324,11 +316,10 @@ def test_overadaptation_is_the_exact_risk_of_the_design():
     filter, tau = Ridge([0.01, 0.1, 1.0]), jnp.array([[0.3], [1.0]])
     for row, noise_std in enumerate((0.2, 0.9)):
         problem = aligned_problem(spectra.power_law(40, 1.3), alignment=-0.5, noise_std=noise_std, pretrain_risk=0.1)
-        X = sample_design(key, problem.finetune_covariance, 12)
-        forms = risk_forms(X, problem)
+        forms = risk_forms(sample_design(key, problem.finetune_covariance, 12), problem)
         risk, best = forms.finetune(filter, tau), forms.finetune.optimal_tau(filter)
-        expected = {"finetune": risk.total.T, "finetune_bias": risk.bias.T, "best_tau": best}
-        expected["pretrain"] = forms.pretrain(filter, tau).total.T
+        pretrain = forms.pretrain(filter, tau).total.T
+        expected = {"finetune": risk.total.T, "finetune_bias": risk.bias.T, "best_tau": best, "pretrain": pretrain}
         for name, values in expected.items():
             np.testing.assert_allclose(samples[name][0, row], values, rtol=1e-12)
 
@@ -343,8 +334,6 @@ def test_equivalents_predict_the_average():
 
 @pytest.mark.slow
 def test_overtraining_follows_the_closed_forms():
-    from theory.overtraining import singular_values
-
     samples = measure(sweep_over("overtraining", CASES["overtraining"], seeds=30), Task((), 0, 30)).samples
     a = jnp.arange(1.0, 4.0) ** -1
     s = singular_values(0.01, a, jnp.array([10.0, 2.0, 5.0]))
@@ -358,10 +347,6 @@ def test_overtraining_follows_the_closed_forms():
 
 @pytest.mark.slow
 def test_flow_is_weighted_fine_tuning_of_the_draw():
-    from linfit import GradientFlow, aligned_problem, excess_risks, fine_tune, flow_weights, interpolate, spectra
-    from linfit.weighting import median_temperature
-    from sims.flow import sample_deviating_task
-
     samples = measure(sweep_over("flow", CASES["flow"], seeds=1, seed=3), Task((), 0, 1)).samples
     problem = aligned_problem(spectra.power_law(40), noise_std=0.9, pretrain_risk=0.1)
     task = sample_deviating_task(jax.random.fold_in(jax.random.key(3), 0), problem, 12, deviation="outliers")
@@ -378,29 +363,25 @@ def test_flow_is_weighted_fine_tuning_of_the_draw():
 
 @pytest.mark.slow
 def test_s3ft_has_the_shares_of_theory_and_ends_at_supervised_fine_tuning():
-    from theory.s3ft import Procedure, shares
-
     samples = measure(sweep_over("s3ft", CASES["s3ft"], seeds=60), Task((), 0, 60)).samples
     assert samples["content_risk"].shape == (60, 2, 3, 2)
     expected = shares(Procedure(jnp.array([0, 1.0, 100.0])[:, None], jnp.array([0, 0.5])), 2, 1.25**0.5)
     for name, share in expected._asdict().items():
         error = np.maximum(samples[name].std(axis=0, ddof=1) / 60**0.5, 1e-12)
         assert (np.abs(samples[name].mean(axis=0) - share) < 4 * error).all(), name
-    supervised, own = samples["content_risk"][:, :, 0, 0], samples["content_drift"][:, :, 2]
-    np.testing.assert_allclose(own, 0, atol=1e-20)
+    np.testing.assert_allclose(samples["content_drift"][:, :, 2], 0, atol=1e-20)
     assert (samples["style_drift"][:, :, 0, 0] > samples["style_drift"][:, :, 0, 1]).mean() > 0.8  # half in own style
+    supervised = samples["content_risk"][:, :, 0, 0]
     assert (supervised.mean(axis=0) < 2).all()  # better than the pretrained model, which misses two outputs entirely
 
 
 @pytest.fixture
 def called(monkeypatch, capsys, like_a_worker):
-    """The command in this process: exit code, output, errors."""
-    from figures.commands import main
-
+    """`linfit sweep` in this process: exit code, output, errors."""
     monkeypatch.chdir(ROOT)
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["linfit", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["linfit", "sweep", *map(str, arguments)])
         capsys.readouterr()
         try:
             main()
@@ -415,47 +396,46 @@ def called(monkeypatch, capsys, like_a_worker):
 def test_command_runs_shows_plots_exports(tmp_path, called):
     store = tmp_path / "runs" / "oa.zarr"
     options = ("--n", "12", "--p", "40", "--penalty", "1e-2:1:3:log", "--tau", "0:1:4", "--alignment=-1,1")
-    code, told, _ = called("sweep", "overadaptation", *options, "--store", store, "--plan", "--seeds", "5")
-    assert code == 0
+    command = ("overadaptation", *options, "--store", store, "--seeds", "5")
+    code, told, _ = called(*command, "--plan")
+    assert (code, store.exists()) == (0, False)
     assert "2 tasks (2 cells × 5 replicates" in told
-    assert not store.exists()
-    code, _, told = called("sweep", "overadaptation", *options, "--store", store, "--seeds", "5")
+    code, _, told = called(*command)
     assert code == 0
-    assert "2 tasks (2 cells × 5 replicates" in told
-    assert "the first task took" in told
+    for text in ("2 tasks (2 cells × 5 replicates", "the first task took"):
+        assert text in told
     data = xr.open_zarr(store)
     assert data.finetune.dims == ("alignment", "penalty", "tau")
     assert np.isfinite(data.finetune).all()
-    shown = json.loads(called("sweep", "show", store, "--json")[1])
+    shown = json.loads(called("show", store, "--json")[1])
     assert shown["share_done"] == 1
     best = shown["best"]["finetune"]
     assert best["value"] == data.finetune.min()
     at = {name: best["at"][name] for name in data.finetune.dims}
     assert best["standard_error"] == data.finetune_error.sel(at)
-    assert "best points" in called("sweep", "show", store)[1]
-    picture = called("sweep", "plot", store, "--x", "tau", "--lines", "penalty")
-    assert picture[1].strip() == str(store.with_suffix(".png"))
+    assert "best points" in called("show", store)[1]
+    assert called("plot", store, "--x", "tau", "--lines", "penalty")[1].strip() == str(store.with_suffix(".png"))
     assert store.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert called("sweep", "export", store, "--out", tmp_path / "oa.csv")[:2] == (0, f"written to {tmp_path}/oa.csv\n")
-    again = called("sweep", "resume", store)
-    assert (again[0], again[1][:8]) == (0, "0 tasks ")
-    code, _, errors = called("sweep", "overadaptation", "--noise", "0.5", "--store", tmp_path / "b.zarr")
+    assert called("export", store, "--out", tmp_path / "oa.csv")[:2] == (0, f"written to {tmp_path}/oa.csv\n")
+    code, told, _ = called("resume", store)
+    assert (code, told[:8]) == (0, "0 tasks ")
+    code, _, errors = called("overadaptation", "--noise", "0.5", "--store", tmp_path / "b.zarr")
     assert code == 2
     assert "--noise-std" in errors  # the name it has now
 
 
 def test_command_tells_of_failures_by_exit_code(tmp_path, called):
     file, store = tmp_path / "toy.toml", tmp_path / "toy.zarr"
-    axes = "level = [1, 2, 3]\nbroken = 2\n"
-    file.write_text(f'experiment = "tests.sweep_toys:NOISE"\nseeds = 2\nstore = "{store}"\n[axes]\n{axes}')
-    code, told, errors = called("sweep", "file", file)
+    axes = "[axes]\nlevel = [1, 2, 3]\nbroken = 2\n"
+    file.write_text(f'experiment = "tests.sweep_toys:NOISE"\nseeds = 2\nstore = "{store}"\n{axes}')
+    code, told, errors = called("file", file)
     assert code == 1
-    assert "failed: level = 2.0, replicate = 0: ValueError: level 2.0 is broken" in errors
     assert "2 replicates failed" in told
-    assert called("sweep", "resume", store)[0] == 1
-    shown = called("sweep", "show", store)
-    assert shown[0] == 0
-    assert "failed: level = 2.0, replicate = 1: ValueError: level 2.0 is broken" in shown[1]
+    assert "failed: level = 2.0, replicate = 0: ValueError: level 2.0 is broken" in errors
+    assert called("resume", store)[0] == 1
+    code, told, _ = called("show", store)
+    assert code == 0
+    assert "failed: level = 2.0, replicate = 1: ValueError: level 2.0 is broken" in told
     for arguments, message in (
         (("file", file), "exists; --resume"),
         (("file", tmp_path / "none.toml"), "no file"),
@@ -468,15 +448,13 @@ def test_command_tells_of_failures_by_exit_code(tmp_path, called):
         (("plot", store, "--x", "tau"), "--x must be an axis of the sweep, one of level"),
         (("export", store, "--out", tmp_path / "a.txt"), "--out must end in"),
     ):
-        code, _, errors = called("sweep", *arguments)
-        assert code == 2, arguments
-        assert errors.startswith("linfit: error: "), errors
+        code, _, errors = called(*arguments)
+        assert (code, errors.count("\n"), errors[:15]) == (2, 1, "linfit: error: "), arguments
         assert message in errors
-        assert errors.count("\n") == 1
 
 
 def test_commands_are_light():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for module, absent in (("figures.commands.sweep", "jax numpy zarr dask"), ("sims.sweep.driver", "jax xarray")):
         script = f"import sys, {module}; print([name for name in {absent.split()} if name in sys.modules])"
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         assert subprocess.check_output([sys.executable, "-c", script], text=True, env=environment).strip() == "[]"

@@ -12,9 +12,10 @@ from sims.sweep.experiments import EXPERIMENTS, Experiment
 
 if TYPE_CHECKING:
     from sims.sweep.executors import Executor
-    from sims.sweep.plan import Sweep
 
 __all__ = ["sweep"]
+
+_Store = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="Folder of the results.")]
 
 
 @dataclass(kw_only=True)
@@ -57,8 +58,8 @@ def _experiment_options(experiment: Experiment) -> type:
     for name, parameter in experiment.parameters.items():
         unit = "" if parameter.unit == "1" else f" [{parameter.unit}]"
         text = f"{parameter.help}{unit}{', batched' if parameter.batched else ''}."
-        annotation = Annotated[str, tyro.conf.arg(help=text, metavar="AXIS")]
-        fields.append((name, annotation, field(default=str(parameter.default))))
+        option = Annotated[str, tyro.conf.arg(help=text, metavar="AXIS")]
+        fields.append((name, option, field(default=str(parameter.default))))
     made = make_dataclass(experiment.name, fields, bases=(_What,), kw_only=True)
     made.__doc__ = (
         f"{experiment.help}\n\n"
@@ -75,70 +76,48 @@ class _File(_How):
     The experiment is one of ours by name, or one of your own as file.py:NAME or module:NAME.
     """
 
-    file: tyro.conf.Positional[Path]
-    """The TOML file."""
-    store: Path | None = None
-    """Folder of the results, instead of the one in the file."""
+    file: tyro.conf.Positional[Path]  # The TOML file.
+    store: Path | None = None  # Folder of the results, instead of the one in the file.
 
 
 @dataclass
 class _Resume(_How):
     """What is missing in a store, as it was configured."""
 
-    store: tyro.conf.Positional[Path]
-    """Folder of the results."""
+    store: _Store
 
 
 @dataclass
 class _Show:
     """Summary of a store: axes, share done, the best point of every output, failures."""
 
-    store: tyro.conf.Positional[Path]
-    """Folder of the results."""
-    json: bool = False
-    """Print everything as JSON."""
+    store: _Store
+    json: bool = False  # Print everything as JSON.
 
 
 @dataclass
 class _Plot:
     """A quick look at a store: an output along one axis, a line for each value of another."""
 
-    store: tyro.conf.Positional[Path]
-    """Folder of the results."""
-    x: str
-    """Axis to draw along."""
-    lines: str | None = None
-    """Axis whose values are lines."""
-    y: tuple[str, ...] = ()
-    """Outputs to draw, a panel each; the first two that vary along x if not given."""
-    at: tuple[str, ...] = ()
-    """Where the other axes are held, as NAME=VALUE; at the best point if not given."""
-    out: Path | None = None
-    """Picture to write (.png, .pdf or .svg); STORE with the ending .png if not given."""
+    store: _Store
+    x: str  # Axis to draw along.
+    lines: str | None = None  # Axis whose values are lines.
+    y: tuple[str, ...] = ()  # Outputs to draw, a panel each; the first two that vary along x if not given.
+    at: tuple[str, ...] = ()  # Where the other axes are held, as NAME=VALUE; at the best point if not given.
+    out: Path | None = None  # Picture to write (.png, .pdf or .svg); STORE with the ending .png if not given.
 
 
 @dataclass
 class _Export:
     """A store as one file: NetCDF with everything, or CSV with means and standard errors."""
 
-    store: tyro.conf.Positional[Path]
-    """Folder of the results."""
-    out: Path
-    """File to write, .nc or .csv."""
+    store: _Store
+    out: Path  # File to write, .nc or .csv.
 
 
-_ACTIONS = (
-    *(
-        Annotated[_experiment_options(experiment), tyro.conf.subcommand(name)]
-        for name, experiment in EXPERIMENTS.items()
-    ),
-    Annotated[_File, tyro.conf.subcommand("file")],
-    Annotated[_Resume, tyro.conf.subcommand("resume")],
-    Annotated[_Show, tyro.conf.subcommand("show")],
-    Annotated[_Plot, tyro.conf.subcommand("plot")],
-    Annotated[_Export, tyro.conf.subcommand("export")],
-)
-
+_KINDS = {name: _experiment_options(experiment) for name, experiment in EXPERIMENTS.items()}
+_KINDS |= {"file": _File, "resume": _Resume, "show": _Show, "plot": _Plot, "export": _Export}
+_ACTIONS = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in _KINDS.items())
 
 if TYPE_CHECKING:
     _Action = Any  # the dataclasses above are made while the module is imported
@@ -177,46 +156,40 @@ def _run(action: Any) -> bool:
     from rich.console import Console
 
     from sims.sweep.driver import run
-    from sims.sweep.plan import sweep_from_toml
+    from sims.sweep.plan import sweep_from_toml, sweep_over
     from sims.sweep.store import read_sweep
     from sims.sweep.summary import Progress, print_outcome, print_plan
 
-    resume = action.resume
+    resume = action.resume or isinstance(action, _Resume)
     if isinstance(action, _File):
         planned, path = sweep_from_toml(action.file)
         path = action.store or path
         if path is None:
             raise ValueError(f"--store is needed: {action.file} names none")
     elif isinstance(action, _Resume):
-        planned, path, resume = read_sweep(action.store), action.store, True
+        planned, path = read_sweep(action.store), action.store
     else:
-        planned, path = _planned(action), action.store
+        experiment = EXPERIMENTS[type(action).__name__]
+        axes = {name: getattr(action, name) for name in experiment.parameters}
+        counts = {name: getattr(action, name) for name in ("seeds", "seed", "chunk", "points")}
+        try:
+            planned, path = sweep_over(experiment, axes, **counts), action.store
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
     if action.retry and not resume:
         raise ValueError("--retry does again what failed in a store, together with --resume")
     executor = _executor(action)
     if action.plan:
         print_plan(Console(), planned, path)
         return True
-    with Progress(planned, path, action.workers) as watcher:
+    watcher = Progress(planned, path, action.workers)
+    with watcher.bar:
         outcome = run(planned, path, resume=resume, retry=action.retry, executor=executor, watcher=watcher)
     print_outcome(outcome, path)
     return not (outcome.failed or outcome.left)
 
 
-def _planned(action: _What) -> "Sweep":
-    from sims.sweep.plan import sweep_over
-
-    experiment = EXPERIMENTS[type(action).__name__]
-    axes = {name: getattr(action, name) for name in experiment.parameters}
-    counts = {name: getattr(action, name) for name in ("seeds", "seed", "chunk", "points")}
-    try:
-        return sweep_over(experiment, axes, **counts)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from None
-
-
 def _executor(action: _How) -> "Executor":
-    """Who computes."""
     from sims.sweep import executors
 
     if action.workers < 0:

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Experiment", "Output", "Watcher", "executors", "read", "run", "sweep_over"]
 
-_HOMES = {"Watcher": "driver", "read": "store", "run": "driver", "sweep_over": "plan"}
+_MODULE_OF = {"Watcher": "driver", "read": "store", "run": "driver", "sweep_over": "plan"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"sims.sweep.{_HOMES[name]}"), name)
     if name == "executors":
         return import_module("sims.sweep.executors")
+    if name in _MODULE_OF:
+        return getattr(import_module(f"sims.sweep.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'sims.sweep' has no attribute {name!r}")

@@ -8,12 +8,9 @@ import numpy as np
 
 from sims.parameters import Parameter
 
-Value = str | float | int | Sequence[Any] | np.ndarray
-"""What may describe an axis: a number or word, a sequence of them, or text as `read_axis` understands it."""
+Value = str | float | int | Sequence[Any] | np.ndarray  # a number or word, several, or text for `read_axis`
 
-_HOW = (
-    "a number, a list 0.1,0.5,1, a grid low:high:count or low:high:count:log, or low:high:sobol or low:high:sobol:log"
-)
+_HOW = "a number, a list 0.1,0.5,1, a grid low:high:count[:log], or low:high:sobol[:log] for a Sobol design"
 
 
 class Range(NamedTuple):
@@ -57,13 +54,10 @@ def read_axis(name: str, value: Value, parameter: Parameter) -> np.ndarray | Ran
 
 
 def _grid(name: str, text: str, whole: bool) -> np.ndarray | Range:
-    parts = text.split(":")
     try:
-        low, high, count = parts[:3]
-        ends = Range(float(low), float(high), parts[3:] == ["log"], whole)
+        low, high, count = text.removesuffix(":log").split(":")
+        ends = Range(float(low), float(high), text.endswith(":log"), whole)
         size = 0 if count == "sobol" else int(count)
-        if parts[3:] not in ([], ["log"]):
-            raise ValueError
     except ValueError:
         raise ValueError(f"{name} must be {_HOW}; got {text!r}") from None
     if not (math.isfinite(ends.low) and math.isfinite(ends.high)) or (ends.logarithmic and min(ends[:2]) <= 0):

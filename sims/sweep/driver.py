@@ -9,30 +9,25 @@ import numpy as np
 
 from sims.sweep.executors import Executor, here
 from sims.sweep.plan import Sweep
-from sims.sweep.store import Store, create, opened
+from sims.sweep.store import FAILED, Store, create, opened
 
-__all__ = ["Failure", "Outcome", "Watcher", "run"]
+__all__ = ["Outcome", "Watcher", "run"]
 
 
 class Failure(NamedTuple):
     """A task that did not give all its numbers."""
 
-    where: dict[str, Any]
-    """Values of the parameters that are axes of cells, and the replicate, or the first of the task."""
+    where: dict[str, Any]  # parameters that are axes of cells, and the replicate, or the first of the task
     message: str
 
 
 class Outcome(NamedTuple):
     """What one call of `run` did."""
 
-    tasks: int
-    """Tasks finished by this call."""
-    failures: list[Failure]
-    """Replicates whose kernel raised, and tasks whose workers died; of this call."""
-    left: int
-    """Tasks that are still missing: those whose workers died."""
-    failed: int
-    """Replicates recorded as failed in the store, by this call or an earlier one."""
+    tasks: int  #: Tasks finished by this call.
+    failures: list[Failure]  #: Replicates whose kernel raised, and tasks whose workers died; of this call.
+    left: int  #: Tasks that are still missing: those whose workers died.
+    failed: int  #: Replicates recorded as failed in the store, by this call or an earlier one.
     seconds: float
 
 
@@ -65,8 +60,7 @@ def run(
         store: folder of the results; one that exists is refused unless `resume`.
         resume: go on with a store of the same configuration, made by the same versions.
         retry: do replicates that failed again.
-        executor: who computes, one of `sims.sweep.executors`; by default this process, or one local worker where this
-            process has other thread settings than workers.
+        executor: who computes, one of `sims.sweep.executors`; by default `executors.here`.
         watcher: is told what happens.
 
     Whatever ends a run, even SIGKILL, the store is sound and can be resumed. Raises ValueError for a store that does
@@ -88,8 +82,7 @@ def run(
     with opened(path, sweep) as target:
         missing = target.missing_tasks(retry)
         watcher.started(len(sweep.tasks), len(sweep.tasks) - len(missing), target)
-        failures: list[Failure] = []
-        finished = 0
+        finished, failures = 0, list[Failure]()
         try:
             for task, result in (executor or here)(sweep, missing):
                 if isinstance(result, str):
@@ -106,4 +99,5 @@ def run(
         finally:
             with suppress(OSError):  # whatever went wrong before is what should be told
                 target.add_wall_time(perf_counter() - start)
-        return Outcome(finished, failures, len(missing) - finished, target.failed_count, perf_counter() - start)
+        failed, seconds = int((target.status == FAILED).sum()), perf_counter() - start
+        return Outcome(finished, failures, len(missing) - finished, failed, seconds)

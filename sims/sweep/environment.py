@@ -8,9 +8,8 @@ from importlib.metadata import version
 
 __all__ = ["SETTINGS"]
 
-SETTINGS = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "NPROC"), "1") | {
-    "JAX_ENABLE_X64": "1"
-}
+_NAMES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "NPROC", "JAX_ENABLE_X64")
+SETTINGS = dict.fromkeys(_NAMES, "1")
 """Environment of every process that runs a kernel: one thread, so that no bit depends on a split; double precision."""
 
 

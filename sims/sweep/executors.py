@@ -27,7 +27,7 @@ from sims.sweep.task import Result, measure
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Executor", "here", "local", "remote", "require", "slurm"]
+__all__ = ["here", "local", "remote", "slurm"]
 
 Answers = Iterator[tuple[Task, Result | str]]
 Executor = Callable[[Sweep, Sequence[Task]], Answers]
@@ -35,11 +35,8 @@ Executor = Callable[[Sweep, Sequence[Task]], Answers]
 RETRIES = 3
 """How often a task is tried again after its worker has died, by every executor; then it is given up and reported."""
 
-PATIENCE = 60.0
-"""Seconds without any local worker after which they are started anew."""
-
-TICK = 5.0
-"""Seconds between two looks at the workers while nothing arrives."""
+PATIENCE = 60.0  # seconds without any local worker after which they are started anew
+TICK = 5.0  # seconds between two looks at the workers while nothing arrives
 
 
 def here(sweep: Sweep, tasks: Sequence[Task]) -> Answers:
@@ -60,16 +57,16 @@ def local(workers: int) -> Executor:
     def execute(sweep: Sweep, tasks: Sequence[Task]) -> Answers:
         from distributed import Client, Nanny, Scheduler, SpecCluster
 
-        options = {"protocol": "tcp://", "host": "127.0.0.1", "port": 0, "dashboard": False}
-        nannies = {
-            index: {"cls": Nanny, "options": {"nthreads": 1, "dashboard": False, "env": environ, "silence_logs": 50}}
-            for index, environ in enumerate(_worker_environments(workers))
-        }
+        address = {"protocol": "tcp://", "host": "127.0.0.1", "port": 0, "dashboard": False}
+        scheduler = {"cls": Scheduler, "options": address}
+        options = {"nthreads": 1, "dashboard": False, "silence_logs": 50}
+        environments = enumerate(_worker_environments(workers))
+        nannies = {index: {"cls": Nanny, "options": options | {"env": environ}} for index, environ in environments}
         left = dict.fromkeys(tasks)
         for _ in range(1 + RETRIES):  # a nanny gives up if its worker dies while it starts
             with _dask_settings(**_KEEP):
                 with _deaf_to_interrupts():
-                    cluster = SpecCluster(nannies, {"cls": Scheduler, "options": options}, silence_logs=50)
+                    cluster = SpecCluster(nannies, scheduler, silence_logs=50)
                 with cluster, Client(cluster) as client, suppress(_NoWorkers):
                     for task, result in _through(client, sweep, list(left), PATIENCE):
                         del left[task]
@@ -96,11 +93,8 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 def _worker_environments(workers: int) -> list[dict[str, str]]:
     """Settings of each worker; where there are several NVIDIA GPUs, found without JAX, each sees one of its own."""
-    visible, folder = os.environ.get("CUDA_VISIBLE_DEVICES"), Path("/proc/driver/nvidia/gpus")
-    if visible is not None:
-        devices = [device for device in visible.split(",") if device.strip()]
-    else:
-        devices = [str(index) for index, _ in enumerate(folder.iterdir())] if folder.is_dir() else []
+    present = ",".join(str(index) for index, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*")))
+    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", present).split(",") if device.strip()]
     if len(devices) < 2:
         return [SETTINGS] * workers
     return [SETTINGS | {"CUDA_VISIBLE_DEVICES": device} for device in devices[:workers]]
@@ -141,13 +135,10 @@ def slurm(jobs: int) -> Executor:
 
         # Python's -m, by which jobs start, would put the current directory in front of our packages
         exports = [f"export {name}={value}" for name, value in (SETTINGS | {"PYTHONSAFEPATH": "1"}).items()]
-        options = {
-            "cores": 1,
-            "processes": 1,
-            "memory": dask.config.get("jobqueue.slurm.memory", None) or "4GB",
-            "job_script_prologue": [*(dask.config.get("jobqueue.slurm.job-script-prologue", None) or []), *exports],
-            "scheduler_options": {"dashboard": False},
-        }
+        prologue = [*(dask.config.get("jobqueue.slurm.job-script-prologue", None) or []), *exports]
+        memory = dask.config.get("jobqueue.slurm.memory", None) or "4GB"
+        options = {"cores": 1, "processes": 1, "memory": memory, "job_script_prologue": prologue}
+        options["scheduler_options"] = {"dashboard": False}
         with _dask_settings(), SLURMCluster(**options) as cluster, Client(cluster) as client:
             cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # unlike `scale`, replaces jobs that end
             yield from _through(client, sweep, tasks)
@@ -204,7 +195,7 @@ def _through(client: "Client", sweep: Sweep, tasks: Sequence[Task], patience: fl
         raise OSError("the Dask scheduler is gone; what was finished is kept, and --resume computes the rest") from None
 
 
-_KEEP = {"distributed.deploy.lost-worker-timeout": "10000 days"}
+_KEEP = {"deploy.lost-worker-timeout": "10000 days"}
 """Else a local cluster drops a worker for good that is starting anew 15 seconds after another of its deaths."""
 
 
@@ -225,15 +216,9 @@ def _dask_settings(**more: Any) -> Iterator[None]:
     """
     import dask.config
 
-    with dask.config.set(
-        {
-            "distributed.scheduler.allowed-failures": RETRIES,
-            "distributed.scheduler.worker-saturation": 1.0,
-            "distributed.worker.daemon": True,
-            "scheduler": dask.config.get("scheduler", None),
-            **more,
-        }
-    ):
+    ours = {"scheduler.allowed-failures": RETRIES, "scheduler.worker-saturation": 1.0, "worker.daemon": True, **more}
+    settings = {f"distributed.{name}": value for name, value in ours.items()}
+    with dask.config.set({"scheduler": dask.config.get("scheduler", None), **settings}):
         yield
 
 

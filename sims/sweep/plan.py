@@ -20,10 +20,9 @@ __all__ = ["Sweep", "sweep_from_toml", "sweep_over"]
 
 
 class Task(NamedTuple):
-    """One piece of work: replicates first … last − 1 of a cell."""
+    """One piece of work: replicates first … last − 1 of a cell, the position on each axis that is not batched."""
 
     cell: tuple[int, ...]
-    """Position on each of the axes that are not batched."""
     first: int
     last: int
 
@@ -32,15 +31,11 @@ class Sweep(NamedTuple):
     """What is to be computed. Made by `sweep_over`, which checks it."""
 
     experiment: Experiment
-    parameters: dict[str, np.ndarray]
-    """Of every parameter its value (), or its values along an axis (k,)."""
-    design: tuple[str, ...]
-    """Parameters that vary together along the points of a Sobol design."""
-    seeds: int
-    """Replicates of every cell."""
+    parameters: dict[str, np.ndarray]  #: Of every parameter its value (), or its values along an axis (k,).
+    design: tuple[str, ...]  #: Parameters that vary together along the points of a Sobol design.
+    seeds: int  #: Replicates of every cell.
     seed: int
-    chunk: int
-    """Replicates in a task."""
+    chunk: int  #: Replicates in a task.
 
     @property
     def task_dims(self) -> dict[str, int]:
@@ -93,14 +88,9 @@ class Sweep(NamedTuple):
     @property
     def configuration(self) -> dict[str, Any]:
         """All that determines the numbers and their layout, as plain JSON values."""
-        return {
-            "experiment": self.experiment.name,
-            "seed": self.seed,
-            "seeds": self.seeds,
-            "chunk": self.chunk,
-            "design": list(self.design),
-            "parameters": {name: values.tolist() for name, values in self.parameters.items()},
-        }
+        counts = {"seed": self.seed, "seeds": self.seeds, "chunk": self.chunk}
+        values = {name: values.tolist() for name, values in self.parameters.items()}
+        return {"experiment": self.experiment.name, **counts, "design": list(self.design), "parameters": values}
 
 
 def sweep_over(
@@ -132,19 +122,15 @@ def sweep_over(
     >>> sweep.arguments((1,))["n"], sweep.arguments((1,))["penalty"]
     (100, array([0.001, 0.01 , 0.1  , 1.   ]))
     """
-    if isinstance(experiment, str):
-        experiment = find_experiment(experiment)
+    experiment = find_experiment(experiment) if isinstance(experiment, str) else experiment
     for name, value, minimum in (("seeds", seeds, 1), ("chunk", chunk, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
             raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
     if seed >= 2**32:
         raise ValueError(f"seed must be below 2^32, got {seed}")
-    axes = dict(axes or {})
+    described, axes = experiment.parameters, axes or {}
     _require_known(experiment, axes)
-    given = {
-        name: read_axis(name, axes.get(name, parameter.default), parameter)
-        for name, parameter in experiment.parameters.items()
-    }
+    given = {name: read_axis(name, axes.get(name, one.default), one) for name, one in described.items()}
     ranges = {name: values for name, values in given.items() if isinstance(values, Range)}
     if points is not None and not ranges:
         raise ValueError("points is the size of a Sobol design; give at least one axis as low:high:sobol")
@@ -154,8 +140,7 @@ def sweep_over(
 
 
 def _require_known(experiment: Experiment, names: Mapping[str, Any]) -> None:
-    unknown = [name for name in names if name not in experiment.parameters]
-    if unknown:
+    if unknown := [name for name in names if name not in experiment.parameters]:
         known = ", ".join(experiment.parameters)
         raise ValueError(f"{experiment.name} has no parameter {', '.join(unknown)}; its parameters are {known}")
 
@@ -179,25 +164,22 @@ def sweep_from_toml(path: Path) -> tuple[Sweep, Path | None]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     known = ("experiment", "axes", "store", "seeds", "seed", "chunk", "points")
-    unknown = [name for name in content if name not in known]
-    if unknown or not isinstance(content.get("experiment"), str) or not isinstance(content.get("axes", {}), dict):
+    experiment, axes = content.get("experiment"), content.get("axes", {})
+    if content.keys() - known or not isinstance(experiment, str) or not isinstance(axes, dict):
         raise ValueError(
             f"{path} must have an experiment, perhaps a table [axes], and nothing beyond {', '.join(known)}; "
             f"got {', '.join(content) or 'nothing'}"
         )
-    store = content.pop("store", None)
-    sweep = sweep_over(content.pop("experiment"), content.pop("axes", {}), **content)
-    return sweep, None if store is None else Path(store)
+    store = Path(content.pop("store")) if "store" in content else None
+    return sweep_over(content.pop("experiment"), content.pop("axes", {}), **content), store
 
 
 def sweep_from_configuration(configuration: Mapping[str, Any]) -> Sweep:
     """The sweep that has this `Sweep.configuration`; ValueError if its experiment has no longer such parameters."""
     experiment, given = find_experiment(configuration["experiment"]), configuration["parameters"]
     _require_known(experiment, given)
-    kinds = {int: np.int64, float: np.float64, str: np.str_}
-    parameters: dict[str, np.ndarray] = {
-        name: np.asarray(given.get(name, parameter.default), kinds[type(parameter.default)])
-        for name, parameter in experiment.parameters.items()
-    }
+    kinds: dict[type, Any] = {int: np.int64, float: np.float64, str: np.str_}
+    defaults = {name: parameter.default for name, parameter in experiment.parameters.items()}
+    parameters = {name: np.asarray(given.get(name, one), kinds[type(one)]) for name, one in defaults.items()}
     counts = (configuration[name] for name in ("seeds", "seed", "chunk"))
     return Sweep(experiment, parameters, tuple(configuration["design"]), *counts)

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -41,8 +41,7 @@ __all__ = ["export", "read", "read_sweep"]
 FORMAT = 1
 MISSING, DONE, FAILED = 0, 1, 2
 
-_FLAT: dict[str, Any] = {"chunk_key_encoding": {"name": "default", "separator": "."}}
-"""All chunks of an array in one folder, so that there is one folder to bring to the disk."""
+_KEPT = "; what was finished is kept, and --resume computes the rest"
 
 _NUMBERS = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
 """A third of the time of zarr's default on surfaces of risks, and smaller."""
@@ -72,40 +71,34 @@ def create(path: Path, sweep: Sweep) -> None:
 def _lay_out(folder: Path, sweep: Sweep) -> None:
     """All arrays and attributes; only the coordinates have values yet."""
     scalars = [name for name, values in sweep.parameters.items() if values.ndim == 0]
-    attributes = {
-        "title": sweep.experiment.help,
-        "experiment": sweep.experiment.name,
-        "configuration": json.dumps(sweep.configuration),
-        "seed": sweep.seed,
-        "format": FORMAT,
-        "versions": json.dumps(versions()),
-        "revision": revision(),
-        "device": "",
-        "wall_time": 0.0,
-        "wall_time_units": "s",
-        "coordinates": " ".join([*scalars, *sweep.design]),
-    }
-    group = zarr.create_group(folder, zarr_format=3, attributes=attributes)
+    what = {"title": sweep.experiment.help, "experiment": sweep.experiment.name}
+    how = {"configuration": json.dumps(sweep.configuration), "seed": sweep.seed, "format": FORMAT}
+    origin = {"versions": json.dumps(versions()), "revision": revision(), "device": ""}
+    more = {"wall_time": 0.0, "wall_time_units": "s", "coordinates": " ".join([*scalars, *sweep.design])}
+    group = zarr.create_group(folder, zarr_format=3, attributes=what | how | origin | more)
     for name, values in sweep.parameters.items():
-        parameter = sweep.experiment.parameters[name]
-        dims = () if values.ndim == 0 else ("point",) if name in sweep.design else (name,)
-        _coordinate(group, name, dims, values, units=parameter.unit, long_name=parameter.help)
-    replicates = np.arange(sweep.seeds)
-    _coordinate(group, "replicate", ("replicate",), replicates, long_name="replicate; its key is made of it")
+        parameter, along = sweep.experiment.parameters[name], "point" if name in sweep.design else name
+        _coordinate(group, name, along, values, units=parameter.unit, long_name=parameter.help)
+    _coordinate(group, "replicate", "replicate", np.arange(sweep.seeds), long_name="replicate; its key is made of it")
     if sweep.design:
         points = np.arange(sweep.task_dims["point"])
-        _coordinate(group, "point", ("point",), points, long_name="point of the Sobol design")
+        _coordinate(group, "point", "point", points, long_name="point of the Sobol design")
     _empty_arrays(group, sweep)
     with warnings.catch_warnings():  # zarr: not in the specification; xarray asks for it nevertheless
         warnings.simplefilter("ignore", category=zarr.errors.ZarrUserWarning)
         zarr.consolidate_metadata(folder)
 
 
-def _coordinate(group: zarr.Group, name: str, dims: tuple[str, ...], values: np.ndarray, **attributes: Any) -> None:
-    kind = str if values.dtype.kind == "U" else values.dtype
-    array = group.create_array(
-        name, shape=values.shape, dtype=kind, dimension_names=dims, attributes=attributes, **_FLAT
-    )
+def _create(group: zarr.Group, name: str, dims: Mapping[str, int], dtype: Any, **options: Any) -> zarr.Array:
+    """An empty array, with all its chunks in one folder, so that there is one folder to bring to the disk."""
+    shape, flat = tuple(dims.values()), {"name": "default", "separator": "."}
+    options |= {"dimension_names": tuple(dims), "chunk_key_encoding": flat}
+    return group.create_array(name, shape=shape, dtype=dtype, **options)
+
+
+def _coordinate(group: zarr.Group, name: str, along: str, values: np.ndarray, **attributes: Any) -> None:
+    kind, dims = str if values.dtype.kind == "U" else values.dtype, dict(zip([along], values.shape))
+    array = _create(group, name, dims, kind, attributes=attributes)
     array[...] = values.astype(object) if kind is str else values
 
 
@@ -115,41 +108,31 @@ def _empty_arrays(group: zarr.Group, sweep: Sweep) -> None:
     each = cells | {"replicate": sweep.seeds}
 
     def empty(name: str, dims: Mapping[str, int], inner: Mapping[str, int], dtype: Any, **attributes: Any) -> None:
-        chunks = [1] * len(cells) + ([sweep.chunk] if "replicate" in dims else [])
-        group.create_array(
-            name,
-            shape=(*dims.values(), *inner.values()),
-            chunks=(*chunks, *inner.values()),
-            dtype=dtype,
-            compressors=_NUMBERS if dtype == "float64" else "auto",
-            fill_value="" if dtype is str else np.nan if dtype == "float64" else 0,
-            dimension_names=(*dims, *inner),
-            attributes=attributes,
-            **_FLAT,
-        )
+        chunks = [1] * len(cells) + [sweep.chunk] * ("replicate" in dims) + [*inner.values()]
+        options = {"compressors": _NUMBERS, "fill_value": np.nan} if dtype == "float64" else {"fill_value": dtype()}
+        _create(group, name, {**dims, **inner}, dtype, chunks=tuple(chunks), attributes=attributes, **options)
 
     for name, output in sweep.experiment.outputs.items():
         inner, unit = sweep.output_dims(name), output.unit
         empty(name, cells, inner, "float64", units=unit, long_name=output.help, best=output.best or "")
         empty(f"{name}_error", cells, inner, "float64", units=unit, long_name=f"standard error of {name}")
         empty(f"{name}_samples", each, inner, "float64", units=unit, long_name=f"{output.help}, every replicate")
-    empty("status", each, {}, "int8", long_name="0 missing, 1 done, 2 failed")
+    empty("status", each, {}, np.int8, long_name="0 missing, 1 done, 2 failed")
     empty("message", each, {}, str, long_name="what went wrong")
     empty("seconds", each, {}, "float64", units="s", long_name="time of the kernel")
-    empty("replicates", cells, {}, "int64", long_name="replicates in the mean, 0 while unfinished")
+    empty("replicates", cells, {}, np.int64, long_name="replicates in the mean, 0 while unfinished")
 
 
 def revision() -> str:
     """Git revision of the code, "+" if it has been changed since, "" where it is not kept by git."""
-    folder = Path(__file__).parent
-    answers = []
-    for question in (("ls-files", Path(__file__).name), ("describe", "--always", "--abbrev=40", "--dirty=+")):
-        try:
-            answer = subprocess.run(["git", "-C", str(folder), *question], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        answers.append(answer.stdout.strip() if answer.returncode == 0 else "")
-    return answers[1] if answers[0] else ""  # else the repository is that of whoever installed this
+    git = ["git", "-C", str(Path(__file__).parent)]
+    questions = ("ls-files", Path(__file__).name), ("describe", "--always", "--abbrev=40", "--dirty=+")
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+    try:
+        listed, described = (subprocess.run([*git, *question], **settings).stdout.strip() for question in questions)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return described if listed else ""  # else the repository is that of whoever installed this
 
 
 @contextmanager
@@ -203,58 +186,45 @@ class Store:
 
     def __init__(self, path: Path, sweep: Sweep):
         self.path, self.sweep = path, sweep
-        self.group = zarr.open_group(path, mode="r+")
-        self.status = np.asarray(self._array("status")[...])
+        self.group: Any = zarr.open_group(path, mode="r+")
+        self.status = np.asarray(zarr.open_array(path / "status", mode="r")[...])
         self.device = read_attributes(path)["device"]
 
-    def _array(self, name: str) -> zarr.Array:
-        return cast(zarr.Array, self.group[name])
-
-    def missing_tasks(self, retry: bool = False) -> list[Task]:
+    def missing_tasks(self, retry: bool) -> list[Task]:
         """Tasks that are not done, or not even failed unless `retry`."""
         wanted = (self.status == MISSING) | ((self.status == FAILED) & retry)
         return [task for task in self.sweep.tasks if wanted[(*task.cell, slice(task.first, task.last))].any()]
-
-    @property
-    def failed_count(self) -> int:
-        """Replicates recorded as failed."""
-        return int((self.status == FAILED).sum())
 
     def write(self, task: Task, result: Result) -> None:
         """Keep a task's numbers, then mark it as done; ValueError if they were made under other conditions."""
         self._check_origin(result.environment)
         region: Any = (*task.cell, slice(task.first, task.last))
-        place = (*task.cell, task.first // self.sweep.chunk)
         failed = np.array([bool(message) for message in result.messages])
         values: dict[str, np.ndarray] = {f"{name}_samples": samples for name, samples in result.samples.items()}
         values["seconds"] = result.seconds
         if failed.any() or (self.status[region] == FAILED).any():
             values["message"] = np.array(result.messages, dtype=object)
         status = np.where(failed, FAILED, DONE).astype(np.int8)
-        with _writing(self.path, _KEPT):
-            self._put(values, region, place)
-            self._put({"status": status}, region, place)
+        self._put(region, values, {"status": status})
         self.status[region] = status
         if (self.status[task.cell] == DONE).all():
             self._summarise(task.cell)
 
     def summarise(self) -> None:
         """Means and standard errors of finished cells that have none, because a run ended just before."""
-        counts = np.asarray(self._array("replicates")[...])
+        counts = np.asarray(self.group["replicates"][...])
         for cell in np.argwhere((self.status == DONE).all(axis=-1) & (counts == 0)).tolist():
             self._summarise(tuple(cell))
 
     def _summarise(self, cell: tuple[int, ...]) -> None:
         values = {}
         for name in self.sweep.experiment.outputs:
-            samples = np.asarray(self._array(f"{name}_samples")[cell])
+            samples = np.asarray(self.group[f"{name}_samples"][cell])
             with np.errstate(invalid="ignore", over="ignore"):  # infinite samples
                 values[name] = samples.mean(axis=0)
                 spread = samples.std(axis=0, ddof=1) if len(samples) > 1 else np.full(samples.shape[1:], np.nan)
             values[f"{name}_error"] = spread / len(samples) ** 0.5
-        with _writing(self.path, _KEPT):
-            self._put(values, cell, cell)
-            self._put({"replicates": np.asarray(self.sweep.seeds)}, cell, cell)
+        self._put(cell, values, {"replicates": np.asarray(self.sweep.seeds)})
 
     def add_wall_time(self, seconds: float) -> None:
         """Note how long a run took, and under which revision of the code."""
@@ -275,15 +245,18 @@ class Store:
             self.device = origin["device"]
             self._note(device=self.device)
 
-    def _put(self, values: Mapping[str, np.ndarray], region: tuple, place: tuple[int, ...]) -> None:
-        """Write one chunk of each array, and return when they are on the disk."""
-        touched = []
-        for name, value in values.items():
-            array = self._array(name)
-            array[region] = value
-            chunk = (*place, *(0,) * (array.ndim - len(place)))
-            touched += [self.path / name / ".".join(["c", *map(str, chunk)]), self.path / name]
-        _sync(touched)
+    def _put(self, region: tuple, *steps: Mapping[str, np.ndarray]) -> None:
+        """Write one chunk of each array; a step begins when what the one before wrote is on the disk."""
+        place = [index.start // self.sweep.chunk if isinstance(index, slice) else index for index in region]
+        with _writing(self.path, _KEPT):
+            for values in steps:
+                touched = []
+                for name, value in values.items():
+                    array = self.group[name]
+                    array[region] = value
+                    chunk = [*place, *[0] * (array.ndim - len(place))]
+                    touched += [self.path / name / ".".join(["c", *map(str, chunk)]), self.path / name]
+                _sync(touched)
 
     def _note(self, **attributes: Any) -> None:
         file = self.path / "zarr.json"
@@ -304,9 +277,6 @@ def _sync(paths: Iterable[Path]) -> None:
 
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(one, paths))
-
-
-_KEPT = "; what was finished is kept, and --resume computes the rest"
 
 
 @contextmanager

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "best_points", "print_outcome", "print_plan", "show"]
 
-SHOWN_FAILURES = 10
-"""Failures told one by one; the rest are counted."""
+SHOWN_FAILURES = 10  # told one by one; the rest are counted
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
 def _duration(seconds: float) -> str:
@@ -65,41 +68,22 @@ def print_plan(console: Console, sweep: Sweep, path: Path, done: int = 0) -> Non
     """What will be computed, before it is."""
     _print_axes(console, sweep)
     cells, tasks = math.prod(sweep.task_dims.values()), len(sweep.tasks)
-    named = "cell" if cells == 1 else "cells"
-    console.print(
-        f"{tasks} tasks ({cells} {named} × {sweep.seeds} replicates, up to {sweep.chunk} in a task), {done} of them "
-        f"done; {decimal(sweep.bytes)} before compression, into {path}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    made_of = f"{cells} {'cell' if cells == 1 else 'cells'} × {sweep.seeds} replicates, up to {sweep.chunk} in a task"
+    size = f"{decimal(sweep.bytes)} before compression"
+    _say(console, f"{tasks} tasks ({made_of}), {done} of them done; {size}, into {path}")
 
 
 class Progress(Watcher):
-    """Tells of a run on standard error: a bar where someone watches, else a line every tenth of the way."""
+    """Tells of a run on standard error: by its `bar` where someone watches, else a line every tenth of the way."""
 
     def __init__(self, sweep: Sweep, path: Path, workers: int):
         self.sweep, self.path, self.workers = sweep, path, max(workers, 1)
         self.console = Console(stderr=True)
-        self.bar = bars.Progress(
-            bars.TextColumn("{task.fields[what]}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.fields[rate]}"),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(elapsed_when_finished=False),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            transient=True,
-        )
+        what, rate, left = map(bars.TextColumn, ("{task.fields[what]}", "{task.fields[rate]}", "left"))
+        columns = (what, bars.BarColumn(), bars.MofNCompleteColumn(), rate, bars.TimeElapsedColumn(), left)
+        settings: dict[str, Any] = {"disable": not self.console.is_terminal, "transient": True}
+        self.bar = bars.Progress(*columns, bars.TimeRemainingColumn(), console=self.console, **settings)
         self.told = self.count = self.failures = 0
-
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
     def started(self, total: int, done: int, store: Store) -> None:
         """The plan, and the bar."""
@@ -114,16 +98,16 @@ class Progress(Watcher):
             usual = float(seconds.min()) * len(seconds)  # the first replicate of all also compiles
             rest = usual * (self.left - 1) / self.workers
             others = "the others" if self.workers == 1 else f"the others on {self.workers} workers"
-            self._say(f"the first task took {_duration(float(seconds.sum()))}; about {_duration(rest)} for {others}")
+            took = f"the first task took {_duration(float(seconds.sum()))}"
+            _say(self.console, f"{took}; about {_duration(rest)} for {others}")
         speed = self.bar.tasks[0].speed or 0
         rate = f"{speed:.3g} tasks/s" if speed >= 1 else f"{_duration(1 / speed)} a task" if speed else ""
         self.bar.update(self.task, completed=self.count, rate=rate)
         tenth = 10 * self.count // self.left
         if not self.console.is_terminal and tenth > self.told and self.left >= 10:
-            self.told = tenth
-            elapsed = self.bar.tasks[0].elapsed or 0.0
+            self.told, elapsed = tenth, self.bar.tasks[0].elapsed or 0.0
             rest = elapsed * (self.left / self.count - 1)
-            self._say(f"{self.count} of {self.left} tasks in {_duration(elapsed)}; {_duration(rest)} left")
+            _say(self.console, f"{self.count} of {self.left} tasks in {_duration(elapsed)}; {_duration(rest)} left")
         for failure in failures:
             self.lost(failure)
 
@@ -131,28 +115,21 @@ class Progress(Watcher):
         """A task whose workers died, or a replicate that failed."""
         self.failures += 1
         if self.failures <= SHOWN_FAILURES:
-            self._say(f"failed: {_failure_text(failure)}", style="red")
+            _say(self.console, f"failed: {_failure_text(failure)}", "red")
         elif self.failures == SHOWN_FAILURES + 1:
-            self._say("more failures are not shown here, but recorded: linfit sweep show STORE")
-
-    def _say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+            _say(self.console, "more failures are not shown here, but recorded: linfit sweep show STORE")
 
 
 def _failure_text(failure: Failure) -> str:
-    """One line."""
     place = ", ".join(f"{name} = {value}" for name, value in failure.where.items())
     return f"{place}: {failure.message.splitlines()[0] if failure.message else ''}"
 
 
 def print_outcome(outcome: Outcome, path: Path) -> None:
     """What a run did, in a line."""
-    text = f"{outcome.tasks} tasks in {_duration(outcome.seconds)} into {path}"
-    if outcome.failed:
-        text += f"; {outcome.failed} replicates failed"
-    if outcome.left:
-        text += f"; {outcome.left} tasks are still missing"
-    print(text)
+    failed = f"; {outcome.failed} replicates failed" if outcome.failed else ""
+    left = f"; {outcome.left} tasks are still missing" if outcome.left else ""
+    print(f"{outcome.tasks} tasks in {_duration(outcome.seconds)} into {path}{failed}{left}")
 
 
 def best_points(sweep: Sweep, data: "xr.Dataset") -> dict[str, dict[str, Any]]:
@@ -165,40 +142,30 @@ def best_points(sweep: Sweep, data: "xr.Dataset") -> dict[str, dict[str, Any]]:
         finite = mean.where(np.isfinite(mean))
         place = finite.argmin(...) if output.best == "least" else finite.argmax(...)
         point = data[[name, f"{name}_error"]].isel(place)
-        axes = [*sweep.design, *(dim for dim in mean.dims if dim != "point")]
-        found[name] = {
-            "value": float(point[name]),
-            "standard_error": float(point[f"{name}_error"]),
-            "units": output.unit,
-            "at": {axis: point.coords[axis].item() for axis in axes},
-        }
+        at = {axis: point.coords[axis].item() for axis in (*sweep.design, *mean.dims) if axis != "point"}
+        value, error = float(point[name]), float(point[f"{name}_error"])
+        found[name] = {"value": value, "standard_error": error, "units": output.unit, "at": at}
     return found
 
 
 def _summary(path: Path) -> dict[str, Any]:
     """A store in plain JSON values."""
     sweep, data, attributes = read_sweep(path), read(path), read_attributes(path)
-    status, seconds = data["status"].values, data["seconds"].values
+    status, messages = data["status"].values, data["message"].values
     places = [tuple(place) for place in np.argwhere(status == FAILED).tolist()]
-    messages = data["message"].values
-    failures = [
-        {"where": sweep.where(place[:-1], place[-1]), "message": str(messages[place])}
-        for place in places[:SHOWN_FAILURES]
-    ]
+    shown = [(sweep.where(place[:-1], place[-1]), str(messages[place])) for place in places[:SHOWN_FAILURES]]
+    counted = {"done": DONE, "failed": FAILED, "missing": MISSING}
     return {
         "store": str(path),
         "configuration": sweep.configuration,
-        "replicates_done": int((status == DONE).sum()),
-        "replicates_failed": len(places),
-        "replicates_missing": int((status == MISSING).sum()),
+        **{f"replicates_{name}": int((status == value).sum()) for name, value in counted.items()},
         "share_done": float((status == DONE).mean()),
-        "kernel_seconds": float(np.nansum(seconds)),
+        "kernel_seconds": float(np.nansum(data["seconds"].values)),
         "wall_time": attributes["wall_time"],
         "versions": json_format.loads(attributes["versions"]),
-        "revision": attributes["revision"],
-        "device": attributes["device"],
+        **{name: attributes[name] for name in ("revision", "device")},
         "best": best_points(sweep, data),
-        "failures": failures,
+        "failures": [Failure(*failure)._asdict() for failure in shown],
     }
 
 
@@ -212,28 +179,21 @@ def show(path: Path, json: bool) -> None:
     _print_axes(console, read_sweep(path))
     version = found["versions"]["linfit"] + (f", revision {found['revision']}" if found["revision"] else "")
     done, failed, missing = (found[f"replicates_{name}"] for name in ("done", "failed", "missing"))
-    console.print(
-        f"{found['share_done']:.1%} of {done + failed + missing} replicates done, {failed} failed, {missing} missing; "
-        f"{_duration(found['kernel_seconds'])} in kernels, {_duration(found['wall_time'])} in all, on "
-        f"{found['device'] or '–'}; linfit {version}; seed {found['configuration']['seed']}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    total = done + failed + missing
+    counts = f"{found['share_done']:.1%} of {total} replicates done, {failed} failed, {missing} missing"
+    times = f"{_duration(found['kernel_seconds'])} in kernels, {_duration(found['wall_time'])} in all"
+    origin = f"on {found['device'] or '–'}; linfit {version}; seed {found['configuration']['seed']}"
+    _say(console, f"{counts}; {times}, {origin}")
     if found["best"]:
         table = Table("output", "best mean ± standard error", "units", "at", title="best points of finished cells")
         for name, best in found["best"].items():
-            where = ", ".join(f"{axis} = {_number(value)}" for axis, value in best["at"].items())
+            where = ", ".join(f"{axis} = {_axis_text(np.array(value))}" for axis, value in best["at"].items())
             table.add_row(name, f"{best['value']:.6g} ± {best['standard_error']:.2g}", best["units"], where)
         console.print(table)
     for failure in found["failures"]:
-        text = _failure_text(Failure(failure["where"], failure["message"]))
-        console.print(f"failed: {text}", style="red", highlight=False, soft_wrap=True, markup=False)
+        _say(console, f"failed: {_failure_text(Failure(**failure))}", "red")
     if found["replicates_failed"] > SHOWN_FAILURES:
         console.print(f"and {found['replicates_failed'] - SHOWN_FAILURES} more, in the store's `message`")
-
-
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _finite(value: Any) -> Any:

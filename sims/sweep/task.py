@@ -1,8 +1,7 @@
-"""One task, measured: the kernel called for each of its replicates.
+"""One task, measured: the kernel called once for each of its replicates.
 
-It is called once for each replicate, always with arrays of the same shapes and with the replicate's own key, which
-depends on the seed and its number alone. So no number depends on how replicates are grouped into tasks, nor on who
-computes them, when, or how often.
+Arrays always have the same shapes, and the replicate's key depends on the seed and its number alone. So no number
+depends on how replicates are grouped into tasks, nor on who computes them, when, or how often.
 """
 
 from collections.abc import Mapping
@@ -18,14 +17,10 @@ from sims.sweep.plan import Sweep, Task
 class Result(NamedTuple):
     """What comes back from a task of k replicates."""
 
-    samples: dict[str, np.ndarray]
-    """Each output (k, …), NaN where the replicate failed."""
+    samples: dict[str, np.ndarray]  # each output (k, …), NaN where the replicate failed
     seconds: np.ndarray
-    """(k,)"""
-    messages: list[str]
-    """Of every replicate that failed what went wrong, else ""."""
-    environment: dict[str, str]
-    """Where it was computed, as far as numbers may depend on it."""
+    messages: list[str]  # of every replicate that failed what went wrong, else ""
+    environment: dict[str, str]  # where it was computed, as far as numbers may depend on it
 
 
 def measure(sweep: Sweep, task: Task) -> Result:
@@ -39,11 +34,10 @@ def measure(sweep: Sweep, task: Task) -> Result:
         try:
             given = sweep.experiment.measure(replicate_key(sweep, task.first + row), arguments)
             arrays = {name: _checked(sweep, name, given, arguments) for name in shapes}
-        except Exception as error:
-            messages[row] = f"{type(error).__name__}: {error}"
-        else:
             for name, array in arrays.items():
                 samples[name][row] = array.reshape(shapes[name])
+        except Exception as error:
+            messages[row] = f"{type(error).__name__}: {error}"
         seconds[row] = perf_counter() - start
     return Result(samples, seconds, messages, environment())
 

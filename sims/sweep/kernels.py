@@ -1,0 +1,137 @@
+"""Kernels of sweeps: pure functions (key, parameters) → named arrays, each described in `experiments`.
+
+Parameters that one factorisation serves (τ, λ, t, σ) are *batched*: a kernel gets all their values at once, as float
+arrays, and its outputs vary along them. Every other parameter is a plain number or word, and a value of its own means
+another call.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from linfit import network, risk_forms, sample_design, spectra
+from linfit.filters import Filter, GradientFlow, Ridge
+from linfit.problem import Pair, TwoTaskProblem, aligned_problem
+from linfit.risk import Parabola, RiskForm
+from sims import flow as weighted
+from sims import s3ft as self_supervised
+from sims.overtraining import losses_under_noise, pretrain, sample_rotated_task, sample_target
+from theory.equivalents import along as predicted_along
+from theory.s3ft import Procedure
+
+Parameters = Mapping[str, Any]
+
+
+def _problem(parameters: Parameters, noise_std: float = 0.0) -> TwoTaskProblem:
+    """The test bed of the figures (`linfit.aligned_problem`)."""
+    given = {name: parameters[name] for name in ("alignment", "pretrain_risk")}
+    return aligned_problem(spectra.power_law(parameters["p"], parameters["decay"]), noise_std=noise_std, **given)
+
+
+def _sampled_forms(key: Array, parameters: Parameters) -> Pair[RiskForm]:
+    """Exact risks of the test bed on one random design."""
+    problem = _problem(parameters)
+    return risk_forms(sample_design(key, problem.finetune_covariance, parameters["n"], parameters["law"]), problem)
+
+
+def overadaptation(key: Array, parameters: Parameters) -> dict[str, Array]:
+    """Exact risks of ridge and of gradient flow on one random design, along τ, λ or t, and σ (docs, S2–S3)."""
+    forms, filters = _sampled_forms(key, parameters), (Ridge(parameters["penalty"]), GradientFlow(parameters["time"]))
+    ridge, flow = (_risks_along(forms, filter, parameters["tau"], parameters["noise_std"]) for filter in filters)
+    return ridge | {f"{name}_stopped": values for name, values in flow.items()}
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(None, None, None, 0))
+def _risks_along(forms: Pair[RiskForm], filter: Filter, tau: Array, noise_std: Array) -> dict[str, Array]:
+    """Risks of a family of filters along σ, the filter's hyperparameter, and τ."""
+    parabolas = forms.map(lambda form: form.with_noise_std(noise_std).along(filter))
+    finetune, pretrain = parabolas.map(lambda parabola: parabola(tau[:, None]))
+    risks = {"finetune": finetune.total.T, "finetune_bias": finetune.bias.T, "pretrain": pretrain.total.T}
+    return risks | {"best_tau": parabolas.finetune.optimal_tau}
+
+
+def equivalents(key: Array, parameters: Parameters) -> dict[str, Array]:
+    """Exact ridge risks of one random design and the deterministic equivalents of the same (docs, D1–D3)."""
+    filter, forms, rows = Ridge(parameters["penalty"]), _sampled_forms(key, parameters), []
+    for noise_std in parameters["noise_std"]:
+        measured = [form.with_noise_std(noise_std).along(filter) for form in forms]
+        predicted = predicted_along(_problem(parameters, noise_std), parameters["n"], filter)
+        rows.append([parabola(parameters["tau"][:, None]).total.mT for parabola in (*measured, *predicted)])
+    names = ("finetune", "pretrain", "finetune_predicted", "pretrain_predicted")
+    found = dict(zip(names, map(jnp.stack, zip(*rows, strict=True)), strict=True))
+    return found | {f"{name}_gap": found[name] / found[f"{name}_predicted"] - 1 for name in names[:2]}
+
+
+def overtraining(key: Array, parameters: Parameters) -> dict[str, Array]:
+    """Checkpoints of one pretraining run, perturbed by noise of every size, and fine-tuned to another task."""
+    target_key, noise_key, task_key = jax.random.split(key, 3)
+    target = sample_target(target_key, parameters["size"], parameters["exponent"])
+    times, gammas = np.asarray(parameters["time"]), jnp.asarray(parameters["gamma"])
+    order = np.argsort(times)
+    checkpoints = pretrain(target, times[order], initial=parameters["initial"], step_size=parameters["step_size"])
+    checkpoints = jax.tree.map(lambda weights: weights[np.argsort(order)], checkpoints)
+    task, loss = sample_rotated_task(task_key, target, parameters["angle"]), network.loss(checkpoints, target)
+    rates = network.constant(parameters["step_size"], parameters["finetune_steps"])
+    after = network.descend(checkpoints, task, rates, penalty=parameters["penalty"])
+    perturbed = losses_under_noise(noise_key, checkpoints, target, gammas)
+    finetuned, degradation = network.loss(after, task), network.loss(after, target) - loss
+    return {"loss": loss, "perturbed": perturbed, "finetuned": finetuned, "degradation": degradation}
+
+
+def flow(key: Array, parameters: Parameters) -> dict[str, Array]:
+    """Weighted fine-tuning of one draw of design, shift and noise: exact risks along the tilt, t and τ (docs, §4)."""
+    problem, filter = _problem(parameters, parameters["noise_std"]), GradientFlow(parameters["time"])
+    fixed = {name: parameters[name] for name in ("n", "law", "deviation")}
+    found = _weighted(key, problem, filter, tilts=tuple(map(float, parameters["tilt"])), **fixed)
+    constant, slope, curvature = (found[name][0][..., None] for name in ("constant", "slope", "curvature"))
+    along = Parabola(constant[..., None], slope, curvature, jnp.zeros(()))
+    finetune, pretrain, hardest = jnp.moveaxis(along(parameters["tau"]).total, 1, 0)
+    shares = {name: found[name][0] for name in ("share", "step")}
+    return {"finetune": finetune, "pretrain": pretrain, "hardest": hardest} | shares
+
+
+@partial(jax.jit, static_argnames=("tilts", "n", "law", "deviation"))
+def _weighted(
+    key: Array, problem: TwoTaskProblem, filter: Filter, *, tilts: tuple[float, ...], n: int, law: str, deviation: str
+) -> dict[str, Array]:
+    """One draw, fine-tuned with the weights of every tilt."""
+    weightings = {str(tilt): weighted.tilted(tilt) for tilt in tilts}
+    return weighted.measure_once(key, problem, n, weightings, filter, law, (deviation,))
+
+
+def s3ft(key: Array, parameters: Parameters) -> dict[str, Array]:
+    """S3FT by ridge on one draw of the shift, the design, the noise and all answers (docs, §5)."""
+    problem_key, design_key, sample_key = jax.random.split(key, 3)
+    names = (
+        "p",
+        "content_rank",
+        "style_dimension",
+        "decay",
+        "alignment",
+        "content_signal",
+        "style_signal",
+        "noise_std",
+    )
+    problem = self_supervised.content_and_style_problem(problem_key, **{name: parameters[name] for name in names})
+    axes = [parameters[name] for name in Procedure._fields]
+    procedure = Procedure(*map(jnp.ravel, jnp.meshgrid(*axes, indexing="ij")))
+    fixed = {name: parameters[name] for name in ("n", "law")}
+    found = _self_supervised(design_key, sample_key, problem, procedure, jnp.asarray(parameters["penalty"]), **fixed)
+    shape = [len(values) for values in axes]
+    shares = {name: found[name][0].reshape(shape) for name in ("own", "paraphrase", "gold")}
+    return shares | {name: values.reshape(-1, *shape) for name, values in found.items() if name not in shares}
+
+
+@partial(jax.jit, static_argnames=("n", "law"))
+def _self_supervised(
+    design_key: Array, sample_key: Array, problem: Any, procedure: Procedure, penalty: Array, *, n: int, law: str
+) -> dict[str, Array]:
+    """Every setting of the procedure and every penalty on the same draw."""
+    X = sample_design(design_key, problem.finetune_covariance, n, law)
+    return jax.lax.map(lambda one: self_supervised.measure_once(sample_key, X, problem, procedure, Ridge(one)), penalty)
