@@ -92,6 +92,14 @@ def test_a_sweep_without_axes(path, tmp_path):
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
 
 
+def test_an_axis_that_no_output_varies_along_repeats_in_csv(path, tmp_path):
+    run(sweep_over(NOISE, {"depth": [0.1, 0.2, 0.3]}, seeds=1), path)
+    export(path, tmp_path / "a.csv")
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [row["depth"] for row in rows] == ["0.1", "0.2", "0.3"]
+    assert len({row["risk"] for row in rows}) == 1
+
+
 def test_export(sweep, path, tmp_path):
     run(sweep, path)
     data = read(path)

@@ -331,8 +331,10 @@ def export(path: Path, out: Path) -> None:
         sweep = read_sweep(path)
         names = [column for name in sweep.experiment.outputs for column in (name, f"{name}_error")]
         axes = [*sweep.task_dims, *sweep.batched_dims]
-        data = read(path)[names] if axes else read(path)[names].expand_dims("row")
-        table = data.to_dataframe(dim_order=axes or None).reset_index()  # what does not vary along an axis repeats
+        data = read(path)
+        grid = data[axes].coords.to_dataset()  # what does not vary along an axis repeats
+        data = data[names].broadcast_like(grid) if axes else data[names].expand_dims("row")
+        table = data.to_dataframe(dim_order=axes or None).reset_index()
         with whole_file(out) as draft:
             table[[*sweep.parameters, *names]].to_csv(draft, index=False, na_rep="nan", lineterminator="\r\n")
     else:
