@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from figures.explorer.page import Page, Values, average
+from figures.explorer.page import Page, Values
+from figures.explorer.tables import average
 
 
 def script(page: Page, values: Values, *, simulated: bool = False) -> str:
@@ -10,11 +11,11 @@ def script(page: Page, values: Values, *, simulated: bool = False) -> str:
 
     Running it leaves `tables` as `page.compute(values)` returns it, with the overlay as tables["simulated"].
     """
-    overlay = page.overlay if simulated else None
+    overlay = page.overlay
     imported: list[Callable] = [page.curves]
     if page.parameters is not dict:
         imported.append(page.parameters)
-    if overlay is not None:
+    if simulated:
         imported += [overlay.replicate, average]
     rows = "".join(f"    {name}={value!r},\n" for name, value in values.items())
     parts = [
@@ -24,17 +25,14 @@ def script(page: Page, values: Values, *, simulated: bool = False) -> str:
         'import jax\n\njax.config.update("jax_enable_x64", True)',
         "\n".join(f"from {function.__module__} import {function.__name__}" for function in imported),
         f"parameters = {page.parameters.__name__}(\n{rows})",
+        *(
+            ["tables = curves(parameters)"]
+            if page.data is None
+            else [page.data_source, "tables = curves(data, parameters)"]
+        ),
     ]
-    if page.data is None:
-        parts.append("tables = curves(parameters)")
-    else:
-        parts += [page.data_source, "tables = curves(data, parameters)"]
-    if overlay is not None:
-        parts += [
-            f"samples = [{overlay.replicate.__name__}(index, parameters) for index in range({overlay.replicates})]",
-            f'tables["simulated"] = average(samples, {overlay.axes!r})',
-        ]
-    parts.append(
-        "for table, columns in tables.items():\n    print(table, {name: values[:3] for name, values in columns.items()})"
-    )
-    return "\n\n".join(parts) + "\n"
+    if simulated:
+        samples = f"[{overlay.replicate.__name__}(index, parameters) for index in range({overlay.replicates})]"
+        parts += [f"samples = {samples}", f'tables["simulated"] = average(samples, {overlay.axes!r})']
+    show = "for table, columns in tables.items():\n    print(table, {name: values[:3] for name, values in columns.items()})"
+    return "\n\n".join([*parts, show]) + "\n"
