@@ -100,7 +100,6 @@ def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array
     }
     costs = [table["cost"] for table in predicted.values()]
     best_ridge = of_penalty(jnp.argmax(alone["penalty"] == best["penalty"]))
-    unlimited = {"flow": flow_tau, "s3ft": s3ft_tau}
     return {
         "averaging": averaging,
         "ridge": {name: values[1:] for name, values in alone.items()},
@@ -117,10 +116,8 @@ def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array
         "best_average": predicted["min-norm + ensemble"],
         "best_early": predicted["early stopping"],
         "lower_bound": lower_bound,
-        **{
-            name: {"tau": tau[None], **_with_cost(population_risks(problem, tau)._asdict(), weight)}
-            for name, tau in unlimited.items()
-        },
+        "flow": {"tau": flow_tau[None], **_with_cost(population_risks(problem, flow_tau)._asdict(), weight)},
+        "s3ft": {"tau": s3ft_tau[None], **_with_cost(population_risks(problem, s3ft_tau)._asdict(), weight)},
     }
 
 

@@ -116,7 +116,8 @@ class Sources:
 
     def show_simulated(self, table: Table | None) -> None:
         """Points and the ends of their error bars, one standard error either way; None takes them away."""
-        data, columns = {}, defaultdict(partial(np.zeros, 0)) if table is None else table
+        data: Table = {}
+        columns = defaultdict(partial(np.zeros, 0)) if table is None else table
         for point in self._page.overlay.points:
             name, mean, error = point.measured, columns[point.measured], columns[f"{point.measured}_error"]
             data |= {point.x: columns[point.x], point.y: columns[point.y], f"{name}_error": error}

@@ -9,18 +9,10 @@ import numpy as np
 from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider
 from figures.explorer.tables import Table, Tables, kernel
 from figures.style import COLOURS
-from linfit import (
-    FixedShift,
-    GradientDescent,
-    TwoTaskProblem,
-    excess_risks,
-    flow_weights,
-    gradient_descent,
-    sample_task,
-)
+from linfit import FixedShift, GradientDescent, TwoTaskProblem, excess_risks, gradient_descent, sample_task
+from linfit.weighting import flow_weights
 from sims.parameters import NOISE, N
 from theory import flow
-from theory.flow import mean_weight, temperature_from_beta, trajectory
 from theory.frontier import pareto, population_risks
 
 STEPS = np.arange(61)
@@ -59,14 +51,14 @@ def curves(at: Parameters) -> Tables:
     θ = θ₂* + x·e + y·‖e‖ē⊥, ‖e‖ = 1.
     """
     problem = _problem(at)
-    temperature, temperatures = (temperature_from_beta(value, at.rho) for value in (at.beta, BETAS))
+    temperature, temperatures = (flow.temperature_from_beta(value, at.rho) for value in (at.beta, BETAS))
     variance = 1 + at.noise_std**2
     # The paper's step η = 1/(2μ), for the loss without ½, is 1/μ here; without weights η = ½ is 1.
-    step, over_steps = (1 / mean_weight(variance, value) for value in (temperature, temperatures))
-    over_beta = trajectory(problem, GradientDescent(over_steps, at.steps), temperatures)
+    step, over_steps = (1 / flow.mean_weight(variance, value) for value in (temperature, temperatures))
+    over_beta = flow.trajectory(problem, GradientDescent(over_steps, at.steps), temperatures)
     paths = {
-        "flow": trajectory(problem, GradientDescent(step, STEPS), temperature),
-        "unweighted": trajectory(problem, GradientDescent(1.0, STEPS), np.inf),
+        "flow": flow.trajectory(problem, GradientDescent(step, STEPS), temperature),
+        "unweighted": flow.trajectory(problem, GradientDescent(1.0, STEPS), np.inf),
     }
     along_path: Table = {"steps": STEPS.astype(float)}
     for name, path in paths.items():
@@ -80,7 +72,7 @@ def curves(at: Parameters) -> Tables:
     now: Table = {name: jnp.take(values, at.steps) for name, values in along_path.items()} | {
         "beta": at.beta,
         "temperature": temperature,
-        "mean_weight": mean_weight(variance, temperature),
+        "mean_weight": flow.mean_weight(variance, temperature),
         "slower": 1 / rate,
         "end_tau": end,
         "end_x": 1 - end,
@@ -110,14 +102,12 @@ def replicate(index: int, at: Parameters) -> Table:
     """The same on n samples (seed 0): weights e^{−r²/T} of the pretrained residuals, gradient descent, both errors."""
     problem = _problem(at)
     task = sample_task(jax.random.fold_in(jax.random.key(0), index), problem, at.n)
-    temperature = temperature_from_beta(at.beta, at.rho)
+    temperature = flow.temperature_from_beta(at.beta, at.rho)
     weights = flow_weights((task.y - task.X @ task.theta_1) ** 2, temperature)
-    step_size = 1 / mean_weight(1 + at.noise_std**2, temperature)
+    step_size = 1 / flow.mean_weight(1 + at.noise_std**2, temperature)
     counts = np.array([0, 1, 2, 3, 5, 8, 13, 21, 34, 55])
-    thetas = [
-        gradient_descent(task.X, task.y, task.theta_1, step_size=step_size, steps=int(count), sample_weights=weights)
-        for count in counts
-    ]
+    options = {"step_size": step_size, "sample_weights": weights}
+    thetas = [gradient_descent(task.X, task.y, task.theta_1, steps=int(count), **options) for count in counts]
     finetune, pretrain = excess_risks(jnp.stack(thetas), problem, jnp.zeros(2), task.theta_2_star).map(np.asarray)
     return {"steps": counts.astype(float), "finetune": finetune, "pretrain": pretrain, "total": finetune + pretrain}
 

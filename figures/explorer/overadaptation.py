@@ -104,13 +104,8 @@ def replicate(index: int, at: Parameters) -> Table:
     X = sample_design(jax.random.fold_in(jax.random.key(0), index), problem.finetune_covariance, at.n)
     forms, taus = risk_forms(X, problem), TAUS[::5]
     finetune, pretrain = forms.map(lambda form: form(filter, taus))
-    risks = {
-        "finetune": finetune.total,
-        "bias": finetune.bias,
-        "variance": finetune.variance,
-        "pretrain": pretrain.total,
-    }
-    columns = {"tau": taus, **risks, "oracle": forms.finetune.oracle_risk()[None]}
+    columns = {"tau": taus, "finetune": finetune.total, "bias": finetune.bias, "variance": finetune.variance}
+    columns |= {"pretrain": pretrain.total, "oracle": forms.finetune.oracle_risk()[None]}
     return {name: np.asarray(values) for name, values in columns.items()}
 
 

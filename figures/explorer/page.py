@@ -8,7 +8,7 @@ draw on these tables and on nothing else, so that they cannot disagree.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, Self, get_type_hints
 
 from figures.explorer.tables import Table, Tables
 from sims.parameters import Parameter
@@ -31,9 +31,7 @@ class Slider(NamedTuple):
     value: float = 0.0
 
     @classmethod
-    def own(
-        cls, label: str, help: str, low: float, high: float, step: float, source: str = "", **kind: Any
-    ) -> "Slider":
+    def own(cls, label: str, help: str, low: float, high: float, step: float, source: str = "", **kind: Any) -> Self:
         """Of a parameter that only its page has; `kind` is its scale and its unit."""
         return cls(label, Parameter(help, low=low, high=high, **kind), step, source)
 

@@ -73,9 +73,7 @@ def read_upload(name: str, content: str) -> dict[str, np.ndarray]:
 def curves(data: Selection, at: Values) -> Tables:
     """Exact leave-one-out error of θ₁ + τ(θ̂_λ − θ₁) (docs, S5), over both, along τ, and along λ."""
     taus, mean, error = data.taus, data.mean_squared_error, data.standard_error
-    row, column = (
-        int(np.argmin(abs(points - at[name]))) for points, name in ((data.penalties, "penalty"), (taus, "tau"))
-    )
+    row, column = int(np.argmin(abs(data.penalties - at["penalty"]))), int(np.argmin(abs(taus - at["tau"])))
     positive = data.penalties > 0
     penalties, losses = data.penalties[positive], mean[positive]
     best = {

@@ -188,8 +188,9 @@ class PageView:
         assert self.tables is not None
         readings, overlay = self._page.readings, self._page.overlay.readings
         cells = [(label, help, f"{self.tables[table][column][0]:.4g}") for label, help, table, column in readings]
-        for label, column in overlay if self.simulated is not None else ():
-            mean, error = self.simulated[column][0], self.simulated[f"{column}_error"][0]
+        simulated = self.simulated or {}
+        for label, column in overlay if simulated else ():
+            mean, error = simulated[column][0], simulated[f"{column}_error"][0]
             cells.append((label, "Mean over the sampled designs ± one standard error.", f"{mean:.4g} ± {error:.1g}"))
         shown = (
             f"<div><span title='{html.escape(help, quote=True)}'>{label}</span> <b>{number}</b></div>"

@@ -103,7 +103,7 @@ class Panel:
         self.set_axes(self._usual)
         self._axes.on_change("active", lambda _, __, active: self._clicked((0 in active, 1 in active)))
         save = button("SVG", width=50, name=f"{page.name}/{plot.name}/svg")
-        target = {"box": self.box, "name": f"{page.name}_{plot.name}"}
+        target = {"box": self.box, "name": f"{page.name}_{plot.name}.svg"}
         save.js_on_click(models.CustomJS(args=target, code=DOWNLOAD + SAVE_SVG))
         first = ["first"] if plot == page.plots[0] else []
         self.layout = stacked(self.box, wrapped(self._axes, save), css_classes=["panel", *first])
