@@ -118,8 +118,7 @@ def test_flow_without_noise_is_theorem_7_2():
 @pytest.mark.slow
 def test_overtraining_turns_where_theory_says(tables):
     time = tables["overtraining"]["turn"]["time"][0]
-    a = np.arange(1.0, 7.0) ** -1.0
-    np.testing.assert_allclose(time, inflection_time(0.001, a, 0.1, (16, 16, 16)), rtol=1e-12)
+    np.testing.assert_allclose(time, inflection_time(0.001, 1 / np.arange(1.0, 7.0), 0.1, (16, 16, 16)), rtol=1e-12)
     row = tables["overtraining"]["time"]
     assert abs(np.log(row["time"][np.argmin(row["perturbed"])] / time)) < 0.1
 
@@ -248,7 +247,7 @@ def test_app_starts_where_it_is_told():
 def test_state_of_a_page_reproduces_it():
     page = PAGES["overadaptation"]
     first = PageView(Document(), page, lambda: None)
-    first.tables = {item.table: {} for plot in page.plots for item in plot.items}
+    first.tables = {name: {} for name in page.tables}
     first._set({"tau": 0.9, "penalty": 0.5623, "fine_tuner": "ridge", "p": 1000, "alignment": -0.85})
     first._panels["risks"].set_axes((False, True))
     first._panels["time"].set_axes((False, False))
