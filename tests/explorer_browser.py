@@ -87,16 +87,21 @@ def browsing():
 
 def tables_in(page, name, tables):
     """What the browser plots: {table: {column: array}} of a page of the explorer."""
-    found = page.evaluate(TABLES, [name, list(tables)])
-    return {
-        table: {column: np.array(values, float) for column, values in columns.items()}
-        for table, columns in found.items()
-    }
+    found = page.evaluate(TABLES, [name, list(tables)]).items()
+    return {table: {name: np.array(values, float) for name, values in columns.items()} for table, columns in found}
 
 
-def opened(browser, url, name, width=1280, **parameters):
-    """A tab of the browser that shows a page of the explorer, curves drawn."""
+def features():
+    """What a user uploads."""
+    generator = np.random.default_rng(0)
+    X = generator.standard_normal((30, 60))
+    return {"X": X, "y": X @ np.full(60, 0.4) + 2 * generator.standard_normal(30), "theta_1": np.zeros(60)}
+
+
+def opened(browser, url, name, width=1280, watch=lambda page: None, **parameters):
+    """A tab of the browser that shows a page of the explorer, curves drawn; `watch` gets it before it loads."""
     page = browser.new_page(viewport={"width": width, "height": WIDTHS[width]})
+    watch(page)
     page.goto(url + "?" + urlencode({"tab": name, **parameters}))
     page.wait_for_function(READY, arg=name, timeout=120_000)
     return page
@@ -114,9 +119,8 @@ def take_screenshots(folder: Path) -> None:
                 page.wait_for_timeout(1500)
                 file = folder / f"explorer_{tab.name}_{width}.png"
                 page.screenshot(path=str(file), full_page=True)
-                Image.open(file).convert("RGB").quantize(
-                    256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-                ).save(file, optimize=True)
+                picture, plain = Image.open(file).convert("RGB"), {"dither": Image.Dither.NONE}
+                picture.quantize(256, Image.Quantize.MAXCOVERAGE, **plain).save(file, optimize=True)
                 page.close()
                 print(file, file.stat().st_size)
 

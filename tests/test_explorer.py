@@ -24,26 +24,16 @@ from bokeh.server.contexts import ApplicationContext
 from tornado.ioloop import IOLoop
 
 from figures.explorer import app
-from figures.explorer.page import Slider, average
+from figures.explorer.page import Slider
 from figures.explorer.script import script
 from figures.explorer.server import is_loopback, serve
 from figures.explorer.session import pages
 from figures.explorer.store import store_page
+from figures.explorer.tables import average
 from figures.explorer.upload import LIMIT, curves, features_page, read_upload
 from figures.explorer.view import PageView, as_csv
-from linfit import (
-    FixedShift,
-    GradientFlow,
-    MinNorm,
-    Ridge,
-    TwoTaskProblem,
-    aligned_problem,
-    leave_one_out,
-    sample_task,
-    select,
-    spectra,
-)
-from tests.explorer_browser import doubling_page
+from linfit import GradientFlow, MinNorm, Ridge, aligned_problem, leave_one_out, select, spectra
+from tests.explorer_browser import doubling_page, features
 from theory.equivalents import risk
 from theory.flow import best_averaging, errors, flow_iterates, unweighted_iterates
 from theory.frontier import distance
@@ -73,8 +63,7 @@ def test_everything_a_page_shows_is_in_its_tables(name, tables):
             table, x, y, z, _ = plot.surface
             columns = tables[name][table]
             assert np.unique(columns[x]).size * np.unique(columns[y]).size == columns[z].size
-    if page.overlay is not None:
-        assert {point.plot for point in page.overlay.points} <= {plot.name for plot in page.plots}
+    assert {point.plot for point in page.overlay.points} <= {plot.name for plot in page.plots}
     for reading in page.readings:
         assert np.isfinite(tables[name][reading.table][reading.column][0])
     for control in page.controls:
@@ -86,10 +75,9 @@ def test_a_page_has_three_things_to_try_and_they_are_valid(name):
     page = PAGES[name]
     assert len(page.suggestions) == 3
     controls = {control.name: control for control in page.controls}
-    for suggestion in page.suggestions.values():
-        for key, value in suggestion.items():
-            parsed = controls[key].parse(str(value))
-            assert parsed == value or np.isclose(parsed, value, rtol=0.05)
+    for key, value in [pair for suggestion in page.suggestions.values() for pair in suggestion.items()]:
+        parsed = controls[key].parse(str(value))
+        assert parsed == value or np.isclose(parsed, value, rtol=0.05)
 
 
 @pytest.mark.slow
@@ -108,10 +96,10 @@ def test_overadaptation_shows_the_deterministic_equivalents():
     filters = {"min-norm": MinNorm(), "ridge": Ridge(0.05623), "early stopping": GradientFlow(31.62)}
     for fine_tuner, filter in filters.items():
         tables = page.compute(parameters | {"fine_tuner": fine_tuner})
-        expected = risk(problem, 150, filter, tables["tau"]["tau"])
-        np.testing.assert_allclose(tables["tau"]["bias"], expected.finetune.bias, rtol=1e-6)
-        np.testing.assert_allclose(tables["tau"]["variance"], expected.finetune.variance, rtol=1e-6)
-        np.testing.assert_allclose(tables["tau"]["pretrain"], expected.pretrain.total, rtol=1e-6)
+        finetune, pretrain = risk(problem, 150, filter, tables["tau"]["tau"])
+        expected = {"bias": finetune.bias, "variance": finetune.variance, "pretrain": pretrain.total}
+        for name, values in expected.items():
+            np.testing.assert_allclose(tables["tau"][name], values, rtol=1e-6)
         now = risk(problem, 150, filter, parameters["tau"]).finetune.total
         np.testing.assert_allclose(tables["now"]["finetune"], now, rtol=1e-6)
 
@@ -119,20 +107,18 @@ def test_overadaptation_shows_the_deterministic_equivalents():
 def test_flow_without_noise_is_theorem_7_2():
     tables = PAGES["flow"].compute(PAGES["flow"].defaults() | {"rho": 0.6, "beta": 0.3162, "curvature": 2.0})
     positions = np.asarray(flow_iterates(0.6, 0.3162, np.arange(61)))
-    np.testing.assert_allclose(tables["steps"]["flow_x"], positions[:, 0], atol=1e-12)
-    np.testing.assert_allclose(tables["steps"]["flow_y"], positions[:, 1], atol=1e-12)
-    expected = errors(positions, 0.6, [[2.0, 0.0], [0.0, 1.0]])
-    np.testing.assert_allclose(tables["steps"]["flow_total"], expected.finetune + expected.pretrain, atol=1e-12)
-    unweighted = np.asarray(unweighted_iterates(0.6, np.arange(61)))
-    np.testing.assert_allclose(tables["steps"]["unweighted_y"], unweighted[:, 1], atol=1e-12)
+    total = sum(errors(positions, 0.6, [[2.0, 0.0], [0.0, 1.0]]))
+    unweighted = np.asarray(unweighted_iterates(0.6, np.arange(61)))[:, 1]
+    expected = {"flow_x": positions[:, 0], "flow_y": positions[:, 1], "flow_total": total, "unweighted_y": unweighted}
+    for name, values in expected.items():
+        np.testing.assert_allclose(tables["steps"][name], values, atol=1e-12)
     np.testing.assert_allclose(tables["now"]["best_averaging"], best_averaging([[2.0, 0.0], [0.0, 1.0]]), rtol=1e-3)
 
 
 @pytest.mark.slow
 def test_overtraining_turns_where_theory_says(tables):
     time = tables["overtraining"]["turn"]["time"][0]
-    a = np.arange(1.0, 7.0) ** -1.0
-    np.testing.assert_allclose(time, inflection_time(0.001, a, 0.1, (16, 16, 16)), rtol=1e-12)
+    np.testing.assert_allclose(time, inflection_time(0.001, 1 / np.arange(1.0, 7.0), 0.1, (16, 16, 16)), rtol=1e-12)
     row = tables["overtraining"]["time"]
     assert abs(np.log(row["time"][np.argmin(row["perturbed"])] / time)) < 0.1
 
@@ -158,24 +144,32 @@ def test_s3ft_shares_add_up_and_forget_less(tables):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["overadaptation", "overtraining", "flow", "s3ft"])
-def test_the_overlay_agrees_with_the_curves(name, tables):
+@pytest.mark.parametrize(
+    ("name", "x", "measured", "predicted"),
+    [
+        ("overadaptation", "tau", "finetune", "finetune"),
+        ("overtraining", "time", "perturbed", "perturbed"),
+        ("flow", "steps", "total", "flow_total"),
+        ("s3ft", "tolerance", "forgetting", "forgetting"),
+    ],
+)
+def test_the_overlay_agrees_with_the_curves(name, x, measured, predicted, tables):
     """Within 4 standard errors, or 3% for what is only asymptotic."""
     page = PAGES[name]
     parameters = page.defaults() | ({"n": 2000} if name in ("flow", "s3ft") else {})
     overlay = page.overlay
     simulated = average([page.replicate(i, parameters) for i in range(overlay.replicates)], overlay.axes)
-    pairs = {
-        "overadaptation": ("tau", "tau", "finetune", "finetune"),
-        "overtraining": ("time", "time", "perturbed", "perturbed"),
-        "flow": ("steps", "steps", "total", "flow_total"),
-        "s3ft": ("tolerance", "tolerance", "forgetting", "forgetting"),
-    }
-    table, x, measured, predicted = pairs[name]
-    expected = np.interp(simulated[x], tables[name][table][x], tables[name][table][predicted])
+    curve = tables[name][x]  # the table has the name of its axis
+    expected = np.interp(simulated[x], curve[x], curve[predicted])
     gap = abs(simulated[measured] - expected)
     assert (gap < 4 * simulated[f"{measured}_error"] + 0.03 * abs(expected).max()).all()
     assert simulated[f"{measured}_error"].max() > 0
+
+
+def run_script(page, parameters, folder, **options):
+    """The tables of a copied script."""
+    (folder / "copied.py").write_text(script(page, parameters, **options), encoding="utf-8")
+    return runpy.run_path(str(folder / "copied.py"))["tables"]
 
 
 @pytest.mark.slow
@@ -186,10 +180,8 @@ def test_the_script_reproduces_every_number_exactly(name, tmp_path):
     control = next(control for control in page.controls if isinstance(control, Slider))
     moved = control.value_at(control.position_of(control.value) - control.step)
     parameters, simulated = page.defaults() | {control.name: moved}, name != "compare"
-    text = script(page, parameters, simulated=simulated)
-    assert f"from {page.curves.__module__} import curves" in text
-    (tmp_path / "copied.py").write_text(text, encoding="utf-8")
-    found = runpy.run_path(str(tmp_path / "copied.py"))["tables"]
+    assert f"from {page.curves.__module__} import curves" in script(page, parameters)
+    found = run_script(page, parameters, tmp_path, simulated=simulated)
     tables = page.compute(parameters)
     if simulated:
         samples = [page.replicate(index, parameters) for index in range(page.overlay.replicates)]
@@ -211,8 +203,7 @@ def test_a_slider_and_its_value_go_back_and_forth():
     for page in PAGES.values():
         for control in page.controls:
             if isinstance(control, Slider):
-                positions = np.linspace(control.start, control.end, 23)
-                for position in positions:
+                for position in np.linspace(control.start, control.end, 23):
                     value = control.value_at(position)
                     assert control.value_at(control.position_of(value)) == value
                     assert control.parse(str(value)) == value
@@ -243,18 +234,20 @@ def test_app_starts_where_it_is_told():
     app({"tab": "flow", "rho": 0.5})(document)
     assert document.get_model_by_name("flow/rho").value == 0.5
     assert document.get_model_by_name("tabs").active == 2
-    with pytest.raises(ValueError, match=r"rho must be between 0 and 0\.85"):
-        app({"tab": "flow", "rho": 3})
-    with pytest.raises(ValueError, match="no parameter 'noise_variance'"):
-        app({"tab": "flow", "noise_variance": 1})
-    with pytest.raises(ValueError, match="tab must be one of"):
-        app({"tab": "nothing"})
+    refused = {
+        r"rho must be between 0 and 0\.85": {"tab": "flow", "rho": 3},
+        "no parameter 'noise_variance'": {"tab": "flow", "noise_variance": 1},
+        "tab must be one of": {"tab": "nothing"},
+    }
+    for message, start in refused.items():
+        with pytest.raises(ValueError, match=message):
+            app(start)
 
 
 def test_state_of_a_page_reproduces_it():
     page = PAGES["overadaptation"]
     first = PageView(Document(), page, lambda: None)
-    first.tables = {item.table: {} for plot in page.plots for item in plot.items}
+    first.tables = {name: {} for name in page.tables}
     first._set({"tau": 0.9, "penalty": 0.5623, "fine_tuner": "ridge", "p": 1000, "alignment": -0.85})
     first._panels["risks"].set_axes((False, True))
     first._panels["time"].set_axes((False, False))
@@ -331,36 +324,26 @@ def encoded(**arrays):
     return base64.b64encode(data.getvalue()).decode()
 
 
-@pytest.fixture(scope="module")
-def features():
-    flat = np.ones(60)
-    problem = TwoTaskProblem(flat, flat, FixedShift(0.4 * flat), noise_std=2.0)
-    task = sample_task(jax.random.key(3), problem, 30)
-    return {"X": np.asarray(task.X), "y": np.asarray(task.y), "theta_1": np.asarray(task.theta_1)}
-
-
 @pytest.mark.slow
-def test_an_upload_is_explored_as_select_does(features):
-    arrays = read_upload("mine.npz", encoded(**features))
-    np.testing.assert_array_equal(arrays["X"], features["X"])
-    selection = select(**features)
+def test_an_upload_is_explored_as_select_does():
+    arrays, selection = features(), select(**features())
+    np.testing.assert_equal(read_upload("mine.npz", encoded(**arrays)), arrays)
     page = features_page("mine.npz", selection)
     tables = page.compute(page.defaults())
     assert tables["best"]["tau"][0] == selection.best_tau
     row = int(np.argmin(abs(selection.penalties - page.defaults()["penalty"])))
     np.testing.assert_array_equal(tables["tau"]["error"], selection.mean_squared_error[row])
     full = curves(selection, {"penalty": 0.0, "tau": 1.0})["now"]["error"][0]
-    np.testing.assert_allclose(full, np.mean(leave_one_out(**features, penalty=0.0, tau=1.0) ** 2), rtol=1e-9)
+    np.testing.assert_allclose(full, np.mean(leave_one_out(**arrays, penalty=0.0, tau=1.0) ** 2), rtol=1e-9)
 
 
 @pytest.mark.slow
-def test_the_script_of_an_upload_runs(features, tmp_path, monkeypatch):
-    page = features_page("/elsewhere/mine.npz", select(**features))
-    np.savez(tmp_path / "mine.npz", **features)
+def test_the_script_of_an_upload_runs(tmp_path, monkeypatch):
+    page = features_page("/elsewhere/mine.npz", select(**features()))
+    np.savez(tmp_path / "mine.npz", **features())
     parameters = page.defaults() | {"tau": 0.5}
-    (tmp_path / "copied.py").write_text(script(page, parameters), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    found = runpy.run_path("copied.py")["tables"]
+    found = run_script(page, parameters, tmp_path)
     np.testing.assert_array_equal(found["surface"]["error"], page.compute(parameters)["surface"]["error"])
 
 
@@ -368,12 +351,6 @@ def bomb():
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("X.npy", b"\0" * (9 * LIMIT))
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def pickled():
-    data = io.BytesIO()
-    np.savez(data, X=np.array([{"a": 1}], dtype=object), y=np.ones(1), theta_1=np.ones(1))
     return base64.b64encode(data.getvalue()).decode()
 
 
@@ -385,7 +362,7 @@ def pickled():
         (lambda: encoded(y=np.ones(3), theta_1=np.ones(2)), "X missing"),
         (lambda: "A" * (2 * LIMIT), "at most 32 MB"),
         (bomb, "expand to at most 256 MB, got 288 MB"),
-        (pickled, "plain numeric arrays"),
+        (lambda: encoded(X=np.array([{"a": 1}]), y=np.ones(1), theta_1=np.ones(1)), "plain numeric arrays"),
         (lambda: encoded(X=np.ones((3001, 2)), y=np.ones(3001), theta_1=np.ones(2)), "at most 3000 rows"),
     ],
 )
@@ -419,10 +396,8 @@ def test_other_addresses_print_a_warning_and_admit_only_named_origins(capsys):
 def test_a_port_in_use_is_an_error_of_one_line():
     server = serve("127.0.0.1", 0, tabs=[doubling_page()])
     command = [sys.executable, "-c", "from figures.commands import main; main()", "explore", "--port", str(server.port)]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    finally:
-        server.stop()
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    server.stop()
     assert answer.returncode == 2
     assert answer.stderr.strip().splitlines()[-1].startswith("linfit: error:")
 
@@ -440,8 +415,8 @@ def test_a_sweep_store_is_explored(tmp_path):
     page = store_page(path)
     parameters = page.defaults() | {"along": "tau", "n": 20, "penalty": 1.0}
     tables = page.compute(parameters)
-    data = read(path)
     output = page.plots[0].name
-    expected = data[output].sel({axis: parameters[axis] for axis in ("n", "penalty") if axis in data[output].dims})
+    data = read(path)[output]
+    expected = data.sel({axis: parameters[axis] for axis in ("n", "penalty") if axis in data.dims})
     np.testing.assert_array_equal(tables["x"][output], expected.values)
     np.testing.assert_array_equal(tables["x"]["x"], [0.0, 0.5, 1.0])

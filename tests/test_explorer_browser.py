@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from urllib.parse import parse_qs, urlsplit
 
 import jax
@@ -20,7 +21,7 @@ from figures.explorer import app
 from figures.explorer.page import Choice
 from figures.explorer.session import pages
 from linfit import select
-from tests.explorer_browser import WIDTHS, browsing, doubling_page, model, opened, serving, tables_in
+from tests.explorer_browser import WIDTHS, browsing, doubling_page, features, model, opened, serving, tables_in
 
 PAGES = {page.name: page for page in pages()}
 DELAY = {"seconds": 0.1}
@@ -55,46 +56,31 @@ def open_page(browser, url):
     """Opens pages of the explorer; at the end no script has failed and no request has left the machine."""
     shown, hosts, failures = [], set(), []
 
-    def open_one(name, width=1280, **parameters):
-        context = browser.new_context(viewport={"width": width, "height": WIDTHS[width]}, accept_downloads=True)
-        context.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
-        context.on("weberror", lambda error: failures.append(str(error.error)))
-        page = opened(Context(context, hosts), url, name, width, **parameters)
-        shown.append(context)
-        return page
+    def watch(page):
+        shown.append(page)
+        for event in ("request", "websocket"):
+            page.on(event, lambda sent: hosts.add(urlsplit(sent.url).hostname))
+        page.on("pageerror", lambda error: failures.append(str(error)))
 
-    yield open_one
-    for context in shown:
-        context.close()
+    yield partial(opened, browser, url, watch=watch)
+    for page in shown:
+        page.close()
     assert failures == []
-    assert hosts <= {"127.0.0.1", None}  # None: data: and blob:
-    assert "127.0.0.1" in hosts
+    assert {"127.0.0.1"} <= hosts <= {"127.0.0.1", None}  # None: data: and blob:
 
 
-class Context:
-    """A browser context whose pages also report the hosts of their websockets."""
-
-    def __init__(self, context, hosts):
-        self.context, self.hosts = context, hosts
-
-    def new_page(self, viewport):
-        page = self.context.new_page()
-        page.on("websocket", lambda socket: self.hosts.add(urlsplit(socket.url).hostname))
-        return page
-
-
-def plotted(page):
-    """Names of the tables that a page of the explorer plots."""
-    return {item.table for plot in page.plots for item in plot.items}
+def press(page, slider, key):
+    """A key on one of the sliders, counted from above."""
+    page.locator(".noUi-handle:visible").nth(slider).focus()
+    page.keyboard.press(key)
 
 
 def wait_for(page, name, parameters, seconds=90):
     """Until the browser plots, bit for bit, what the function of the page gives at these parameters."""
-    explored = PAGES[name]
-    expected = explored.compute(parameters)
+    expected = PAGES[name].compute(parameters)
     end = time.perf_counter() + seconds
     while True:
-        found = tables_in(page, name, plotted(explored))
+        found = tables_in(page, name, PAGES[name].tables)
         wrong = [
             (table, column)
             for table in found
@@ -123,8 +109,7 @@ def test_every_control_moves_the_curves_to_what_the_api_gives(open_page, name):
         else:
             position = control.position_of(parameters[control.name])
             up = position + control.step <= control.end + 1e-9
-            handles.nth(at_slider).focus()
-            page.keyboard.press("ArrowRight" if up else "ArrowLeft")
+            press(page, at_slider, "ArrowRight" if up else "ArrowLeft")
             parameters[control.name] = control.value_at(position + (control.step if up else -control.step))
             at_slider += 1
         wait_for(page, name, parameters)
@@ -134,12 +119,10 @@ def test_every_control_moves_the_curves_to_what_the_api_gives(open_page, name):
 
 def test_a_link_reproduces_the_view(open_page):
     first = open_page("overadaptation", tau=0.3)
-    first.locator(".noUi-handle:visible").first.focus()
-    first.keyboard.press("ArrowRight")
+    press(first, 0, "ArrowRight")
     first.get_by_role("button", name="freeze these curves").click()
     first.keyboard.press("Tab")
-    first.locator(".noUi-handle:visible").nth(4).focus()
-    first.keyboard.press("ArrowLeft")
+    press(first, 4, "ArrowLeft")
     first.get_by_role("button", name="log y").first.click()
     first.wait_for_function("window.location.search.includes('axes.risks')")
     first.wait_for_timeout(600)
@@ -147,13 +130,12 @@ def test_a_link_reproduces_the_view(open_page):
     assert query["tau"] == ["0.32"]
     assert "frozen" in query
     assert query["axes.risks"] == ["y"]
-    parameters = PAGES["overadaptation"].defaults() | {"tau": 0.32}
-    decay = next(control for control in PAGES["overadaptation"].controls if control.name == "decay")
-    parameters["decay"] = decay.parse(query["decay"][0])
-    assert parameters["decay"] != decay.value
+    defaults = PAGES["overadaptation"].defaults()
+    parameters = defaults | {"tau": 0.32, "decay": float(query["decay"][0])}
+    assert parameters["decay"] != defaults["decay"]
     wait_for(first, "overadaptation", parameters)
 
-    second = open_page(**{name: values[0] for name, values in query.items() if name != "tab"}, name="overadaptation")
+    second = open_page(query.pop("tab")[0], **{name: values[0] for name, values in query.items()})
     wait_for(second, "overadaptation", parameters)
     second.wait_for_function(model("overadaptation/frozen/tau") + ".data.tau.length > 0")
     frozen = "Array.from(Bokeh.documents[0].get_model_by_name('overadaptation/frozen/tau').data.finetune)"
@@ -182,7 +164,7 @@ def test_copied_python_agrees_with_the_page(open_page, tmp_path):
     save = f'import numpy as np\n\nnp.savez("numbers.npz", **{numbers})\n'
     (tmp_path / "copied.py").write_text(text + save, encoding="utf-8")
     subprocess.run([sys.executable, "copied.py"], cwd=tmp_path, check=True, timeout=240, stdout=subprocess.DEVNULL)
-    found = tables_in(page, "flow", plotted(PAGES["flow"]))
+    found = tables_in(page, "flow", PAGES["flow"].tables)
     with np.load(tmp_path / "numbers.npz") as numbers:
         for table, columns in found.items():
             for column, values in columns.items():
@@ -215,8 +197,7 @@ def test_the_overlay_is_drawn_with_progress_and_dropped_when_a_slider_moves(open
     progress = model("overtraining/progress") + ".text"
     page.wait_for_function(f"{progress}.startsWith('8 of 8')", timeout=60_000)
     before = page.evaluate(simulated)
-    page.locator(".noUi-handle:visible").nth(1).focus()  # γ
-    page.keyboard.press("ArrowLeft")
+    press(page, 1, "ArrowLeft")  # γ
     page.wait_for_function(f"(before) => {simulated}.length > 0 && {simulated}[0] != before", arg=before[0])
     page.wait_for_function(f"{progress}.startsWith('8 of 8')", timeout=60_000)
     after = page.evaluate(simulated)
@@ -257,27 +238,21 @@ def test_symbols_are_explained_on_hover_and_by_keyboard(open_page):
     assert "arXiv 2502.02797" in explanation.first.inner_text()
 
 
-def move(page, name):
-    """Seconds from a key press to the new value in the page."""
-    return page.evaluate(
-        """async ([name, step]) => {
-          const model = Bokeh.documents[0].get_model_by_name("slow/x");
-          const source = Bokeh.documents[0].get_model_by_name("slow/table/now");
-          const wanted = Math.round(100 * model.value + step) / 100;
-          const start = performance.now();
-          model.value = wanted;
-          while (source.data.x[0] != wanted) await new Promise((done) => setTimeout(done, 2));
-          return (performance.now() - start) / 1000;
-        }""",
-        [name, 1],
-    )
+SETTLE = """async (steps) => { // seconds until the page shows the slider's value, moved by some steps of 0.01
+  const model = Bokeh.documents[0].get_model_by_name("slow/x");
+  const source = Bokeh.documents[0].get_model_by_name("slow/table/now");
+  const start = performance.now();
+  if (steps) model.value = Math.round(100 * model.value + steps) / 100;
+  while (Math.abs(source.data.x[0] - model.value) > 1e-9) await new Promise((done) => setTimeout(done, 2));
+  return (performance.now() - start) / 1000;
+}"""
 
 
 def test_a_drag_over_a_slow_kernel_settles_at_once(open_page):
     """Kernel of 0.1 s: under 0.3 s after release, or on a busy machine two kernels and three empty round trips."""
     DELAY["seconds"] = 0.1
     page = open_page("slow")
-    overhead = sorted(move(page, "slow") - 0.1 for _ in range(5))[2]
+    overhead = sorted(page.evaluate(SETTLE, 1) - 0.1 for _ in range(5))[2]
     handle = page.locator(".noUi-handle:visible").first.bounding_box()
     x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
     page.mouse.move(x, y)
@@ -285,15 +260,7 @@ def test_a_drag_over_a_slow_kernel_settles_at_once(open_page):
     for index in range(80):
         page.mouse.move(x + 2 * index, y)
     page.mouse.up()
-    lag = page.evaluate(
-        """async () => {
-          const model = Bokeh.documents[0].get_model_by_name("slow/x");
-          const source = Bokeh.documents[0].get_model_by_name("slow/table/now");
-          const start = performance.now();
-          while (Math.abs(source.data.x[0] - model.value) > 1e-9) await new Promise((done) => setTimeout(done, 2));
-          return (performance.now() - start) / 1000;
-        }"""
-    )
+    lag = page.evaluate(SETTLE, 0)
     assert page.evaluate(model("slow/x") + ".value") > 0.3
     assert lag < max(0.3, 0.2 + 3 * overhead)
 
@@ -327,11 +294,9 @@ def test_a_slow_session_does_not_hold_up_another(open_page):
     try:
         waiting = open_page("slow", x=0.1)
         other = open_page("s3ft")
-        waiting.locator(".noUi-handle:visible").first.focus()
-        waiting.keyboard.press("ArrowRight")
+        press(waiting, 0, "ArrowRight")
         start = time.perf_counter()
-        other.locator(".noUi-handle:visible").first.focus()
-        other.keyboard.press("ArrowRight")
+        press(other, 0, "ArrowRight")
         wait_for(other, "s3ft", PAGES["s3ft"].defaults() | {"tolerance": 1.1})
         seconds = time.perf_counter() - start
         assert tables_in(waiting, "slow", ["now"])["now"]["x"][0] == 0.1  # still at it
@@ -341,24 +306,18 @@ def test_a_slow_session_does_not_hold_up_another(open_page):
 
 
 def test_an_upload_is_read_and_bad_ones_are_answered(open_page, tmp_path):
-    generator = np.random.default_rng(0)
-    X = generator.standard_normal((25, 40))
-    np.savez(tmp_path / "mine.npz", X=X, y=X @ np.full(40, 0.2) + generator.standard_normal(25), theta_1=np.zeros(40))
+    np.savez(tmp_path / "mine.npz", **features())
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     (tmp_path / "large.npz").write_bytes(b"0" * (33 * 2**20))
     page = open_page("s3ft")
     page.get_by_text("Your features", exact=True).click()
     chooser = page.locator("input[type=file]")
-    message = model("data/message") + ".text"
-    chooser.set_input_files(tmp_path / "bad.npz")
-    page.wait_for_function(f"{message}.includes('must be an .npz')")
-    chooser.set_input_files(tmp_path / "large.npz")
-    page.wait_for_function(f"{message}.includes('larger than 32 MB')")
+    for name, message in {"bad": "must be an .npz", "large": "larger than 32 MB"}.items():
+        chooser.set_input_files(tmp_path / f"{name}.npz")
+        page.wait_for_function(f"{model('data/message')}.text.includes('{message}')")
     chooser.set_input_files(tmp_path / "mine.npz")
     page.wait_for_function(model("data/table/best") + "?.data.tau.length == 1", timeout=90_000)
-    with np.load(tmp_path / "mine.npz") as arrays:
-        expected = select(arrays["X"], arrays["y"], arrays["theta_1"])
-    assert tables_in(page, "data", ["best"])["best"]["tau"][0] == expected.best_tau
+    assert tables_in(page, "data", ["best"])["best"]["tau"][0] == select(**features()).best_tau
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -368,13 +327,8 @@ def test_nothing_is_wider_than_the_screen(open_page, name, width):
     page.wait_for_timeout(300)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for plot in PAGES[name].plots:
-        box = page.evaluate(
-            f"(() => {{ const box = Bokeh.documents[0].get_model_by_name('{name}/box/{plot.name}');"
-            " const b = Bokeh.index.find_one(box.children[0]).bbox;"
-            " return [b.width, b.height]; })()"
-        )
-        assert box[0] > 250
-        assert box[1] > 250
+        view = f"Bokeh.index.find_one({model(f'{name}/box/{plot.name}')}.children[0])"
+        assert min(page.evaluate(f"[{view}.bbox.width, {view}.bbox.height]")) > 250
 
 
 def test_without_its_own_server_the_address_is_left_alone(browser):
@@ -387,8 +341,7 @@ def test_without_its_own_server_the_address_is_left_alone(browser):
         page = browser.new_page()
         page.goto(url.replace("127.0.0.1", "localhost"))
         page.wait_for_function(f"window.Bokeh && Bokeh.documents[0] && {model('s3ft/table/now')}?.data.own.length == 1")
-        page.locator(".noUi-handle:visible").first.focus()
-        page.keyboard.press("ArrowRight")
+        press(page, 0, "ArrowRight")
         wait_for(page, "s3ft", PAGES["s3ft"].defaults() | {"tolerance": 2.1})
         page.wait_for_timeout(600)
         assert urlsplit(page.url).query == ""

@@ -9,25 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import (
-    Choice,
-    Line,
-    Mark,
-    Overlay,
-    Page,
-    Plot,
-    Points,
-    Reading,
-    Slider,
-    Table,
-    in_order,
-    least,
-)
+from figures.explorer.page import Choice, Line, Mark, Overlay, Page, Plot, Points, Reading, Slider
+from figures.explorer.tables import Table, Tables, grid, kernel, least, risks_at
 from figures.style import COLOURS
 from linfit import GradientFlow, Pair, Parabola, Ridge, TwoTaskProblem, aligned_problem, spectra
 from sims.compare import METHODS as COMPARED
 from sims.compare import compare
-from sims.parameters import ALIGNMENT, NOISE, PRETRAIN_RISK, WEIGHT, N, Parameter
+from sims.parameters import ALIGNMENT, NOISE, PRETRAIN_RISK, WEIGHT, N
 from theory import flow, s3ft
 from theory.equivalents import along
 from theory.frontier import distance, pareto, population_risks
@@ -44,27 +32,23 @@ ROWS = {name: np.array([float(len(METHODS) - index)]) for index, name in enumera
 class Parameters(NamedTuple):
     """Of the page."""
 
-    weight: Annotated[
-        float, Slider("trade-off weight κ", WEIGHT, 0.1, "Methods are tuned for it. Ours (docs, O5, E2).")
-    ] = 1.0
+    weight: Annotated[float, Slider(
+        "trade-off weight κ", WEIGHT, 0.1, "Methods are tuned for it. Ours (docs, O5, E2).")] = 1.0  # fmt: skip
     n: Annotated[int, Slider("samples n", N.within(20, 80), 10)] = 40
-    p: Annotated[
-        int, Choice("features p", "Number of features; small, so that all methods can be run.", (120, 240))
-    ] = 120
-    decay: Annotated[float, Slider("spectral decay, fine-tuning", Parameter(
-        "Σ₂ = diag(j^−decay)", low=0.0, high=2.0), 0.05, "Ours.")] = 1.0  # fmt: skip
-    pretrain_decay: Annotated[float, Slider("spectral decay, pretraining", Parameter(
-        "Σ₁ ∝ diag(j^−decay) with the trace of Σ₂", low=0.0, high=2.0), 0.05,
-        "Below the fine-tuning decay, pretraining was broader. Ours.")] = 0.5  # fmt: skip
+    p: Annotated[int, Choice(
+        "features p", "Number of features; small, so that all methods can be run.", (120, 240))] = 120  # fmt: skip
+    decay: Annotated[
+        float, Slider.own("spectral decay, fine-tuning", "Σ₂ = diag(j^−decay)", 0.0, 2.0, 0.05, "Ours.")
+    ] = 1.0
+    pretrain_decay: Annotated[float, Slider.own("spectral decay, pretraining", "Σ₁ ∝ diag(j^−decay) with the trace of Σ₂",
+        0.0, 2.0, 0.05, "Below the fine-tuning decay, pretraining was broader. Ours.")] = 0.5  # fmt: skip
     alignment: Annotated[float, Slider("alignment of the shift", ALIGNMENT, 0.05, "Σ is Σ₂ here. Ours.")] = 0.0
     noise_std: Annotated[float, Slider("label noise σ", NOISE, 0.02)] = 0.7
     pretrain_risk: Annotated[float, Slider("pretraining error", PRETRAIN_RISK.within(0.0, 0.5), 0.01)] = 0.1
-    temperature: Annotated[float, Slider("FLOW: T / median", Parameter(
-        "temperature T of FLOW", low=0.1, high=10.0, scale="log", unit="units of the median squared residual"), 0.05,
-        "The median is the paper's default. arXiv 2502.02797")] = 1.0  # fmt: skip
-    threshold: Annotated[float, Slider("S3FT: threshold / √v", Parameter(
-        "the judge accepts own answers within this many standard deviations of the residual", low=0.0, high=3.0), 0.05,
-        "Linear form ours (docs, T1).")] = 1.0  # fmt: skip
+    temperature: Annotated[float, Slider.own("FLOW: T / median", "temperature T of FLOW", 0.1, 10.0, 0.05,
+        "The median is the paper's default. arXiv 2502.02797", scale="log", unit="units of the median squared residual")] = 1.0  # fmt: skip
+    threshold: Annotated[float, Slider.own("S3FT: threshold / √v", "the judge accepts own answers within this many standard deviations "
+        "of the residual", 0.0, 3.0, 0.05, "Linear form ours (docs, T1).")] = 1.0  # fmt: skip
 
 
 _test_bed = jax.jit(aligned_problem)
@@ -72,40 +56,31 @@ _test_bed = jax.jit(aligned_problem)
 
 def _problem(at: Parameters) -> TwoTaskProblem:
     finetune = spectra.power_law(at.p, at.decay)
-    return _test_bed(
-        finetune,
-        alignment=at.alignment,
-        noise_std=at.noise_std,
-        pretrain_spectrum=spectra.power_law(at.p, at.pretrain_decay, trace=finetune.sum()),
-        pretrain_risk=at.pretrain_risk,
-    )
+    pretrain = spectra.power_law(at.p, at.pretrain_decay, trace=finetune.sum())
+    known = {"alignment": at.alignment, "noise_std": at.noise_std, "pretrain_risk": at.pretrain_risk}
+    return _test_bed(finetune, pretrain_spectrum=pretrain, **known)
 
 
-def _plane(risks: Pair[Array], weight: Array) -> Table:
+def _with_cost(risks: Table, weight: Array) -> Table:
     """Both risks and R_ft + κR_pre, as columns."""
-    return {name: jnp.ravel(value) for name, value in risks._asdict().items()} | {
-        "cost": jnp.ravel(risks.finetune + weight * risks.pretrain)
-    }
+    cost = risks["finetune"] + weight * risks["pretrain"]
+    return {name: jnp.ravel(value) for name, value in {**risks, "cost": cost}.items()}
 
 
-@jax.jit
-def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array, threshold: Array) -> dict[str, Table]:
+@kernel
+def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array, threshold: Array) -> Tables:
     with jax.ensure_compile_time_eval():  # times that are known share their work
         ridges, stopped = along(problem, n, Ridge(np.append(0.0, PENALTIES))), along(problem, n, GradientFlow(TIMES))
 
     def plane(parabolas: Pair[Parabola], tau: float | Array | np.ndarray = 1.0) -> Table:
-        return _plane(parabolas.map(lambda parabola: parabola(tau).total), weight)
+        return _with_cost(risks_at(tau, parabolas), weight)
 
     def of_penalty(index: int | Array) -> Pair[Parabola]:
         return jax.tree.map(itemgetter(index), ridges)
 
     averaging = {"tau": TAUS, **plane(of_penalty(0), TAUS)}
     alone = {"penalty": np.append(0.0, PENALTIES), **plane(ridges)}
-    both = {
-        "penalty": np.tile(alone["penalty"], TAUS.size),
-        "tau": np.repeat(TAUS, alone["penalty"].size),
-        **plane(ridges, TAUS[:, None]),
-    }
+    both = {**grid(alone["penalty"], TAUS), **plane(ridges, TAUS[:, None])}
     early = {"time": TIMES, **plane(stopped)}
     best = least(both, "cost")
     best["excess"] = distance(problem, best["finetune"], best["pretrain"])
@@ -114,7 +89,7 @@ def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array
     variance = problem.pretrained_risks.finetune + problem.noise_std**2
     flow_tau = flow.fixed_point_coefficient(problem.noise_std, temperature * flow.median_temperature(variance))
     s3ft_tau = s3ft.fixed_point_coefficient(threshold * variance**0.5, variance**0.5)
-    lower_bound = _plane(pareto(problem, weight), weight)
+    lower_bound = _with_cost(pareto(problem, weight)._asdict(), weight)
     predicted = {
         "pretrained": pretrained,
         "min-norm": min_norm,
@@ -124,35 +99,31 @@ def _tables(problem: TwoTaskProblem, n: Array, weight: Array, temperature: Array
         "ridge + ensemble": best,
     }
     costs = [table["cost"] for table in predicted.values()]
-    return in_order(
-        {
-            "averaging": averaging,
-            "ridge": {name: values[1:] for name, values in alone.items()},
-            "ridge_averaging": {
-                "tau": TAUS,
-                **plane(of_penalty(jnp.argmax(alone["penalty"] == best["penalty"])), TAUS),
-            },
-            "time": early,
-            "frontier": {"weight": WEIGHTS, **pareto(problem, WEIGHTS)._asdict()},
-            "segment": {"tau": TAUS, **population_risks(problem, TAUS)._asdict()},
-            "predicted": {"cost": jnp.concatenate(costs), "row": np.concatenate([ROWS[name] for name in predicted])},
-            "least": {"cost": jnp.repeat(lower_bound["cost"], 2), "row": np.array([0.5, len(METHODS) + 0.5])},
-            "pretrained": pretrained,
-            "min_norm": min_norm,
-            "best": best,
-            "best_ridge": predicted["ridge"],
-            "best_average": predicted["min-norm + ensemble"],
-            "best_early": predicted["early stopping"],
-            "lower_bound": lower_bound,
-            "flow": {"tau": flow_tau[None], **_plane(population_risks(problem, flow_tau), weight)},
-            "s3ft": {"tau": s3ft_tau[None], **_plane(population_risks(problem, s3ft_tau), weight)},
-        }
-    )
+    best_ridge = of_penalty(jnp.argmax(alone["penalty"] == best["penalty"]))
+    return {
+        "averaging": averaging,
+        "ridge": {name: values[1:] for name, values in alone.items()},
+        "ridge_averaging": {"tau": TAUS, **plane(best_ridge, TAUS)},
+        "time": early,
+        "frontier": {"weight": WEIGHTS, **pareto(problem, WEIGHTS)._asdict()},
+        "segment": {"tau": TAUS, **population_risks(problem, TAUS)._asdict()},
+        "predicted": {"cost": jnp.concatenate(costs), "row": np.concatenate([ROWS[name] for name in predicted])},
+        "least": {"cost": jnp.repeat(lower_bound["cost"], 2), "row": np.array([0.5, len(METHODS) + 0.5])},
+        "pretrained": pretrained,
+        "min_norm": min_norm,
+        "best": best,
+        "best_ridge": predicted["ridge"],
+        "best_average": predicted["min-norm + ensemble"],
+        "best_early": predicted["early stopping"],
+        "lower_bound": lower_bound,
+        "flow": {"tau": flow_tau[None], **_with_cost(population_risks(problem, flow_tau)._asdict(), weight)},
+        "s3ft": {"tau": s3ft_tau[None], **_with_cost(population_risks(problem, s3ft_tau)._asdict(), weight)},
+    }
 
 
-def curves(at: Parameters) -> dict[str, Table]:
+def curves(at: Parameters) -> Tables:
     """Risks on n samples by deterministic equivalents (docs, D1–D4), with unlimited data (E1), and the frontier (E2)."""
-    return jax.device_get(_tables(_problem(at), at.n, at.weight, at.temperature, at.threshold))
+    return _tables(_problem(at), at.n, at.weight, at.temperature, at.threshold)
 
 
 def replicate(index: int, at: Parameters) -> Table:
@@ -185,20 +156,18 @@ PAGE = Page(
     parameters=Parameters,
     curves=curves,
     plots=(
-        Plot("plane", "All methods on one plane", "pretraining risk (forgetting)", "fine-tuning risk",
-             lines=(Line("averaging", "pretrain", "finetune", "min-norm + averaging", AVERAGE), Line("ridge", "pretrain", "finetune", "ridge", RIDGE, "dashed"),
-                    Line("ridge_averaging", "pretrain", "finetune", "best ridge + averaging", BOTH, "dotdash"), Line("time", "pretrain", "finetune", "early stopping", EARLY, "dotted"),
-                    Line("frontier", "pretrain", "finetune", "Pareto frontier", FRONTIER, "dashed")),
-             marks=(Mark("pretrained", "pretrain", "finetune", "pretrained", COLOURS["pretrained"], "square"),
-                    Mark("min_norm", "pretrain", "finetune", "min-norm", COLOURS["min-norm"], "square"),
-                    Mark("best_average", "pretrain", "finetune", "best average", AVERAGE, "star"), Mark("best_ridge", "pretrain", "finetune", "best ridge", RIDGE, "star"),
-                    Mark("best", "pretrain", "finetune", "best pair", BOTH, "star"), Mark("best_early", "pretrain", "finetune", "best time", EARLY, "star"))),
-        Plot("population", "Unlimited data: FLOW and S3FT are averages", "pretraining risk (forgetting)", "fine-tuning risk",
-             lines=(Line("segment", "pretrain", "finetune", "averaging, along τ", AVERAGE), Line("frontier", "pretrain", "finetune", "Pareto frontier", FRONTIER, "dashed")),
-             marks=(Mark("flow", "pretrain", "finetune", "FLOW at T", RIDGE, "triangle"), Mark("s3ft", "pretrain", "finetune", "S3FT at c", EARLY, "diamond"),
-                    Mark("lower_bound", "pretrain", "finetune", "frontier at κ", FRONTIER, "star"))),
+        Plot.of_risks("plane", "All methods on one plane", (
+            ("averaging", "min-norm + averaging", AVERAGE), ("ridge", "ridge", RIDGE, "dashed"),
+            ("ridge_averaging", "best ridge + averaging", BOTH, "dotdash"), ("time", "early stopping", EARLY, "dotted"),
+            ("frontier", "Pareto frontier", FRONTIER, "dashed"),
+        ), (("pretrained", "pretrained", COLOURS["pretrained"], "square"), ("min_norm", "min-norm", COLOURS["min-norm"], "square"),
+            ("best_average", "best average", AVERAGE, "star"), ("best_ridge", "best ridge", RIDGE, "star"),
+            ("best", "best pair", BOTH, "star"), ("best_early", "best time", EARLY, "star"))),
+        Plot.of_risks("population", "Unlimited data: FLOW and S3FT are averages", (
+            ("segment", "averaging, along τ", AVERAGE), ("frontier", "Pareto frontier", FRONTIER, "dashed"),
+        ), (("flow", "FLOW at T", RIDGE, "triangle"), ("s3ft", "S3FT at c", EARLY, "diamond"), ("lower_bound", "frontier at κ", FRONTIER, "star"))),
         Plot("list", "All methods, tuned and measured", "fine-tuning risk + κ · pretraining risk", "",
-             lines=(Line("least", "cost", "row", "frontier", FRONTIER, "dashed"),), marks=(Mark("predicted", "cost", "row", "predicted", "#bbbbbb", "square"),),
+             (Line("least", "cost", "row", "frontier", FRONTIER, "dashed"),), (Mark("predicted", "cost", "row", "predicted", "#bbbbbb", "square"),),
              y_names=METHODS[::-1]),
     ),
     readings=(

@@ -1,28 +1,19 @@
 """One pair of axes as a Bokeh figure: curves, frozen curves, marks, surface, simulated points."""
 
 import json
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import numpy as np
+from bokeh import models
 from bokeh.document import Document
 from bokeh.events import LegendItemClick
-from bokeh.models import (
-    BasicTicker,
-    ColorBar,
-    Column,
-    ColumnDataSource,
-    CustomJS,
-    Div,
-    GlyphRenderer,
-    HoverTool,
-    Legend,
-    LinearColorMapper,
-    SaveTool,
-)
 from bokeh.palettes import cividis
 from bokeh.plotting import figure
 
-from figures.explorer.page import Line, Map, Mark, Page, Plot, Table
+from figures.explorer.page import Line, Map, Mark, Page, Plot
+from figures.explorer.tables import Table, Tables
 
 FRAME_HEIGHT, LEGEND_ROW = 285, 24
 """Pixels: a plot without legend, and what each row of it adds, so that all frames are equally high."""
@@ -73,88 +64,75 @@ class Sources:
     by the browser; on this side they stay empty.
     """
 
-    def __init__(self, document: Document, page: Page, readings: Div):
+    def __init__(self, document: Document, page: Page, readings: models.Div):
         self._page = page
-        self.tables: dict[str, ColumnDataSource] = {}
-        self.frozen: dict[str, ColumnDataSource] = {}
-        self.images: dict[str, ColumnDataSource] = {}
-        self.mappers: dict[str, LinearColorMapper] = {}
+        self._surfaces = {plot.name: plot.surface for plot in page.plots if plot.surface is not None}
         # A legend is built anew whenever the data of its curves change, so it explains samples that never do.
-        self.samples = ColumnDataSource({"x": [np.nan], "y": [np.nan]})
-        self.simulated = ColumnDataSource(name=f"{page.name}/table/simulated")
-        for plot in page.plots:
-            for table in {item.table for item in plot.items} - set(self.tables):
-                self.tables[table] = ColumnDataSource(_empty(page, table), name=f"{page.name}/table/{table}")
-                self.frozen[table] = ColumnDataSource(_empty(page, table), name=f"{page.name}/frozen/{table}")
-            if plot.surface is not None:
-                self.images[plot.name] = ColumnDataSource(
-                    {name: [] for name in ("image", "x", "y", "dw", "dh")}, name=f"{page.name}/image/{plot.name}"
-                )
-                self.mappers[plot.name] = LinearColorMapper(palette=cividis(64))
-        self.clear_simulated()
-        self._message = ColumnDataSource({"layout": [], "numbers": []}, name=f"{page.name}/message")
+        self.samples = models.ColumnDataSource({"x": [np.nan], "y": [np.nan]})
+        self.simulated = self._source("table/simulated")
+        self.tables = {table: self._source(f"table/{table}", self._empty(table)) for table in page.tables}
+        self.frozen = {table: self._source(f"frozen/{table}", self._empty(table)) for table in page.tables}
+        place: dict[str, list] = {name: [] for name in ("image", "x", "y", "dw", "dh")}
+        self.images = {plot: self._source(f"image/{plot}", place) for plot in self._surfaces}
+        self.mappers = {plot: models.LinearColorMapper(palette=cividis(64)) for plot in self._surfaces}
+        self.show_simulated(None)
+        self._message = self._source("message", {"layout": [], "numbers": []})
         places = {"tables": self.tables, "images": self.images, "mappers": self.mappers, "readings": readings}
-        self._put = CustomJS(args={"message": self._message, "boxes": [], **places}, code=PUT_IN_PLACE)
+        self._put = models.CustomJS(args={"message": self._message, "boxes": [], **places}, code=PUT_IN_PLACE)
         self._message.js_on_change("data", self._put)
         document.js_on_event("document_ready", self._put)  # the first numbers may be there before the browser is
         readings.tags = [self._message]  # which makes it part of the document
 
-    def paint_in(self, boxes: list[Column]) -> None:
+    def _source(self, name: str, data: dict[str, list] | None = None) -> models.ColumnDataSource:
+        return models.ColumnDataSource(data or {}, name=f"{self._page.name}/{name}")
+
+    def _empty(self, table: str) -> dict[str, list]:
+        """The columns of a table that plots ask for, before there are numbers."""
+        items = [item for plot in self._page.plots for item in plot.items if item.table == table]
+        return {column: [] for item in items for column in (item.x, item.y)}
+
+    def paint_in(self, boxes: list[models.Column]) -> None:
         """The boxes of the plots, that of the first plot first."""
         self._put.args = {**self._put.args, "boxes": boxes}
 
-    def show(self, tables: dict[str, Table], readings: str) -> None:
+    def show(self, tables: Tables, readings: str) -> None:
         """Replace every curve, mark and surface, and the readings, in one message."""
         shown = {name: tables[name] for name in self.tables if name in tables}
         sizes = {name: {column: values.size for column, values in table.items()} for name, table in shown.items()}
         columns = [values for table in shown.values() for values in table.values()]
-        images, surfaces = {}, {}
-        for plot in self._page.plots if tables else ():
-            if plot.surface is not None:
-                images[f"image {plot.name}"], surfaces[plot.name] = _image(tables, plot.surface)
+        images, places = {}, {}
+        for plot, surface in self._surfaces.items() if tables else ():
+            images[f"image {plot}"], places[plot] = _image(tables[surface.table], surface)
         self._message.data = {
-            "layout": [json.dumps({"sizes": sizes, "surfaces": surfaces, "readings": readings})],
+            "layout": [json.dumps({"sizes": sizes, "surfaces": places, "readings": readings})],
             "numbers": [np.concatenate(columns).astype(float) if columns else np.zeros(0)],
             **{name: [image] for name, image in images.items()},
         }
 
-    def freeze(self, tables: dict[str, Table] | None) -> None:
+    def freeze(self, tables: Tables | None) -> None:
         """Keep these curves behind the moving ones; None takes them away."""
         for name, source in self.frozen.items():
-            source.data = _empty(self._page, name) if tables is None else dict(tables[name])
+            source.data = self._empty(name) if tables is None else dict(tables[name])
 
-    def show_simulated(self, table: dict[str, np.ndarray]) -> None:
-        """Points and the ends of their error bars, one standard error either way."""
-        data: dict[str, np.ndarray] = {}
-        for point in self._page.overlay.points if self._page.overlay else ():
-            mean, error = table[point.measured], table[f"{point.measured}_error"]
-            data |= {point.x: table[point.x], point.y: table[point.y], f"{point.measured}_error": error}
-            data |= {f"{point.measured}_low": mean - error, f"{point.measured}_high": mean + error}
+    def show_simulated(self, table: Table | None) -> None:
+        """Points and the ends of their error bars, one standard error either way; None takes them away."""
+        data: Table = {}
+        columns = defaultdict(partial(np.zeros, 0)) if table is None else table
+        for point in self._page.overlay.points:
+            name, mean, error = point.measured, columns[point.measured], columns[f"{point.measured}_error"]
+            data |= {point.x: columns[point.x], point.y: columns[point.y], f"{name}_error": error}
+            data |= {f"{name}_low": mean - error, f"{name}_high": mean + error}
         self.simulated.data = data
 
-    def clear_simulated(self) -> None:
-        """No points."""
-        names: set[str] = set()
-        for point in self._page.overlay.points if self._page.overlay else ():
-            names |= {point.x, point.y, *(point.measured + suffix for suffix in ("_error", "_low", "_high"))}
-        self.simulated.data = {name: [] for name in names}
 
-
-def _image(tables: dict[str, Table], surface: Map) -> tuple[np.ndarray, dict[str, float]]:
+def _image(table: Table, surface: Map) -> tuple[np.ndarray, dict[str, float]]:
     """The map and where it lies, with the range of its colours: steep walls do not use them up."""
-    table = tables[surface.table]
     x, y = np.unique(table[surface.x]), np.unique(table[surface.y])
     image = table[surface.z].reshape(y.size, x.size)
     low = float(np.nanmin(image))
     high = min(float(np.nanmax(image)), low + 2 * float(np.nanmedian(image) - low))
     place = {"x": x[0], "y": y[0], "dw": x[-1] - x[0], "dh": y[-1] - y[0]}
     return image, {**place, "low": low, "high": high if high > low else low + 1e-12}
-
-
-def _empty(page: Page, table: str) -> dict[str, list]:
-    """The columns of a table that plots ask for, before there are numbers."""
-    items = [item for plot in page.plots for item in plot.items if item.table == table]
-    return {column: [] for item in items for column in (item.x, item.y)}
 
 
 def draw(page: Page, plot: Plot, sources: Sources, logarithmic: tuple[bool, bool]) -> figure:
@@ -168,7 +146,7 @@ def draw(page: Page, plot: Plot, sources: Sources, logarithmic: tuple[bool, bool
         active_drag=None, active_scroll=None,  # a finger scrolls the page
     )  # fmt: skip
     axes.toolbar.logo = None
-    axes.add_tools(SaveTool(filename=f"{page.name}_{plot.name}", description="Save as PNG"))
+    axes.add_tools(models.SaveTool(filename=f"{page.name}_{plot.name}", description="Save as PNG"))
     axes.title.text_font_size = "14px"
     axes.axis.axis_label_text_font_style = "normal"
     axes.axis.axis_label_text_font_size = "13px"
@@ -182,11 +160,15 @@ def draw(page: Page, plot: Plot, sources: Sources, logarithmic: tuple[bool, bool
         axes.yaxis.ticker.update(desired_num_ticks=4, num_minor_ticks=0)
     if plot.surface is not None:
         _draw_surface(axes, plot, plot.surface, sources)
-    drawn = [_draw_line(axes, line, sources) for line in plot.lines]
-    drawn += [_draw_mark(axes, mark, sources) for mark in plot.marks]
+    drawn = []
+    for item in plot.items:
+        if isinstance(item, Line):  # behind it, wide and pale, what was frozen
+            frozen = {"source": sources.frozen[item.table], "color": item.colour}
+            axes.line(item.x, item.y, line_width=5, line_alpha=0.28, **frozen)
+        drawn.append(_draw_item(axes, item, sources.tables[item.table], item.x, item.y))
     for item, glyph in zip(plot.items, drawn):
         _hover(axes, glyph, item.label, plot, item.x, item.y)
-    for point in page.overlay.points if page.overlay else ():
+    for point in page.overlay.points:
         if point.plot == plot.name:
             low, high = f"{point.measured}_low", f"{point.measured}_high"
             ends = (low, point.y, high, point.y) if point.sideways else (point.x, low, point.x, high)
@@ -200,42 +182,31 @@ def draw(page: Page, plot: Plot, sources: Sources, logarithmic: tuple[bool, bool
     return axes
 
 
-def _legend(axes: figure, plot: Plot, drawn: list[GlyphRenderer], sources: Sources) -> Legend:
+def _draw_item(
+    axes: figure, item: Line | Mark, source: models.ColumnDataSource, x: str, y: str, **style: Any
+) -> models.GlyphRenderer:
+    """A line, or a mark in its usual style but for `style`."""
+    if isinstance(item, Line):
+        return axes.line(x, y, source=source, color=item.colour, line_width=LINE_WIDTH, line_dash=item.dash)
+    usual = {"size": 15 if item.marker == "star" else 10, "line_color": WHITE, "line_width": 1.2, **style}
+    if item.colour == WHITE:
+        usual["line_color"] = "black"
+    return axes.scatter(x, y, source=source, marker=item.marker, fill_color=item.colour, **usual)
+
+
+def _legend(axes: figure, plot: Plot, drawn: list[models.GlyphRenderer], sources: Sources) -> models.Legend:
     """Samples with their labels; a click hides what they stand for."""
-    explained = [(item, glyph) for item, glyph in zip(plot.items, drawn) if item.label]
-    items = []
-    for item, _ in explained:
-        if isinstance(item, Line):
-            sample = axes.line("x", "y", source=sources.samples, **_line_style(item))
-        else:
-            outline = "black" if item.colour == WHITE else item.colour
-            style = {"marker": item.marker, "size": 10, "fill_color": item.colour, "line_color": outline}
-            sample = axes.scatter("x", "y", source=sources.samples, **style)
-        items.append((item.label, [sample]))
-    legend = Legend(items=items, ncols=2, orientation="horizontal", location="left", click_policy="hide")
+    items, hidden = [], []
+    for item, glyph in zip(plot.items, drawn):
+        if item.label:
+            style = {"size": 10, "line_color": item.colour, "line_width": 1}
+            items.append((item.label, [_draw_item(axes, item, sources.samples, "x", "y", **style)]))
+            hidden.append(glyph)
+    legend = models.Legend(items=items, ncols=2, orientation="horizontal", location="left", click_policy="hide")
     legend.update(label_text_font_size="12px", spacing=6, padding=2, margin=0, border_line_color=None)
     legend.update(glyph_width=26, glyph_height=18, label_height=18, label_standoff=2)
-    hidden = [glyph for _, glyph in explained]
-    legend.js_on_event(LegendItemClick, CustomJS(args={"legend": legend, "drawn": hidden}, code=HIDE))
+    legend.js_on_event(LegendItemClick, models.CustomJS(args={"legend": legend, "drawn": hidden}, code=HIDE))
     return legend
-
-
-def _line_style(line: Line) -> dict[str, Any]:
-    return {"color": line.colour, "line_width": LINE_WIDTH, "line_dash": line.dash}
-
-
-def _draw_line(axes: figure, line: Line, sources: Sources) -> GlyphRenderer:
-    """And, wide and pale behind it, what was frozen."""
-    frozen = {"source": sources.frozen[line.table], "color": line.colour}
-    axes.line(line.x, line.y, line_width=5, line_alpha=0.28, **frozen)
-    return axes.line(line.x, line.y, source=sources.tables[line.table], **_line_style(line))
-
-
-def _draw_mark(axes: figure, mark: Mark, sources: Sources) -> GlyphRenderer:
-    outline = "black" if mark.colour == WHITE else WHITE
-    style = {"marker": mark.marker, "fill_color": mark.colour, "line_color": outline, "line_width": 1.2}
-    size = 15 if mark.marker == "star" else 10
-    return axes.scatter(mark.x, mark.y, source=sources.tables[mark.table], size=size, **style)
 
 
 def _draw_surface(axes: figure, plot: Plot, surface: Map, sources: Sources) -> None:
@@ -244,11 +215,14 @@ def _draw_surface(axes: figure, plot: Plot, surface: Map, sources: Sources) -> N
     image = axes.image("image", "x", "y", "dw", "dh", **style)
     axes.grid.visible = False
     axes.x_range.range_padding = axes.y_range.range_padding = 0
-    axes.add_layout(ColorBar(color_mapper=mapper, width=10, ticker=BasicTicker(desired_num_ticks=5)), "right")
+    ticker = models.BasicTicker(desired_num_ticks=5)
+    axes.add_layout(models.ColorBar(color_mapper=mapper, width=10, ticker=ticker), "right")
     rows = [(plot.x_label, "$x{0.0000}"), (plot.y_label, "$y{0.000}"), (surface.label, "@image{0.0000}")]
-    axes.add_tools(HoverTool(renderers=[image], tooltips=rows, visible=False))
+    axes.add_tools(models.HoverTool(renderers=[image], tooltips=rows, visible=False))
 
 
-def _hover(axes: figure, glyph: GlyphRenderer, label: str, plot: Plot, x: str, y: str, *more: tuple[str, str]) -> None:
+def _hover(
+    axes: figure, glyph: models.GlyphRenderer, label: str, plot: Plot, x: str, y: str, *more: tuple[str, str]
+) -> None:
     rows = [("", label), (plot.x_label, f"@{{{x}}}{{0.0000}}"), (plot.y_label, f"@{{{y}}}{{0.0000}}"), *more]
-    axes.add_tools(HoverTool(renderers=[glyph], tooltips=rows, line_policy="nearest", visible=False))
+    axes.add_tools(models.HoverTool(renderers=[glyph], tooltips=rows, line_policy="nearest", visible=False))

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,34 +15,36 @@ BACKGROUND = ThreadPoolExecutor(2, "simulation")
 """Finite-sample overlays; they may queue."""
 
 
-class Latest:
-    """Runs work(request) on a thread, one request at a time; of those that arrive meanwhile only the last is kept.
-
-    show(request, result) follows under the document's lock; where `work` raised ValueError, fail(request, error) instead.
-    """
-
-    def __init__(
-        self,
-        document: Document,
-        work: Callable[[Any], Any],
-        show: Callable[[Any, Any], None],
-        fail: Callable[[Any, Exception], None],
-    ):
-        self._document, self._work, self._show, self._fail = document, work, show, fail
-        self._wanted: list[Any] = []
-        self._running = False
+@dataclass(eq=False)
+class _Background:
+    document: Document
+    work: Callable[..., Any]
+    show: Callable[[Any, Any], None]
+    fail: Callable[[Any, Exception], None]
 
     @property
-    def busy(self) -> bool:
-        """Whether a result is still to come."""
-        return self._running
+    def _watched(self) -> bool:
+        """Whether somebody still looks at the page."""
+        return self.document.session_context is None or not self.document.session_context.destroyed
+
+
+@dataclass(eq=False)
+class Latest(_Background):
+    """Runs work(request) on a thread, one request at a time; of those that arrive meanwhile only the last is kept.
+
+    show(request, result) follows under the document's lock; where `work` raised an error, fail(request, error) instead.
+    `busy` says whether a result is still to come.
+    """
+
+    busy: bool = False
+    _wanted: list[Any] = field(default_factory=list)
 
     def ask(self, request: Any) -> None:
         """Replace whatever is waiting."""
         self._wanted = [request]
-        if not self._running:
-            self._running = True
-            self._document.add_next_tick_callback(self._run)
+        if not self.busy:
+            self.busy = True
+            self.document.add_next_tick_callback(self._run)
 
     @without_document_lock
     async def _run(self) -> None:
@@ -50,32 +53,24 @@ class Latest:
             request = self._wanted.pop()
             follow: Callable[[], None]
             try:
-                result = await loop.run_in_executor(CURVES, self._work, request)
-                follow = partial(self._show, request, result)
+                result = await loop.run_in_executor(CURVES, self.work, request)
+                follow = partial(self.show, request, result)
             except Exception as error:  # whatever it is, the page says so and stays alive
-                follow = partial(self._fail, request, error)
-            if _open(self._document):
-                self._document.add_next_tick_callback(follow)
-        self._running = False
+                follow = partial(self.fail, request, error)
+            if self._watched:
+                self.document.add_next_tick_callback(follow)
+        self.busy = False
 
 
-class Repeated:
-    """replicate(index, parameters), `replicates` times in the background; show(parameters, samples) after each.
+@dataclass(eq=False)
+class Repeated(_Background):
+    """work(index, parameters), `replicates` times in the background; show(parameters, samples) after each.
 
     `start` begins again with other parameters, `stop` drops what is running; no result of earlier ones arrives later.
     """
 
-    def __init__(
-        self,
-        document: Document,
-        replicate: Callable[..., dict],
-        replicates: int,
-        show: Callable[[Any, list[dict]], None],
-        fail: Callable[[Any, Exception], None],
-    ):
-        self._document, self._replicate, self.replicates = document, replicate, replicates
-        self._show, self._fail = show, fail
-        self._generation = 0
+    replicates: int = 0
+    _generation: int = 0
 
     def stop(self) -> None:
         """Forget the experiment that is running."""
@@ -84,30 +79,24 @@ class Repeated:
     def start(self, parameters: dict) -> None:
         """Begin a new one."""
         self.stop()
-        self._document.add_next_tick_callback(without_document_lock(partial(self._run, self._generation, parameters)))
+        self.document.add_next_tick_callback(without_document_lock(partial(self._run, self._generation, parameters)))
 
     async def _run(self, generation: int, parameters: dict) -> None:
         loop, samples = asyncio.get_running_loop(), []
         for index in range(self.replicates):
-            if generation != self._generation or not _open(self._document):
+            if generation != self._generation or not self._watched:
                 return
             try:
-                sample = await loop.run_in_executor(BACKGROUND, partial(self._replicate, index, parameters))
+                samples.append(await loop.run_in_executor(BACKGROUND, self.work, index, parameters))
             except Exception as error:
-                self._deliver(generation, partial(self._fail, parameters, error))
+                self._deliver(generation, partial(self.fail, parameters, error))
                 return
-            samples.append(sample)
-            self._deliver(generation, partial(self._show, parameters, list(samples)))
+            self._deliver(generation, partial(self.show, parameters, list(samples)))
 
     def _deliver(self, generation: int, follow: Callable[[], None]) -> None:
         def current() -> None:
             if generation == self._generation:
                 follow()
 
-        if _open(self._document):
-            self._document.add_next_tick_callback(current)
-
-
-def _open(document: Document) -> bool:
-    """Whether somebody still looks at the page."""
-    return document.session_context is None or not document.session_context.destroyed
+        if self._watched:
+            self.document.add_next_tick_callback(current)

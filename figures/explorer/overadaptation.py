@@ -8,35 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import (
-    Choice,
-    Line,
-    Map,
-    Mark,
-    Overlay,
-    Page,
-    Plot,
-    Points,
-    Reading,
-    Slider,
-    Table,
-    in_order,
-    least,
-)
+from figures.explorer.page import Choice, Line, Map, Mark, Overlay, Page, Plot, Points, Reading, Slider
+from figures.explorer.tables import Table, Tables, grid, kernel, least, risks_at
 from figures.style import COLOURS
-from linfit import (
-    GradientFlow,
-    MinNorm,
-    Pair,
-    Parabola,
-    Ridge,
-    TwoTaskProblem,
-    aligned_problem,
-    risk_forms,
-    sample_design,
-    spectra,
-)
-from sims.parameters import ALIGNMENT, NOISE, PENALTY, PRETRAIN_RISK, TAU, TIME, N, Parameter
+from linfit import GradientFlow, MinNorm, Ridge, TwoTaskProblem, aligned_problem, risk_forms, sample_design, spectra
+from sims.parameters import ALIGNMENT, NOISE, PENALTY, PRETRAIN_RISK, TAU, TIME, N
 from theory.equivalents import along
 
 PENALTIES = np.logspace(-5, 2, 57)
@@ -66,12 +42,11 @@ class Parameters(NamedTuple):
         "spectrum of Σ", "Eigenvalues of the covariance of the features, the largest 1; the same for both tasks. power "
         "law: j^−decay; exponential: from 1 down to e^(−10·decay); two levels: 1% at 1, the rest at 10^−decay; isotropic: "
         "all 1. Our choice of test bed.", ("power law", "exponential", "two levels", "isotropic"))] = "power law"  # fmt: skip
-    decay: Annotated[float, Slider("spectral decay", Parameter(
-        "how fast the eigenvalues of Σ fall; see spectrum", low=0.0, high=2.0), 0.05)] = 1.0  # fmt: skip
+    decay: Annotated[float, Slider.own(
+        "spectral decay", "how fast the eigenvalues of Σ fall; see spectrum", 0.0, 2.0, 0.05)] = 1.0  # fmt: skip
     alignment: Annotated[float, Slider("alignment of the shift", ALIGNMENT, 0.05, "Ours.")] = -0.5
-    noise_std: Annotated[
-        float, Slider("label noise σ", NOISE, 0.02, f"The risk of the pretrained weights is about 1. {PAPER}")
-    ] = 0.7
+    noise_std: Annotated[float, Slider(
+        "label noise σ", NOISE, 0.02, f"The risk of the pretrained weights is about 1. {PAPER}")] = 0.7  # fmt: skip
     pretrain_risk: Annotated[float, Slider("pretraining error", PRETRAIN_RISK.within(0.0, 0.5), 0.01)] = 0.02
 
 
@@ -80,26 +55,17 @@ _test_bed = jax.jit(aligned_problem)
 
 def _problem(at: Parameters) -> TwoTaskProblem:
     """Σ₁ = Σ₂ = diag(s), largest s = 1."""
-    if at.spectrum == "power law":
-        s = spectra.power_law(at.p, at.decay)
-    elif at.spectrum == "exponential":
-        s = spectra.exponential(at.p, 10 * at.decay / at.p)
-    elif at.spectrum == "two levels":
-        s = spectra.bilevel(at.p, at.p // 100, head=1.0, tail=10.0**-at.decay)
-    else:
-        s = spectra.isotropic(at.p)
+    s = {
+        "power law": lambda: spectra.power_law(at.p, at.decay),
+        "exponential": lambda: spectra.exponential(at.p, 10 * at.decay / at.p),
+        "two levels": lambda: spectra.bilevel(at.p, at.p // 100, head=1.0, tail=10.0**-at.decay),
+        "isotropic": lambda: spectra.isotropic(at.p),
+    }[at.spectrum]()
     return _test_bed(s, alignment=at.alignment, noise_std=at.noise_std, pretrain_risk=at.pretrain_risk)
 
 
-def _risks(parabolas: Pair[Parabola], tau: Array | np.ndarray | float) -> Table:
-    """Both risks at τ, as columns."""
-    return {domain: jnp.ravel(parabola(tau).total) for domain, parabola in parabolas._asdict().items()}
-
-
-@jax.jit
-def _tables(
-    problem: TwoTaskProblem, n: Array, penalty: Array, time: Array, tau: Array, fine_tuner: Array
-) -> dict[str, Table]:
+@kernel
+def _tables(problem: TwoTaskProblem, n: Array, penalty: Array, time: Array, tau: Array, fine_tuner: Array) -> Tables:
     """Risks without sampling a design (docs, D1–D4); `fine_tuner` is an index into FINE_TUNERS."""
     ridges = along(problem, n, Ridge(jnp.concatenate([jnp.stack([0.0, penalty]), PENALTIES])))
     min_norm, ridge, path = (jax.tree.map(itemgetter(part), ridges) for part in (0, 1, slice(2, None)))
@@ -108,38 +74,27 @@ def _tables(
         flow = along(problem, n, GradientFlow(TIMES))
     chosen = jax.tree.map(lambda *leaves: jnp.stack(leaves)[fine_tuner], min_norm, ridge, stopped)
     tuned, best_tau = chosen.finetune(TAUS), chosen.finetune.optimal_tau
-    penalised = {
-        "penalty": PENALTIES,
-        **_risks(path, 1.0),
-        "finetune_at_best_tau": path.finetune.optimal_risk,
-        "best_tau": path.finetune.optimal_tau,
+    at_best_tau = {"finetune_at_best_tau": path.finetune.optimal_risk, "best_tau": path.finetune.optimal_tau}
+    penalised = {"penalty": PENALTIES, **risks_at(1.0, path), **at_best_tau}
+    return {
+        "tau": {"tau": TAUS, "bias": tuned.bias, "variance": tuned.variance, **risks_at(TAUS, chosen)},
+        "min_norm": {"tau": AVERAGES, **risks_at(AVERAGES, min_norm)},
+        "ridge": {"tau": AVERAGES, **risks_at(AVERAGES, ridge)},
+        "penalty": penalised,
+        "time": {"time": TIMES, **risks_at(1.0, flow), "finetune_at_best_tau": flow.finetune.optimal_risk},
+        "surface": {**grid(PENALTIES, TAUS), "finetune": path.finetune(TAUS[:, None]).total.ravel()},
+        "now": {"tau": tau[None], "penalty": penalty[None], "time": time[None], **risks_at(tau, chosen)},
+        "best": {"tau": best_tau[None], **risks_at(best_tau, chosen)},
+        "best_penalty": least(penalised, "finetune"),
+        "best_pair": least(penalised, "finetune_at_best_tau"),
+        "pretrained": risks_at(0.0, chosen),
+        "tuned": risks_at(1.0, chosen),
     }
-    return in_order(
-        {
-            "tau": {"tau": TAUS, "bias": tuned.bias, "variance": tuned.variance, **_risks(chosen, TAUS)},
-            "min_norm": {"tau": AVERAGES, **_risks(min_norm, AVERAGES)},
-            "ridge": {"tau": AVERAGES, **_risks(ridge, AVERAGES)},
-            "penalty": penalised,
-            "time": {"time": TIMES, **_risks(flow, 1.0), "finetune_at_best_tau": flow.finetune.optimal_risk},
-            "surface": {
-                "penalty": np.tile(PENALTIES, TAUS.size),
-                "tau": np.repeat(TAUS, PENALTIES.size),
-                "finetune": path.finetune(TAUS[:, None]).total.ravel(),
-            },
-            "now": {"tau": tau[None], "penalty": penalty[None], "time": time[None], **_risks(chosen, tau)},
-            "best": {"tau": best_tau[None], **_risks(chosen, best_tau)},
-            "best_penalty": least(penalised, "finetune"),
-            "best_pair": least(penalised, "finetune_at_best_tau"),
-            "pretrained": _risks(chosen, 0.0),
-            "tuned": _risks(chosen, 1.0),
-        }
-    )
 
 
-def curves(at: Parameters) -> dict[str, Table]:
+def curves(at: Parameters) -> Tables:
     """Both risks of every filter, predicted without sampling a design (docs, D1–D4)."""
-    chosen = FINE_TUNERS.index(at.fine_tuner)
-    return jax.device_get(_tables(_problem(at), at.n, at.penalty, at.time, at.tau, chosen))
+    return _tables(_problem(at), at.n, at.penalty, at.time, at.tau, FINE_TUNERS.index(at.fine_tuner))
 
 
 def replicate(index: int, at: Parameters) -> Table:
@@ -147,18 +102,15 @@ def replicate(index: int, at: Parameters) -> Table:
     problem = _problem(at)
     filter = (MinNorm(), Ridge(at.penalty), GradientFlow(at.time))[FINE_TUNERS.index(at.fine_tuner)]
     X = sample_design(jax.random.fold_in(jax.random.key(0), index), problem.finetune_covariance, at.n)
-    forms = risk_forms(X, problem)
-    taus = TAUS[::5]
+    forms, taus = risk_forms(X, problem), TAUS[::5]
     finetune, pretrain = forms.map(lambda form: form(filter, taus))
-    return {
-        "tau": taus,
-        "finetune": np.asarray(finetune.total),
-        "bias": np.asarray(finetune.bias),
-        "variance": np.asarray(finetune.variance),
-        "pretrain": np.asarray(pretrain.total),
-        "oracle": np.asarray(forms.finetune.oracle_risk())[None],
-    }
+    columns = {"tau": taus, "finetune": finetune.total, "bias": finetune.bias, "variance": finetune.variance}
+    columns |= {"pretrain": pretrain.total, "oracle": forms.finetune.oracle_risk()[None]}
+    return {name: np.asarray(values) for name, values in columns.items()}
 
+
+TOTAL, BIAS, VARIANCE, PRETRAINED = (COLOURS[name] for name in ("total", "bias", "variance", "pretrained"))
+EARLY, AVERAGE, WHITE = COLOURS["early stopping"], COLOURS["ensemble"], "#ffffff"
 
 PAGE = Page(
     name="overadaptation",
@@ -173,29 +125,19 @@ PAGE = Page(
     curves=curves,
     plots=(
         Plot("risks", "Risk along the ensemble", "ensemble coefficient τ", "excess risk (units of y²)",
-             lines=(Line("tau", "tau", "finetune", "fine-tuning risk", COLOURS["total"]),
-                    Line("tau", "tau", "bias", "bias²", COLOURS["bias"], "dashed"),
-                    Line("tau", "tau", "variance", "variance", COLOURS["variance"], "dotdash"),
-                    Line("tau", "tau", "pretrain", "pretraining risk", COLOURS["pretrained"], "dotted")),
-             marks=(Mark("now", "tau", "finetune", "τ of the slider", COLOURS["total"]),
-                    Mark("best", "tau", "finetune", "best τ*", COLOURS["total"], "star"))),
-        Plot("plane", "Trade-off: forgetting and learning", "pretraining risk (forgetting)", "fine-tuning risk",
-             lines=(Line("min_norm", "pretrain", "finetune", "min-norm, along τ", COLOURS["ensemble"]),
-                    Line("ridge", "pretrain", "finetune", "ridge at λ, along τ", COLOURS["ridge + ensemble"], "dashed"),
-                    Line("penalty", "pretrain", "finetune", "ridge, along λ", COLOURS["ridge"], "dotdash"),
-                    Line("time", "pretrain", "finetune", "early stopping, along t", COLOURS["early stopping"], "dotted")),
-             marks=(Mark("pretrained", "pretrain", "finetune", "pretrained", COLOURS["pretrained"], "square"),
-                    Mark("tuned", "pretrain", "finetune", "fine-tuned", COLOURS["fine-tuned"], "square"),
-                    Mark("now", "pretrain", "finetune", "τ of the slider", COLOURS["total"]),
-                    Mark("best", "pretrain", "finetune", "best τ*", COLOURS["total"], "star"))),
-        Plot("surface", "Fine-tuning risk of ridge over λ and τ", "penalty λ", "ensemble coefficient τ",
-             marks=(Mark("now", "penalty", "tau", "sliders", "#ffffff"),
-                    Mark("best_pair", "penalty", "best_tau", "best pair", "#ffffff", "star")),
-             surface=Map("surface", "penalty", "tau", "finetune", "fine-tuning risk"), x_logarithmic=True),
+             Line.over("tau", "tau", ("finetune", "fine-tuning risk", TOTAL), ("bias", "bias²", BIAS, "dashed"),
+                   ("variance", "variance", VARIANCE, "dotdash"), ("pretrain", "pretraining risk", PRETRAINED, "dotted")),
+             (Mark("now", "tau", "finetune", "τ of the slider", TOTAL), Mark("best", "tau", "finetune", "best τ*", TOTAL, "star"))),
+        Plot.of_risks("plane", "Trade-off: forgetting and learning", (
+            ("min_norm", "min-norm, along τ", AVERAGE), ("ridge", "ridge at λ, along τ", COLOURS["ridge + ensemble"], "dashed"),
+            ("penalty", "ridge, along λ", COLOURS["ridge"], "dotdash"), ("time", "early stopping, along t", EARLY, "dotted"),
+        ), (("pretrained", "pretrained", PRETRAINED, "square"), ("tuned", "fine-tuned", COLOURS["fine-tuned"], "square"),
+            ("now", "τ of the slider", TOTAL), ("best", "best τ*", TOTAL, "star"))),
+        Plot("surface", "Fine-tuning risk of ridge over λ and τ", "penalty λ", "ensemble coefficient τ", (),
+             (Mark("now", "penalty", "tau", "sliders", WHITE), Mark("best_pair", "penalty", "best_tau", "best pair", WHITE, "star")),
+             Map("surface", "penalty", "tau", "finetune", "fine-tuning risk"), x_logarithmic=True),
         Plot("time", "Fine-tuning longer, with and without averaging", "training time t (1/eigenvalue)", "fine-tuning risk",
-             lines=(Line("time", "time", "finetune", "τ = 1", COLOURS["early stopping"]),
-                    Line("time", "time", "finetune_at_best_tau", "best τ at each t", COLOURS["ensemble"], "dashed")),
-             x_logarithmic=True),
+             Line.over("time", "time", ("finetune", "τ = 1", EARLY), ("finetune_at_best_tau", "best τ at each t", AVERAGE, "dashed")), x_logarithmic=True),
     ),
     readings=(
         Reading("best τ*", "Minimises the fine-tuning risk of this fine-tuner; overadaptation is τ* < 1 (docs, O1).", "best", "tau"),
@@ -214,9 +156,7 @@ PAGE = Page(
         "A flat shift: the best ridge needs no averaging": {"alignment": 0.0, "fine_tuner": "ridge"},
     },
     overlay=Overlay("exact risk on 8 sampled designs", replicate, 8, ("tau",),
-                    (Points("risks", "tau", "finetune", "fine-tuning risk, designs", COLOURS["total"]),
-                     Points("risks", "tau", "bias", "bias², designs", COLOURS["bias"]),
-                     Points("risks", "tau", "variance", "variance, designs", COLOURS["variance"]),
-                     Points("risks", "tau", "pretrain", "pretraining risk, designs", COLOURS["pretrained"])),
-                    (("oracle filter", "oracle"),)),
+                    (Points("risks", "tau", "finetune", "fine-tuning risk, designs", TOTAL), Points("risks", "tau", "bias", "bias², designs", BIAS),
+                     Points("risks", "tau", "variance", "variance, designs", VARIANCE),
+                     Points("risks", "tau", "pretrain", "pretraining risk, designs", PRETRAINED)), (("oracle filter", "oracle"),)),
 )  # fmt: skip

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, in_order, least
+from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider
+from figures.explorer.tables import Table, Tables, kernel, least
 from figures.style import COLOURS
-from sims.parameters import Parameter
 from theory.overtraining import fine_tuning, inflection_time, mode_inflection_times, perturbed_loss, singular_values
 
 MODES = 6
@@ -23,30 +23,22 @@ PAPER = "Springer et al., ICML 2025, arXiv 2503.19206"
 class Parameters(NamedTuple):
     """Of the page."""
 
-    time: Annotated[float, Slider("pretraining time t", Parameter(
-        "gradient flow of ½‖W₁W₂ − A‖²; learning rate × steps", low=0.3162, high=1000.0, scale="log",
-        unit="1 / singular value of A"), 0.05, PAPER)] = 31.62  # fmt: skip
-    gamma: Annotated[float, Slider("perturbation γ", Parameter(
-        "standard deviation of Gaussian noise added to every weight", low=0.003162, high=0.5012, scale="log",
-        unit="units of a weight"), 0.05, PAPER)] = 0.1  # fmt: skip
-    rate: Annotated[float, Slider("fine-tuning learning rate", Parameter(
-        "step size of 100 steps of gradient descent on ½‖W₁W₂ − B‖²", low=1e-4, high=0.2512, scale="log",
-        unit="1 / singular value of A"), 0.05, PAPER)] = 0.01  # fmt: skip
-    penalty: Annotated[float, Slider("penalty μ", Parameter(
-        "(μ/2)‖θ − θ_pre‖² during fine-tuning", low=0.0, high=2.0, unit="units of the singular values"), 0.05,
-        f"{PAPER} (regularized fine-tuning)")] = 0.5  # fmt: skip
-    decay: Annotated[float, Slider("spectrum of the target", Parameter(
-        "A has singular values i^−decay, i = 1 … 6: how unequal the features are", low=0.0, high=2.0), 0.05,
-        "Ours.")] = 1.0  # fmt: skip
-    stretch: Annotated[float, Slider("fine-tuning target B / A", Parameter(
-        "B has the features of A, this many times as strong", low=0.2, high=2.0), 0.05,
-        "Above 1 fine-tuning overshoots. Ours.")] = 1.5  # fmt: skip
-    initial: Annotated[float, Slider("initial singular value", Parameter(
-        "balanced, aligned start W₁ = W₂ᵀ with these singular values s₀", low=1e-6, high=0.01, scale="log",
-        unit="units of the singular values"), 0.25, "Ours (docs, §7).")] = 0.001  # fmt: skip
-    size: Annotated[int, Slider("width m = h = k", Parameter(
-        "sides of both layers: more weights, more sensitivity to noise on each", low=6, high=64, scale="whole"), 2,
-        "Ours.")] = 16  # fmt: skip
+    time: Annotated[float, Slider.own("pretraining time t", "gradient flow of ½‖W₁W₂ − A‖²; learning rate × steps", 0.3162, 1000.0,
+        0.05, PAPER, scale="log", unit="1 / singular value of A")] = 31.62  # fmt: skip
+    gamma: Annotated[float, Slider.own("perturbation γ", "standard deviation of Gaussian noise added to every weight", 0.003162, 0.5012,
+        0.05, PAPER, scale="log", unit="units of a weight")] = 0.1  # fmt: skip
+    rate: Annotated[float, Slider.own("fine-tuning learning rate", "step size of 100 steps of gradient descent on ½‖W₁W₂ − B‖²", 1e-4, 0.2512,
+        0.05, PAPER, scale="log", unit="1 / singular value of A")] = 0.01  # fmt: skip
+    penalty: Annotated[float, Slider.own("penalty μ", "(μ/2)‖θ − θ_pre‖² during fine-tuning", 0.0, 2.0,
+        0.05, f"{PAPER} (regularized fine-tuning)", unit="units of the singular values")] = 0.5  # fmt: skip
+    decay: Annotated[float, Slider.own("spectrum of the target", "A has singular values i^−decay, i = 1 … 6: how unequal the features are",
+        0.0, 2.0, 0.05, "Ours.")] = 1.0  # fmt: skip
+    stretch: Annotated[float, Slider.own("fine-tuning target B / A", "B has the features of A, this many times as strong", 0.2, 2.0,
+        0.05, "Above 1 fine-tuning overshoots. Ours.")] = 1.5  # fmt: skip
+    initial: Annotated[float, Slider.own("initial singular value", "balanced, aligned start W₁ = W₂ᵀ with these singular values s₀", 1e-6, 0.01,
+        0.25, "Ours (docs, §7).", scale="log", unit="units of the singular values")] = 0.001  # fmt: skip
+    size: Annotated[int, Slider.own("width m = h = k", "sides of both layers: more weights, more sensitivity to noise on each", 6, 64,
+        2, "Ours.", scale="whole")] = 16  # fmt: skip
 
 
 def _target(at: Parameters) -> Array:
@@ -59,9 +51,12 @@ def _modes(values: Array) -> Table:
     return {f"mode_{i + 1}": values[:, i] for i in range(MODES)}
 
 
-@jax.jit
-def _tables(at: Parameters) -> dict[str, Table]:
-    """The slider comes first among times and among γ."""
+@kernel
+def curves(at: Parameters) -> Tables:
+    """Singular values, perturbed loss and losses after fine-tuning along pretraining, in closed form (docs, N1–N4).
+
+    The slider comes first among times and among γ.
+    """
     a, shape = _target(at), (at.size, at.size, at.size)
     times, gammas = jnp.append(at.time, TIMES), jnp.append(at.gamma, GAMMAS)
     turn = inflection_time(at.initial, a, gammas, shape)
@@ -86,26 +81,19 @@ def _tables(at: Parameters) -> dict[str, Table]:
         "degradation": losses.degradation[0],
     }
     along_path = {name: values[1:] for name, values in over_time.items()}
-    return in_order(
-        {
-            "time": along_path,
-            "gamma": {"gamma": GAMMAS, **{name: values[1:] for name, values in turns.items()}},
-            "now": {name: values[:1] for name, values in over_time.items()},
-            "turn": {
-                "time": turn[:1],
-                "perturbed_time": turning,
-                "perturbed": perturbed.total[:1],
-                "gamma": gammas[:1],
-                "shown": turns["all"][:1],
-            },
-            "least_after": least(along_path, "pretrain_after"),
-        }
-    )
-
-
-def curves(at: Parameters) -> dict[str, Table]:
-    """Singular values, perturbed loss and losses after fine-tuning along pretraining, in closed form (docs, N1–N4)."""
-    return jax.device_get(_tables(at))
+    return {
+        "time": along_path,
+        "gamma": {"gamma": GAMMAS, **{name: values[1:] for name, values in turns.items()}},
+        "now": {name: values[:1] for name, values in over_time.items()},
+        "turn": {
+            "time": turn[:1],
+            "perturbed_time": turning,
+            "perturbed": perturbed.total[:1],
+            "gamma": gammas[:1],
+            "shown": turns["all"][:1],
+        },
+        "least_after": least(along_path, "pretrain_after"),
+    }
 
 
 def replicate(index: int, at: Parameters) -> Table:
@@ -122,6 +110,7 @@ def replicate(index: int, at: Parameters) -> Table:
 
 
 SHADES = ("#D55E00", "#E69F00", "#009E73", "#56B4E9", "#0072B2", "#CC79A7")
+TOTAL, PRETRAINED, TUNED, VARIANCE = (COLOURS[name] for name in ("total", "pretrained", "fine-tuned", "variance"))
 
 PAGE = Page(
     name="overtraining",
@@ -136,26 +125,24 @@ PAGE = Page(
     curves=curves,
     plots=(
         Plot("modes", "Features are learned one after another", "pretraining time t", "singular value of W₁W₂",
-             lines=tuple(Line("time", "time", f"mode_{i + 1}", f"feature {i + 1}", SHADES[i], ("solid", "dashed")[i % 2]) for i in range(MODES)),
-             marks=(Mark("now", "time", "mode_1", "t of the slider", SHADES[0]),), x_logarithmic=True),
+             Line.over("time", "time", *((f"mode_{i + 1}", f"feature {i + 1}", SHADES[i], ("solid", "dashed")[i % 2]) for i in range(MODES))),
+             (Mark("now", "time", "mode_1", "t of the slider", SHADES[0]),), x_logarithmic=True),
         Plot("perturbed", "The loss under perturbation turns", "pretraining time t", "pretraining loss ½‖W − A‖²",
-             lines=(Line("time", "time", "perturbed", "perturbed by γ", COLOURS["total"]),
-                    Line("time", "time", "loss", "not perturbed", COLOURS["pretrained"], "dotted"),
-                    Line("time", "time", "sensitivity", "sensitivity (difference)", COLOURS["variance"], "dashed")),
-             marks=(Mark("now", "time", "perturbed", "t of the slider", COLOURS["total"]),
-                    Mark("turn", "perturbed_time", "perturbed", "inflection", COLOURS["total"], "inverted_triangle")), x_logarithmic=True),
+             Line.over("time", "time", ("perturbed", "perturbed by γ", TOTAL), ("loss", "not perturbed", PRETRAINED, "dotted"),
+                   ("sensitivity", "sensitivity (difference)", VARIANCE, "dashed")),
+             (Mark("now", "time", "perturbed", "t of the slider", TOTAL),
+              Mark("turn", "perturbed_time", "perturbed", "inflection", TOTAL, "inverted_triangle")), x_logarithmic=True),
         Plot("finetuned", "After fine-tuning each checkpoint", "pretraining time t", "loss after fine-tuning",
-             lines=(Line("time", "time", "pretrain_after", "pretraining loss", COLOURS["fine-tuned"]),
-                    Line("time", "time", "finetune_after", "fine-tuning loss", COLOURS["ridge"], "dashed"),
-                    Line("time", "time", "pretrain_after_unpenalised", "pretraining loss, μ = 0", COLOURS["variance"], "dotdash"),
-                    Line("time", "time", "finetune_after_unpenalised", "fine-tuning loss, μ = 0", COLOURS["ridge + ensemble"], "dotted"),
-                    Line("time", "time", "pretrain_before", "pretraining loss before", "#777777", "dotted")),
-             marks=(Mark("now", "time", "pretrain_after", "t of the slider", COLOURS["fine-tuned"]),
-                    Mark("least_after", "time", "pretrain_after", "least", COLOURS["fine-tuned"], "inverted_triangle")), x_logarithmic=True),
+             Line.over("time", "time", ("pretrain_after", "pretraining loss", TUNED), ("finetune_after", "fine-tuning loss", COLOURS["ridge"], "dashed"),
+                   ("pretrain_after_unpenalised", "pretraining loss, μ = 0", VARIANCE, "dotdash"),
+                   ("finetune_after_unpenalised", "fine-tuning loss, μ = 0", COLOURS["ridge + ensemble"], "dotted"),
+                   ("pretrain_before", "pretraining loss before", "#777777", "dotted")),
+             (Mark("now", "time", "pretrain_after", "t of the slider", TUNED),
+              Mark("least_after", "time", "pretrain_after", "least", TUNED, "inverted_triangle")), x_logarithmic=True),
         Plot("inflection", "When more pretraining starts to hurt", "perturbation γ", "inflection time",
-             lines=(Line("gamma", "gamma", "all", "all features", COLOURS["pretrained"]),
-                    *(Line("gamma", "gamma", f"mode_{i + 1}", f"feature {i + 1} alone", SHADES[i], "dashed") for i in range(0, MODES, 2))),
-             marks=(Mark("turn", "gamma", "shown", "γ of the slider", COLOURS["pretrained"]),), x_logarithmic=True, y_logarithmic=True),
+             Line.over("gamma", "gamma", ("all", "all features", PRETRAINED),
+                   *((f"mode_{i + 1}", f"feature {i + 1} alone", SHADES[i], "dashed") for i in range(0, MODES, 2))),
+             (Mark("turn", "gamma", "shown", "γ of the slider", PRETRAINED),), x_logarithmic=True, y_logarithmic=True),
     ),
     readings=(
         Reading("inflection time", "Pretraining time of least perturbed loss (docs, N3); finite as soon as γ > 0.", "turn", "time"),
@@ -170,5 +157,5 @@ PAGE = Page(
         "A task that shrinks the features: no turn": {"stretch": 0.5},
     },
     overlay=Overlay("8 × 32 random perturbations", replicate, 8, ("time",),
-                    (Points("perturbed", "time", "perturbed", "perturbed, measured", COLOURS["total"]),)),
+                    (Points("perturbed", "time", "perturbed", "perturbed, measured", TOTAL),)),
 )  # fmt: skip

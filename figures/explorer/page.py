@@ -6,22 +6,16 @@ draw on these tables and on nothing else, so that they cannot disagree.
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, Self, get_type_hints
 
-import jax.numpy as jnp
-import numpy as np
-
+from figures.explorer.tables import Table, Tables
 from sims.parameters import Parameter
-
-__all__ = ["Choice", "Line", "Map", "Mark", "Overlay", "Page", "Plot", "Points", "Reading", "Slider", "Table"]
 
 Values = dict[str, float | int | str]
 """Parameters by name, as links and widgets carry them."""
-Table = dict[str, Any]
-"""Columns (rows,) by name: numpy arrays; inside a kernel, traced ones too."""
+Items = Sequence[tuple[str, ...]]
 
 
 class Slider(NamedTuple):
@@ -29,12 +23,17 @@ class Slider(NamedTuple):
 
     label: str
     parameter: Parameter
-    """What it means, its unit, range and scale; the default of a page is that of its own parameters."""
+    """For its meaning, unit, range and scale; the default of a page is that of its own parameters."""
     step: float
     source: str = ""
     """Where it comes from, and what else there is to say."""
     name: str = ""
     value: float = 0.0
+
+    @classmethod
+    def own(cls, label: str, help: str, low: float, high: float, step: float, source: str = "", **kind: Any) -> Self:
+        """Of a parameter that only its page has; `kind` is its scale and its unit."""
+        return cls(label, Parameter(help, low=low, high=high, **kind), step, source)
 
     @property
     def logarithmic(self) -> bool:
@@ -57,8 +56,7 @@ class Slider(NamedTuple):
     @property
     def help(self) -> str:
         """What the symbol means, its unit, and where it comes from."""
-        meaning = self.parameter.help
-        unit = "no unit" if self.parameter.unit == "1" else self.parameter.unit
+        meaning, unit = self.parameter.help, "no unit" if self.parameter.unit == "1" else self.parameter.unit
         return f"{meaning[:1].upper()}{meaning[1:]} ({unit}). {self.source}".strip()
 
     def value_at(self, position: float) -> float | int:
@@ -91,13 +89,12 @@ class Slider(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One of a few values, words or numbers."""
+    """One of a few values, words or numbers: a list of them or, if `sliding`, a slider over them."""
 
     label: str
     help: str
     options: tuple
     sliding: bool = False
-    """Whether it is a slider over the options rather than a list of them."""
     name: str = ""
     value: str | int | float = 0
 
@@ -131,7 +128,7 @@ def _controls_of(parameters: type) -> tuple[Slider | Choice, ...]:
 
 
 class Line(NamedTuple):
-    """A curve y over x, two columns of one table."""
+    """A curve y over x, two columns of one table; without a label it is not in the legend."""
 
     table: str
     x: str
@@ -139,6 +136,11 @@ class Line(NamedTuple):
     label: str
     colour: str
     dash: str = "solid"
+
+    @classmethod
+    def over(cls, table: str, x: str, *curves: tuple[str, ...]) -> "tuple[Line, ...]":
+        """Curves of one table over the same x, each as (y, label, colour) or (y, label, colour, dash)."""
+        return tuple(cls(table, x, *curve) for curve in curves)
 
 
 class Mark(NamedTuple):
@@ -163,7 +165,7 @@ class Map(NamedTuple):
 
 
 class Points(NamedTuple):
-    """Points with error bars from the finite-sample overlay, drawn in a plot: x and y ± y_error, or x ± x_error and y."""
+    """Points of the finite-sample overlay in a plot, with error bars of y or, if `sideways`, of x."""
 
     plot: str
     x: str
@@ -171,7 +173,6 @@ class Points(NamedTuple):
     label: str
     colour: str
     sideways: bool = False
-    """Whether it is x that was measured."""
 
     @property
     def measured(self) -> str:
@@ -180,7 +181,7 @@ class Points(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """One pair of axes."""
+    """One pair of axes; `y_names` are words for y = 1, 2, …, from below."""
 
     name: str
     title: str
@@ -192,11 +193,17 @@ class Plot(NamedTuple):
     x_logarithmic: bool = False
     y_logarithmic: bool = False
     y_names: tuple[str, ...] = ()
-    """Words for y = 1, 2, …, from below."""
+
+    @classmethod
+    def of_risks(cls, name: str, title: str, lines: Items, marks: Items) -> "Plot":
+        """In the plane of both risks; lines and marks are (table, label, colour) and perhaps a dash or a marker."""
+        labels, place = ("pretraining risk (forgetting)", "fine-tuning risk"), ("pretrain", "finetune")
+        drawn = tuple(Line(table, *place, *style) for table, *style in lines)
+        return cls(name, title, *labels, drawn, tuple(Mark(table, *place, *style) for table, *style in marks))
 
     @property
     def items(self) -> tuple[Line | Mark, ...]:
-        """Curves and marks: all that is drawn from two columns of a table."""
+        """All that is drawn from two columns of a table."""
         return (*self.lines, *self.marks)
 
 
@@ -212,16 +219,16 @@ class Reading(NamedTuple):
 class Overlay(NamedTuple):
     """A finite-sample experiment, repeated: replicate(index, parameters) → {column: array}.
 
-    Columns are averaged over replicates; those in `axes` are the same in all of them.
+    Columns are averaged over replicates; those in `axes` are the same in all of them. `readings` are (label, column) of
+    averages to be read as numbers. A page without an overlay has one of no replicates.
     """
 
-    label: str
-    replicate: Callable[[int, Any], Table]
-    replicates: int
-    axes: tuple[str, ...]
-    points: tuple[Points, ...]
+    label: str = ""
+    replicate: Callable[..., Table] = dict
+    replicates: int = 0
+    axes: tuple[str, ...] = ()
+    points: tuple[Points, ...] = ()
     readings: tuple[tuple[str, str], ...] = ()
-    """(label, column) of averages to be read as numbers."""
 
 
 class Page(NamedTuple):
@@ -229,7 +236,7 @@ class Page(NamedTuple):
 
     >>> from typing import Annotated, NamedTuple
     >>> import numpy as np
-    >>> from figures.explorer.page import Line, Page, Plot, Slider, Table
+    >>> from figures.explorer.page import Page, Slider
     >>> from sims.parameters import TAU
     >>> class Parameters(NamedTuple):
     ...     tau: Annotated[float, Slider("ensemble coefficient τ", TAU, step=0.02)] = 0.6
@@ -240,7 +247,7 @@ class Page(NamedTuple):
 
     name: str
     title: str
-    curves: Callable[..., dict[str, Table]]
+    curves: Callable[..., Tables]
     plots: tuple[Plot, ...]
     parameters: type = dict
     """A NamedTuple with a control and a default for each field: what `curves` and `overlay.replicate` take."""
@@ -252,7 +259,7 @@ class Page(NamedTuple):
     readings: tuple[Reading, ...] = ()
     suggestions: Mapping[str, Values] = {}
     """Things to try: buttons that set some parameters."""
-    overlay: Overlay | None = None
+    overlay: Overlay = Overlay()
     data: Any = None
     """Handed to `curves` as its first argument, where a page shows a user's own."""
     data_source: str = ""
@@ -267,39 +274,16 @@ class Page(NamedTuple):
         """The parameters of the first screen."""
         return {control.name: control.value for control in self.controls}
 
-    def compute(self, values: Values) -> dict[str, Table]:
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables that are plotted as curves and marks."""
+        return list(dict.fromkeys(item.table for plot in self.plots for item in plot.items))
+
+    def compute(self, values: Values) -> Tables:
         """The tables at these parameters."""
         parameters = self.parameters(**values)
         return self.curves(parameters) if self.data is None else self.curves(self.data, parameters)
 
     def replicate(self, index: int, values: Values) -> Table:
         """One replicate of the overlay at these parameters."""
-        assert self.overlay is not None
         return self.overlay.replicate(index, self.parameters(**values))
-
-
-def in_order(tables: Mapping[str, Table]) -> dict[str, Table]:
-    """The same tables for a kernel to return: JAX sorts the names of a plain dict."""
-    return OrderedDict((name, OrderedDict(table)) for name, table in tables.items())
-
-
-def least(table: Table, column: str) -> Table:
-    """The row of a table where the column is least; also of traced numbers."""
-    row = jnp.argmin(table[column])
-    return {name: jnp.take(values, row)[None] for name, values in table.items()}
-
-
-def average(samples: list[Table], axes: tuple[str, ...]) -> Table:
-    """Mean and standard error (column, column_error) over replicates; columns in `axes` as they are.
-
-    >>> import numpy as np
-    >>> from figures.explorer.page import average
-    >>> average([{"x": np.array([1.0]), "y": np.array([1.0])}, {"x": np.array([1.0]), "y": np.array([3.0])}], ("x",))
-    {'x': array([1.]), 'y': array([2.]), 'y_error': array([1.])}
-    """
-    table = {name: samples[0][name] for name in axes}
-    for name in samples[0].keys() - set(axes):
-        values = np.stack([sample[name] for sample in samples])
-        table[name] = values.mean(axis=0)
-        table[f"{name}_error"] = values.std(axis=0, ddof=1) / len(samples) ** 0.5
-    return table

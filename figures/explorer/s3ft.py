@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider, Table, in_order
+from figures.explorer.page import Line, Mark, Overlay, Page, Plot, Points, Reading, Slider
+from figures.explorer.tables import Table, Tables, kernel
 from figures.style import COLOURS
 from linfit import MinNorm, sample_design
 from sims.parameters import NOISE, RISK, N, Parameter
@@ -17,6 +18,7 @@ from theory.s3ft import SUPERVISED, Procedure, VectorProblem, coefficients, cond
 TOLERANCES = np.linspace(0, 6, 61)
 TAUS = np.linspace(0, 1, 51)
 CONTENT = 2
+MEASURED = ("content_risk", "style_drift", "forgetting")
 PAPER = "Gupta et al., NAACL Findings 2025, arXiv 2502.08130"
 ERROR = Parameter("probability; the error rate of the judge", low=0.0, high=1.0)
 
@@ -24,24 +26,19 @@ ERROR = Parameter("probability; the error rate of the judge", low=0.0, high=1.0)
 class Parameters(NamedTuple):
     """Of the page."""
 
-    tolerance: Annotated[float, Slider("judge's tolerance c", Parameter(
-        "an answer is right if its content misses gold by at most c", low=0.0, high=6.0, unit="units of y"), 0.1,
-        f"The judge is {PAPER}'s; the distance is ours.")] = 1.0  # fmt: skip
+    tolerance: Annotated[float, Slider.own("judge's tolerance c", "an answer is right if its content misses gold by at most c", 0.0, 6.0,
+        0.1, f"The judge is {PAPER}'s; the distance is ours.", unit="units of y")] = 1.0  # fmt: skip
     false_accept: Annotated[float, Slider("judge accepts wrong answers", ERROR, 0.02, "Ours.")] = 0.0
     false_reject: Annotated[float, Slider("judge rejects right answers", ERROR, 0.02, "Ours.")] = 0.0
-    paraphrase: Annotated[float, Slider("paraphrase succeeds", Parameter(
-        "probability that the model can reword a gold answer it did not find", low=0.0, high=1.0), 0.02,
-        f"{PAPER} (method); the probability is ours.")] = 0.8  # fmt: skip
-    style_dimension: Annotated[int, Slider("style dimension", Parameter(
-        "outputs that do not count for correctness; two others do", low=0, high=16, scale="whole"), 1,
-        "Ours.")] = 4  # fmt: skip
-    style_signal: Annotated[float, Slider("style shift", Parameter(
-        "how far gold's style is from the model's, in every style output; content has 1", low=0.0, high=4.0, unit=RISK),
-        0.1, "Ours.")] = 1.0  # fmt: skip
+    paraphrase: Annotated[float, Slider.own("paraphrase succeeds", "probability that the model can reword a gold answer it did not find",
+        0.0, 1.0, 0.02, f"{PAPER} (method); the probability is ours.")] = 0.8  # fmt: skip
+    style_dimension: Annotated[int, Slider.own("style dimension", "outputs that do not count for correctness; two others do",
+        0, 16, 1, "Ours.", scale="whole")] = 4  # fmt: skip
+    style_signal: Annotated[float, Slider.own("style shift", "how far gold's style is from the model's, in every style output; content has 1",
+        0.0, 4.0, 0.1, "Ours.", unit=RISK)] = 1.0  # fmt: skip
     noise_std: Annotated[float, Slider("label noise σ", NOISE, 0.02, "On gold's content.")] = 0.7
-    sampling_std: Annotated[float, Slider("answer spread s", Parameter(
-        "standard deviation of own answers around the prediction (temperature)", low=0.0, high=2.0, unit="units of y"),
-        0.05, "Ours.")] = 0.0  # fmt: skip
+    sampling_std: Annotated[float, Slider.own("answer spread s", "standard deviation of own answers around the prediction (temperature)",
+        0.0, 2.0, 0.05, "Ours.", unit="units of y")] = 0.0  # fmt: skip
     n: Annotated[int, Slider("samples n (overlay only)", N.within(50, 2000), 50,
         "Of each design of the overlay; the curves have unlimited data.")] = 300  # fmt: skip
 
@@ -57,8 +54,8 @@ def _procedure(at: Parameters, tolerances: Array | np.ndarray) -> Procedure:
     return Procedure(tolerances, at.paraphrase, at.false_accept, at.false_reject, at.sampling_std)
 
 
-@partial(jax.jit, static_argnames="style_dimension")
-def _tables(at: Parameters, style_dimension: int) -> dict[str, Table]:
+@partial(kernel, static=(1,))
+def _tables(at: Parameters, style_dimension: int) -> Tables:
     """The tolerance of the slider comes first."""
     tolerances = jnp.append(at.tolerance, TOLERANCES)
     problem, procedure = _problem(at, style_dimension), _procedure(at, tolerances)
@@ -68,33 +65,23 @@ def _tables(at: Parameters, style_dimension: int) -> dict[str, Table]:
         "tolerance": tolerances,
         **outcome.shares._asdict(),
         **coefficients(procedure, CONTENT, (1 + at.noise_std**2) ** 0.5)._asdict(),
-        "content_risk": outcome.content_risk,
-        "style_drift": outcome.style_drift,
-        "forgetting": outcome.forgetting,
+        **{name: getattr(outcome, name) for name in MEASURED},
         "content_risk_without": without.content_risk,
         "forgetting_without": without.forgetting,
     }
-    return in_order(
-        {
-            "tolerance": {name: values[1:] for name, values in columns.items()},
-            "now": {name: values[:1] for name, values in columns.items()},
-            "averaging": {
-                "tau": TAUS,
-                "content_risk": CONTENT * (1 - TAUS) ** 2,
-                "forgetting": TAUS**2 * supervised.forgetting,
-            },
-            "supervised": {
-                "tolerance": TOLERANCES[[0, -1]],
-                "forgetting": jnp.full(2, supervised.forgetting),
-                "content_risk": jnp.full(2, supervised.content_risk),
-            },
-        }
-    )
+    averaging = {"content_risk": CONTENT * (1 - TAUS) ** 2, "forgetting": TAUS**2 * supervised.forgetting}
+    flat = {name: jnp.full(2, getattr(supervised, name)) for name in ("forgetting", "content_risk")}
+    return {
+        "tolerance": {name: values[1:] for name, values in columns.items()},
+        "now": {name: values[:1] for name, values in columns.items()},
+        "averaging": {"tau": TAUS, **averaging},
+        "supervised": {"tolerance": TOLERANCES[[0, -1]], **flat},
+    }
 
 
-def curves(at: Parameters) -> dict[str, Table]:
+def curves(at: Parameters) -> Tables:
     """Shares, coefficients and risks with unlimited data (docs, T2; ours)."""
-    return jax.device_get(_tables(at, at.style_dimension))
+    return _tables(at, at.style_dimension)
 
 
 def replicate(index: int, at: Parameters) -> Table:
@@ -102,14 +89,13 @@ def replicate(index: int, at: Parameters) -> Table:
     problem, tolerances = _problem(at, at.style_dimension), TOLERANCES[::5]
     X = sample_design(jax.random.fold_in(jax.random.key(0), index), problem.finetune_covariance, at.n)
     outcome = conditional(X, problem, _procedure(at, tolerances), MinNorm())
-    columns = {name: getattr(outcome, name) for name in ("content_risk", "forgetting", "style_drift")}
-    return {
-        "tolerance": tolerances,
-        **{name: np.asarray(values) for name, values in {**outcome.shares._asdict(), **columns}.items()},
-    }
+    columns = {**outcome.shares._asdict(), **{name: getattr(outcome, name) for name in MEASURED}}
+    return {"tolerance": tolerances, **{name: np.asarray(values) for name, values in columns.items()}}
 
 
-OWN, REWORDED, GOLD = COLOURS["early stopping"], COLOURS["variance"], COLOURS["fine-tuned"]
+OWN, STYLE, GOLD, PRETRAINED, RIDGE = (
+    COLOURS[name] for name in ("early stopping", "variance", "fine-tuned", "pretrained", "ridge")
+)
 
 PAGE = Page(
     name="s3ft",
@@ -124,23 +110,20 @@ PAGE = Page(
     curves=curves,
     plots=(
         Plot("trade", "Trade-off: forgetting and task risk", "pretraining risk (forgetting)", "content risk (the task)",
-             lines=(Line("tolerance", "forgetting", "content_risk", "S3FT, along c", COLOURS["ridge"]),
-                    Line("tolerance", "forgetting_without", "content_risk_without", "without paraphrase", COLOURS["ridge + ensemble"], "dashed"),
-                    Line("averaging", "forgetting", "content_risk", "SFT + averaging, along τ", COLOURS["ensemble"], "dotdash")),
-             marks=(Mark("now", "forgetting", "content_risk", "c of the slider", COLOURS["ridge"]),
-                    Mark("supervised", "forgetting", "content_risk", "SFT", COLOURS["fine-tuned"], "square"))),
+             (Line("tolerance", "forgetting", "content_risk", "S3FT, along c", RIDGE),
+              Line("tolerance", "forgetting_without", "content_risk_without", "without paraphrase", COLOURS["ridge + ensemble"], "dashed"),
+              Line("averaging", "forgetting", "content_risk", "SFT + averaging, along τ", COLOURS["ensemble"], "dotdash")),
+             (Mark("now", "forgetting", "content_risk", "c of the slider", RIDGE), Mark("supervised", "forgetting", "content_risk", "SFT", GOLD, "square"))),
         Plot("shares", "Where targets come from", "judge's tolerance c", "share of targets",
-             lines=(Line("tolerance", "tolerance", "own", "own answer", OWN), Line("tolerance", "tolerance", "paraphrase", "paraphrase", REWORDED, "dashed"),
-                    Line("tolerance", "tolerance", "gold", "gold answer", GOLD, "dotdash")),
-             marks=(Mark("now", "tolerance", "own", "c of the slider", OWN),)),
+             Line.over("tolerance", "tolerance", ("own", "own answer", OWN), ("paraphrase", "paraphrase", STYLE, "dashed"), ("gold", "gold answer", GOLD, "dotdash")),
+             (Mark("now", "tolerance", "own", "c of the slider", OWN),)),
         Plot("risks", "Risks along the tolerance", "judge's tolerance c", "risk (units of y²)",
-             lines=(Line("tolerance", "tolerance", "forgetting", "forgetting", COLOURS["pretrained"]), Line("tolerance", "tolerance", "content_risk", "content risk", COLOURS["fine-tuned"], "dashed"),
-                    Line("tolerance", "tolerance", "style_drift", "style drift", COLOURS["variance"], "dotdash"),
-                    Line("supervised", "tolerance", "forgetting", "forgetting of SFT", "#777777", "dotted")),
-             marks=(Mark("now", "tolerance", "forgetting", "c of the slider", COLOURS["pretrained"]),)),
+             (*Line.over("tolerance", "tolerance", ("forgetting", "forgetting", PRETRAINED), ("content_risk", "content risk", GOLD, "dashed"),
+                         ("style_drift", "style drift", STYLE, "dotdash")), Line("supervised", "tolerance", "forgetting", "forgetting of SFT", "#777777", "dotted")),
+             (Mark("now", "tolerance", "forgetting", "c of the slider", PRETRAINED),)),
         Plot("coefficients", "Two averages: τ of content, τ of style", "judge's tolerance c", "equivalent τ",
-             lines=(Line("tolerance", "tolerance", "content", "content", COLOURS["fine-tuned"]), Line("tolerance", "tolerance", "style", "style", COLOURS["variance"], "dashed")),
-             marks=(Mark("now", "tolerance", "content", "c of the slider", COLOURS["fine-tuned"]), Mark("now", "tolerance", "style", "c of the slider (style)", COLOURS["variance"]))),
+             Line.over("tolerance", "tolerance", ("content", "content", GOLD), ("style", "style", STYLE, "dashed")),
+             (Mark("now", "tolerance", "content", "c of the slider", GOLD), Mark("now", "tolerance", "style", "c of the slider (style)", STYLE))),
     ),
     readings=(
         Reading("own", "Share of own answers.", "now", "own"),
@@ -159,5 +142,5 @@ PAGE = Page(
     },
     overlay=Overlay("exact risk on 8 sampled designs", replicate, 8, ("tolerance",),
                     (Points("shares", "tolerance", "own", "own answer, designs", OWN), Points("shares", "tolerance", "gold", "gold answer, designs", GOLD),
-                     Points("risks", "tolerance", "forgetting", "forgetting, designs", COLOURS["pretrained"]), Points("risks", "tolerance", "content_risk", "content risk, designs", COLOURS["fine-tuned"]))),
+                     Points("risks", "tolerance", "forgetting", "forgetting, designs", PRETRAINED), Points("risks", "tolerance", "content_risk", "content risk, designs", GOLD))),
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from figures.explorer.page import Page, Values, average
+from figures.explorer.page import Page, Values
+from figures.explorer.tables import average
 
 
 def script(page: Page, values: Values, *, simulated: bool = False) -> str:
@@ -10,31 +11,21 @@ def script(page: Page, values: Values, *, simulated: bool = False) -> str:
 
     Running it leaves `tables` as `page.compute(values)` returns it, with the overlay as tables["simulated"].
     """
-    overlay = page.overlay if simulated else None
-    imported: list[Callable] = [page.curves]
-    if page.parameters is not dict:
-        imported.append(page.parameters)
-    if overlay is not None:
-        imported += [overlay.replicate, average]
+    overlay = page.overlay
+    imported: list[Callable] = [page.curves, page.parameters, *([overlay.replicate, average] if simulated else [])]
     rows = "".join(f"    {name}={value!r},\n" for name, value in values.items())
     parts = [
         f'"""linfit explore: {page.title}. Every number of the page, recomputed; needs linfit[explore].\n\n'
         "Keep it away from files of yours that are called figures.py, sims.py, theory.py or linfit.py: Python would import those.\n"
         '"""',
         'import jax\n\njax.config.update("jax_enable_x64", True)',
-        "\n".join(f"from {function.__module__} import {function.__name__}" for function in imported),
+        "\n".join(f"from {each.__module__} import {each.__name__}" for each in imported if each is not dict),
         f"parameters = {page.parameters.__name__}(\n{rows})",
+        *([page.data_source] if page.data_source else []),
+        f"tables = curves({'' if page.data is None else 'data, '}parameters)",
     ]
-    if page.data is None:
-        parts.append("tables = curves(parameters)")
-    else:
-        parts += [page.data_source, "tables = curves(data, parameters)"]
-    if overlay is not None:
-        parts += [
-            f"samples = [{overlay.replicate.__name__}(index, parameters) for index in range({overlay.replicates})]",
-            f'tables["simulated"] = average(samples, {overlay.axes!r})',
-        ]
-    parts.append(
-        "for table, columns in tables.items():\n    print(table, {name: values[:3] for name, values in columns.items()})"
-    )
-    return "\n\n".join(parts) + "\n"
+    if simulated:
+        samples = f"[{overlay.replicate.__name__}(index, parameters) for index in range({overlay.replicates})]"
+        parts += [f"samples = {samples}", f'tables["simulated"] = average(samples, {overlay.axes!r})']
+    show = "for table, columns in tables.items():\n    print(table, {name: values[:3] for name, values in columns.items()})"
+    return "\n\n".join([*parts, show]) + "\n"

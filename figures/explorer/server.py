@@ -41,17 +41,15 @@ def serve(
             "machine's processor and send files to it; there is no password.",
             file=sys.stderr,
         )
-    port = port or free_port(address)
+    if port == 0:
+        with socket.create_server((address, 0)) as listener:
+            port = int(listener.getsockname()[1])
+    allowed = [host if ":" in host else f"{host}:{port}" for host in [*hosts, *origins]]
+    limits = {"allow_websocket_origin": allowed, "websocket_max_message_size": MESSAGE_LIMIT}
     application = Application(FunctionHandler(app(tabs=shown, keep_address=True)))
-    server = Server(
-        {"/": application},
-        address=address,
-        port=port,
-        allow_websocket_origin=[host if ":" in host else f"{host}:{port}" for host in [*hosts, *origins]],
-        websocket_max_message_size=MESSAGE_LIMIT,
-    )
+    server = Server({"/": application}, address=address, port=port, **limits)
     sys.setswitchinterval(SWITCH_INTERVAL)
-    warm_up(shown)
+    threading.Thread(target=_compile, args=[shown], name="warming up", daemon=True).start()
     return server
 
 
@@ -68,12 +66,6 @@ def run(store: Path | None, address: str, port: int, origins: Sequence[str], sho
     server.io_loop.start()
 
 
-def free_port(address: str) -> int:
-    """A port nobody listens on."""
-    with socket.create_server((address, 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def is_loopback(address: str) -> bool:
     """Whether only this machine can connect to the address."""
     if address == "localhost":
@@ -84,14 +76,8 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def warm_up(shown: Sequence[Page]) -> threading.Thread:
-    """Compile the kernels of every page at its first parameters, in the background."""
-
-    def compile_all() -> None:
-        start = time.perf_counter()
-        list(CURVES.map(lambda page: page.compute(page.defaults()), shown))
-        print(f"linfit explore: ready after {time.perf_counter() - start:.0f} s of compiling", flush=True)
-
-    thread = threading.Thread(target=compile_all, name="warming up", daemon=True)
-    thread.start()
-    return thread
+def _compile(shown: Sequence[Page]) -> None:
+    """The kernels of every page at its first parameters."""
+    start = time.perf_counter()
+    list(CURVES.map(lambda page: page.compute(page.defaults()), shown))
+    print(f"linfit explore: ready after {time.perf_counter() - start:.0f} s of compiling", flush=True)

@@ -1,18 +1,17 @@
 """One visitor: tabs built when they are first opened, and a link that always says where they are."""
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from urllib.parse import urlencode
 
+from bokeh import models
 from bokeh.document import Document
-from bokeh.models import Column, ColumnDataSource, CustomJS, TabPanel, Tabs
 from jinja2 import Template
 
 from figures.explorer.page import Page
 from figures.explorer.upload import UploadView
 from figures.explorer.view import PageView
-from figures.explorer.widgets import text
+from figures.explorer.widgets import stacked, text, warn
 
 MODULES = ("overadaptation", "overtraining", "flow", "s3ft", "compare")
 
@@ -23,6 +22,11 @@ TEMPLATE = Template("""{% extends base %}
 {% block preamble %}<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body { max-width: 1500px; margin: 0 auto !important; padding: 6px 12px; height: auto !important; }</style>{% endblock %}
 """)
+
+HEADER = (
+    "<b style='font-size:19px'>linfit explore</b> &nbsp;theory of fine-tuning in linear models: move a slider, "
+    "the curves follow."
+)
 
 DEBOUNCE = 250
 """Milliseconds between the last movement and the change of the address."""
@@ -55,10 +59,8 @@ def app(
     def visit(document: Document) -> None:
         Session(document, shown, given, keep_address)
 
-    if given:
-        complaints = Session(Document(), shown, given, False).complaints
-        if complaints:
-            raise ValueError("; ".join(complaints))
+    if given and (complaints := Session(Document(), shown, given, False).complaints):
+        raise ValueError("; ".join(complaints))
     return visit
 
 
@@ -75,20 +77,15 @@ class Session:
             arguments = document.session_context.request.arguments
             state |= {name: values[-1].decode("utf-8", "replace") for name, values in arguments.items()}
 
-        self._address = ColumnDataSource({"query": [""]}, name="address")
-        self._message = text(name="message", visible=False)
-        header = text(
-            "<b style='font-size:19px'>linfit explore</b> &nbsp;theory of fine-tuning in linear models: move a slider, "
-            "the curves follow."
-        )
-        self._boxes = [Column(text("&nbsp;"), sizing_mode="stretch_width") for _ in shown]
-        panels = [TabPanel(child=box, title=page.title) for box, page in zip(self._boxes, shown)]
-        self._upload = UploadView(document, self._changed)
-        panels.append(TabPanel(child=self._upload.layout, title="Your features"))
-        self._tabs = Tabs(tabs=panels, sizing_mode="stretch_width", name="tabs", tags=[self._address])
+        self._address = models.ColumnDataSource({"query": [""]}, name="address")
+        message = text(name="message", visible=False)
+        self._boxes = [stacked(text("&nbsp;")) for _ in shown]
+        panels = [models.TabPanel(child=box, title=page.title) for box, page in zip(self._boxes, shown)]
+        panels.append(models.TabPanel(child=UploadView(document, self._changed).layout, title="Your features"))
+        self._tabs = models.Tabs(tabs=panels, sizing_mode="stretch_width", name="tabs", tags=[self._address])
         self._tabs.stylesheets = [".bk-headers-wrapper { flex-wrap: wrap; }"]  # on a narrow screen, two rows
         if keep_address:
-            self._address.js_on_change("data", CustomJS(args={"source": self._address}, code=REPLACE_ADDRESS))
+            self._address.js_on_change("data", models.CustomJS(args={"source": self._address}, code=REPLACE_ADDRESS))
         names = [*(page.name for page in shown), "data"]
         wanted = state.pop("tab", names[0])
         if wanted not in names:
@@ -97,12 +94,9 @@ class Session:
         self._tabs.active = names.index(wanted)
         self._open(self._tabs.active, state)
         self._tabs.on_change("active", lambda _, __, index: self._open(index, {}))
-        if self.complaints:
-            warning = f"<div class='warning'>{html.escape('; '.join(self.complaints))}</div>"
-            self._message.update(text=warning, visible=True)
-        document.title = "linfit explore"
-        document.template = TEMPLATE
-        document.add_root(Column(header, self._message, self._tabs, sizing_mode="stretch_width", name="explorer"))
+        warn(message, "; ".join(self.complaints))
+        document.title, document.template = "linfit explore", TEMPLATE
+        document.add_root(stacked(text(HEADER), message, self._tabs, name="explorer"))
 
     def _open(self, index: int, state: dict[str, str]) -> None:
         page = self._shown[index] if index < len(self._shown) else None
@@ -127,9 +121,8 @@ class Session:
 
     def _write_address(self) -> None:
         self._pending = None
+        state = {"tab": "data"}
         if self._tabs.active < len(self._shown):
             name = self._shown[self._tabs.active].name
             state = {"tab": name} | self._views[name].state()
-        else:
-            state = {"tab": "data"}
         self._address.data = {"query": [urlencode(state)]}

@@ -1,7 +1,6 @@
 """The tab for a user's own features: an .npz as `linfit select` takes it, explored over λ and τ by leave-one-out."""
 
 import base64
-import binascii
 import html
 import io
 import tempfile
@@ -10,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from bokeh import models
 from bokeh.document import Document
-from bokeh.models import Column, CustomJS, FileInput
 
 from figures.explorer.latest import Latest
-from figures.explorer.page import Choice, Line, Map, Mark, Page, Plot, Reading, Slider, Table, Values
+from figures.explorer.page import Choice, Line, Map, Mark, Page, Plot, Reading, Slider, Values
+from figures.explorer.tables import Tables, grid
 from figures.explorer.view import PageView
-from figures.explorer.widgets import text
+from figures.explorer.widgets import stacked, text, warn
 from figures.selection import load_arrays
 from figures.style import COLOURS
 from linfit import Selection, select
@@ -28,6 +28,7 @@ EXPANDED_LIMIT = 8 * LIMIT
 """Largest sum of its arrays; a small archive can hold a very large array of zeros."""
 SAMPLE_LIMIT = 3000
 """Rows: the kernel matrix is decomposed, and the surface is kept for every row."""
+RIDGE = COLOURS["ridge"]
 
 REFUSE_LARGE_FILES = """
 addEventListener("input", (event) => { // comes before "change", on which Bokeh reads the file
@@ -44,14 +45,15 @@ addEventListener("input", (event) => { // comes before "change", on which Bokeh 
 def read_upload(name: str, content: str) -> dict[str, np.ndarray]:
     """The arrays of an uploaded .npz, given in base64; nothing is unpickled. ValueError says what is wrong with it."""
     shown = f"“{Path(name).name[:60]}”"
+    no_arrays = ValueError(f"{shown} must be an .npz of plain numeric arrays")
     if len(content) * 3 / 4 > LIMIT + 3:
         raise ValueError(f"{shown} must be at most {LIMIT // 2**20} MB")
     try:
         data = base64.b64decode(content, validate=True)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-    except (binascii.Error, zipfile.BadZipFile, ValueError, OSError):
-        raise ValueError(f"{shown} must be an .npz of plain numeric arrays") from None
+    except (zipfile.BadZipFile, ValueError, OSError):
+        raise no_arrays from None
     if size > EXPANDED_LIMIT:
         raise ValueError(f"{shown} must expand to at most {EXPANDED_LIMIT // 2**20} MB, got {size // 2**20} MB")
     with tempfile.TemporaryDirectory() as folder:
@@ -62,50 +64,44 @@ def read_upload(name: str, content: str) -> dict[str, np.ndarray]:
         except ValueError as error:
             raise ValueError(str(error).replace(str(file), shown)) from None
         except (MemoryError, zipfile.error, NotImplementedError, RuntimeError):
-            raise ValueError(f"{shown} must be an .npz of plain numeric arrays") from None
-    if arrays["X"].ndim == 2 and arrays["X"].shape[0] > SAMPLE_LIMIT:
-        raise ValueError(
-            f"X must have at most {SAMPLE_LIMIT} rows here, got {arrays['X'].shape[0]}; linfit select takes more"
-        )
+            raise no_arrays from None
+    if arrays["X"].ndim == 2 and (rows := arrays["X"].shape[0]) > SAMPLE_LIMIT:
+        raise ValueError(f"X must have at most {SAMPLE_LIMIT} rows here, got {rows}; linfit select takes more")
     return arrays
 
 
-def curves(data: Selection, at: Values) -> dict[str, Table]:
+def curves(data: Selection, at: Values) -> Tables:
     """Exact leave-one-out error of θ₁ + τ(θ̂_λ − θ₁) (docs, S5), over both, along τ, and along λ."""
-    row, column = (
-        int(np.argmin(abs(grid - at[name]))) for grid, name in ((data.penalties, "penalty"), (data.taus, "tau"))
-    )
-    mean, error = data.mean_squared_error, data.standard_error
+    taus, mean, error = data.taus, data.mean_squared_error, data.standard_error
+    row, column = int(np.argmin(abs(data.penalties - at["penalty"]))), int(np.argmin(abs(taus - at["tau"])))
     positive = data.penalties > 0
+    penalties, losses = data.penalties[positive], mean[positive]
+    best = {
+        "penalty": data.best_penalty,
+        "shown_penalty": max(data.best_penalty, penalties[0]),
+        "tau": data.best_tau,
+        "tau_error": data.best_tau_error,
+        "error": data.best_mean_squared_error,
+        "pretrained": data.pretrained_mean_squared_error,
+        "gain": data.gain_over_full,
+        "gain_error": data.gain_over_full_error,
+    }
     return {
-        "tau": {"tau": data.taus, "error": mean[row], "low": (mean - error)[row], "high": (mean + error)[row]},
+        "tau": {"tau": taus, "error": mean[row], "low": (mean - error)[row], "high": (mean + error)[row]},
         "penalty": {
-            "penalty": data.penalties[positive],
-            "full": mean[positive, int(np.argmin(abs(data.taus - 1)))],
-            "at_tau": mean[positive, column],
-            "at_best_tau": mean[positive].min(axis=1),
+            "penalty": penalties,
+            "full": losses[:, int(np.argmin(abs(taus - 1)))],
+            "at_tau": losses[:, column],
+            "at_best_tau": losses.min(axis=1),
         },
-        "surface": {
-            "penalty": np.tile(data.penalties[positive], data.taus.size),
-            "tau": np.repeat(data.taus, int(positive.sum())),
-            "error": mean[positive].T.ravel(),
-        },
+        "surface": {**grid(penalties, taus), "error": losses.T.ravel()},
         "now": {
-            "penalty": np.maximum(data.penalties[[row]], data.penalties[positive][0]),
-            "tau": data.taus[[column]],
+            "penalty": np.maximum(data.penalties[[row]], penalties[0]),
+            "tau": taus[[column]],
             "error": mean[[row], column],
             "standard_error": error[[row], column],
         },
-        "best": {
-            "penalty": np.array([data.best_penalty]),
-            "shown_penalty": np.array([max(data.best_penalty, data.penalties[positive][0])]),
-            "tau": np.array([data.best_tau]),
-            "tau_error": np.array([data.best_tau_error]),
-            "error": np.array([data.best_mean_squared_error]),
-            "pretrained": np.array([data.pretrained_mean_squared_error]),
-            "gain": np.array([data.gain_over_full]),
-            "gain_error": np.array([data.gain_over_full_error]),
-        },
+        "best": {name: np.array([value]) for name, value in best.items()},
     }
 
 
@@ -131,15 +127,14 @@ def features_page(name: str, selection: Selection) -> Page:
         curves=curves,
         plots=(
             Plot("tau", "Error along the ensemble", "ensemble coefficient τ", "leave-one-out error (units of y²)",
-                 lines=(Line("tau", "tau", "error", "error at λ", COLOURS["ridge"]), Line("tau", "tau", "low", "± one standard error", COLOURS["ridge"], "dotted"),
-                        Line("tau", "tau", "high", "", COLOURS["ridge"], "dotted")),
-                 marks=(Mark("now", "tau", "error", "sliders", COLOURS["ridge"]), Mark("best", "tau", "error", "best", COLOURS["ridge"], "star"))),
-            Plot("surface", "Error over λ and τ", "penalty λ", "ensemble coefficient τ",
-                 marks=(Mark("now", "penalty", "tau", "sliders", "#ffffff"), Mark("best", "shown_penalty", "tau", "best pair", "#ffffff", "star")),
-                 surface=Map("surface", "penalty", "tau", "error", "leave-one-out error"), x_logarithmic=True),
+                 Line.over("tau", "tau", ("error", "error at λ", RIDGE), ("low", "± one standard error", RIDGE, "dotted"), ("high", "", RIDGE, "dotted")),
+                 (Mark("now", "tau", "error", "sliders", RIDGE), Mark("best", "tau", "error", "best", RIDGE, "star"))),
+            Plot("surface", "Error over λ and τ", "penalty λ", "ensemble coefficient τ", (),
+                 (Mark("now", "penalty", "tau", "sliders", "#ffffff"), Mark("best", "shown_penalty", "tau", "best pair", "#ffffff", "star")),
+                 Map("surface", "penalty", "tau", "error", "leave-one-out error"), x_logarithmic=True),
             Plot("penalty", "Error along the penalty", "penalty λ", "leave-one-out error (units of y²)",
-                 lines=(Line("penalty", "penalty", "full", "τ = 1", COLOURS["fine-tuned"]), Line("penalty", "penalty", "at_tau", "τ of the slider", COLOURS["ridge"], "dashed"),
-                        Line("penalty", "penalty", "at_best_tau", "best τ at each λ", COLOURS["ensemble"], "dotdash")), x_logarithmic=True),
+                 Line.over("penalty", "penalty", ("full", "τ = 1", COLOURS["fine-tuned"]), ("at_tau", "τ of the slider", RIDGE, "dashed"),
+                       ("at_best_tau", "best τ at each λ", COLOURS["ensemble"], "dotdash")), x_logarithmic=True),
         ),
         readings=(
             Reading("best λ", "Least leave-one-out error.", "best", "penalty"),
@@ -152,11 +147,8 @@ def features_page(name: str, selection: Selection) -> Page:
         ),
         suggestions={"Fine-tune fully: λ = 0, τ = 1": {"penalty": 0.0, "tau": 1.0}, "Do not fine-tune": {"tau": 0.0}},
         data=selection,
-        data_source=(
-            "import numpy as np\n\nfrom linfit import select\n\n"
-            f"arrays = np.load({Path(name).name!r})\n"
-            'data = select(arrays["X"], arrays["y"], arrays["theta_1"])'
-        ),
+        data_source=f"import numpy as np\n\nfrom linfit import select\n\narrays = np.load({Path(name).name!r})\n"
+        'data = select(arrays["X"], arrays["y"], arrays["theta_1"])',
     )  # fmt: skip
 
 
@@ -165,42 +157,38 @@ class UploadView:
 
     def __init__(self, document: Document, changed: Callable[[], None]):
         self._document, self._changed = document, changed
-        self.view: PageView | None = None
         self._message = text(name="data/message", visible=False)
-        self._input = FileInput(title="an .npz file", accept=".npz", name="data/file", css_classes=["linfit-upload"])
+        self._input = models.FileInput(title="an .npz file", accept=".npz", name="data/file")
+        self._input.css_classes = ["linfit-upload"]
         self._input.on_change("value", lambda _, __, value: self._given(value))
-        guard = CustomJS(args={"message": self._message, "limit": LIMIT}, code=REFUSE_LARGE_FILES)
+        guard = models.CustomJS(args={"message": self._message, "limit": LIMIT}, code=REFUSE_LARGE_FILES)
         document.js_on_event("document_ready", guard)
         introduction = text(
             "The last-layer features of your fine-tuning set, the targets and the pretrained head, as <code>linfit select</code> "
             f"takes them: an .npz with X (n, p), y (n,) and theta_1 (p,), at most {LIMIT // 2**20} MB and {SAMPLE_LIMIT} rows. "
             "It is read by the machine that serves this page, without pickle, and forgotten with the session."
         )
-        self._box = Column(text(visible=False), sizing_mode="stretch_width")
-        self.layout = Column(introduction, self._input, self._message, self._box, sizing_mode="stretch_width")
+        self._box = stacked(text(visible=False))
+        self.layout = stacked(introduction, self._input, self._message, self._box)
         self._latest = Latest(document, self._select, self._show, self._fail)
 
     # The name of the file arrives just after its content.
     def _given(self, content: str) -> None:
         if content:
-            self._say("reading …")
+            warn(self._message, "reading …")
             self._document.add_next_tick_callback(lambda: self._latest.ask((self._input.filename, content)))
 
     @staticmethod
     def _select(request: tuple[str, str]) -> Page:
-        name, content = request
-        arrays = read_upload(name, content)
-        return features_page(name, select(arrays["X"], arrays["y"], arrays["theta_1"]))
+        arrays = read_upload(*request)
+        return features_page(request[0], select(arrays["X"], arrays["y"], arrays["theta_1"]))
 
     def _show(self, _: object, page: Page) -> None:
         self._message.visible = False
-        self.view = PageView(self._document, page, self._changed)
-        self._box.children = [self.view.layout]
-        self.view.start()
+        view = PageView(self._document, page, self._changed)
+        self._box.children = [view.layout]
+        view.start()
 
     def _fail(self, _: object, error: Exception) -> None:
         known = isinstance(error, ValueError)
-        self._say(str(error) if known else f"The file could not be read ({type(error).__name__}).")
-
-    def _say(self, message: str) -> None:
-        self._message.update(text=f"<div class='warning'>{html.escape(message)}</div>", visible=True)
+        warn(self._message, str(error) if known else f"The file could not be read ({type(error).__name__}).")

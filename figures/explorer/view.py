@@ -9,15 +9,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
+from bokeh import models
 from bokeh.document import Document
-from bokeh.models import Checkbox, Column, ColumnDataSource, CustomJS, InlineStyleSheet, Row, TextAreaInput
 
 from figures.explorer.drawing import Sources
 from figures.explorer.latest import Latest, Repeated
-from figures.explorer.page import Choice, Page, Slider, Table, Values, average
+from figures.explorer.page import Choice, Page, Slider, Values
 from figures.explorer.script import script
-from figures.explorer.widgets import Panel, button, text, widget_of, with_help, wrapped
+from figures.explorer.tables import Table, Tables, average
+from figures.explorer.widgets import DOWNLOAD, Panel, button, stacked, text, warn, widget_of, with_help, wrapped
 
 NARROW = 760
 """Below this width in pixels the controls go under the first plot, and plots under each other."""
@@ -39,14 +39,7 @@ PAGE_CSS = f"""
 """
 """Controls beside the plots; on a narrow screen under the first one, which stays in sight while they are moved."""
 
-SAVE_FILE = """
-const blob = new Blob([source.data.text[0]], {type: source.data.type[0]});
-const link = document.createElement("a");
-link.href = URL.createObjectURL(blob);
-link.download = source.data.name[0];
-link.click();
-setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-"""
+SAVE_FILE = "const {name, type, text} = source.data; download(new Blob([text[0]], {type: type[0]}), name[0]);"
 COPY = """
 const text = source.data.text[0];
 const done = () => { button.label = "copied"; setTimeout(() => { button.label = "copy as Python"; }, 1500); };
@@ -61,8 +54,8 @@ class PageView:
     def __init__(self, document: Document, page: Page, changed: Callable[[], None]):
         self._page, self._changed = page, changed
         self.values: Values = page.defaults()
-        self.tables: dict[str, Table] | None = None
-        self.simulated: dict[str, np.ndarray] | None = None
+        self.tables: Tables | None = None
+        self.simulated: Table | None = None
         self._frozen: Values | None = None
         self._setting = False
         self._downloads = itertools.count()
@@ -72,15 +65,13 @@ class PageView:
         self._sources.paint_in([panel.box for panel in self._panels.values()])
         self._latest = Latest(document, page.compute, self._show, self._fail)
         self._freezer = Latest(document, page.compute, lambda _, tables: self._sources.freeze(tables), self._fail)
-        replicates = page.overlay.replicates if page.overlay else 0
-        self._overlay = Repeated(document, page.replicate, replicates, self._show_simulated, self._fail)
+        replicates = page.overlay.replicates
+        self._overlay = Repeated(document, page.replicate, self._show_simulated, self._fail, replicates)
         self._build()
-
-    # ------------------------------------------------------------------------------------------------- state
 
     def start(self) -> None:
         """Ask for the first curves."""
-        self._say("warming up: compiling the kernels of this page …")
+        warn(self._status, "warming up: compiling the kernels of this page …")
         self._ask()
 
     def state(self) -> dict[str, str]:
@@ -111,7 +102,7 @@ class PageView:
                 self._frozen = self._page.defaults() | frozen
                 self._freezer.ask(self._frozen)
                 self._freeze_button.label = "unfreeze"
-        if state.get("overlay") == "on" and self._page.overlay is not None:
+        if state.get("overlay") == "on" and self._overlay.replicates:
             self._overlay_box.active = True
         self._set(values)
         return complaints
@@ -121,14 +112,12 @@ class PageView:
         values: Values = {}
         complaints = []
         for control in self._page.controls:
-            if control.name in state:
-                try:
+            try:
+                if control.name in state:
                     values[control.name] = control.parse(state[control.name])
-                except ValueError as error:
-                    complaints.append(str(error))
+            except ValueError as error:
+                complaints.append(str(error))
         return values, complaints
-
-    # ---------------------------------------------------------------------------------------------- building
 
     def _build(self) -> None:
         page, name = self._page, self._page.name
@@ -136,45 +125,34 @@ class PageView:
         self._widgets = {
             control.name: widget_of(control, name, partial(self._moved, control)) for control in page.controls
         }
-        self._overlay_box = Checkbox(name=f"{name}/overlay", margin=(8, 5, 4, 5), visible=page.overlay is not None)
-        self._overlay_box.label = f"finite samples: {page.overlay.label}" if page.overlay else ""
+        overlay = {"label": f"finite samples: {page.overlay.label}", "visible": bool(page.overlay.replicates)}
+        self._overlay_box = models.Checkbox(name=f"{name}/overlay", margin=(8, 5, 4, 5), **overlay)
         self._overlay_box.on_change("active", lambda _, __, ___: self._toggle_overlay())
         self._progress = text(name=f"{name}/progress", visible=False)
-        controls = Column(
-            *(with_help(self._widgets[control.name], control.help) for control in page.controls),
-            self._overlay_box, self._progress, *self._actions(), css_classes=["controls"], sizing_mode="stretch_width",
-        )  # fmt: skip
+        sliders = [with_help(self._widgets[control.name], control.help) for control in page.controls]
+        actions = [self._overlay_box, self._progress, *self._actions()]
+        controls = stacked(*sliders, *actions, css_classes=["controls"])
         panels = [panel.layout for panel in self._panels.values()]
-        body = Column(controls, *panels, sizing_mode="stretch_width", stylesheets=[InlineStyleSheet(css=PAGE_CSS)])
+        body = stacked(controls, *panels, stylesheets=[models.InlineStyleSheet(css=PAGE_CSS)])
         introduction = text(f"{page.introduction}<div class='source'>{page.source}</div>")
-        self.layout = Column(
-            introduction, self._suggestions(), self._status, self._readings, body, sizing_mode="stretch_width"
-        )
-
-    def _suggestions(self) -> Row:
-        words = text("<b>Try:</b>")
-        words.sizing_mode = None
-        buttons = [button(label, partial(self._set, values)) for label, values in self._page.suggestions.items()]
-        reset = partial(self._set, self._page.defaults())
-        again = button("start again", reset, button_type="light", name=f"{self._page.name}/reset")
-        return wrapped(words, *buttons, again, sizing_mode="stretch_width")
+        tries = [button(label, partial(self._set, values)) for label, values in page.suggestions.items()]
+        reset = button("start again", partial(self._set, page.defaults()), button_type="light", name=f"{name}/reset")
+        suggestions = wrapped(text("<b>Try:</b>", sizing_mode=None), *tries, reset, sizing_mode="stretch_width")
+        self.layout = stacked(introduction, suggestions, self._status, self._readings, body)
 
     def _actions(self) -> list[Any]:
         name = self._page.name
         self._freeze_button = button(FREEZE, self._toggle_freeze, name=f"{name}/freeze")
-        self._file = ColumnDataSource({"name": [""], "type": [""], "text": [""]}, name=f"{name}/file")
-        self._file.js_on_change("data", CustomJS(args={"source": self._file}, code=SAVE_FILE))
+        self._file = models.ColumnDataSource({"name": [""], "type": [""], "text": [""]}, name=f"{name}/file")
+        self._file.js_on_change("data", models.CustomJS(args={"source": self._file}, code=DOWNLOAD + SAVE_FILE))
         save = button("data as CSV", self._save_csv, name=f"{name}/csv", tags=[self._file])
-        self._script = ColumnDataSource({"text": [""]}, name=f"{name}/script")
+        self._script = models.ColumnDataSource({"text": [""]}, name=f"{name}/script")
         copy = button("copy as Python", self._copy_script, name=f"{name}/copy", tags=[self._script])
-        self._script.js_on_change("data", CustomJS(args={"source": self._script, "button": copy}, code=COPY))
-        self._script_area = TextAreaInput(
-            title="a script that recomputes these numbers exactly", rows=12, visible=False, sizing_mode="stretch_width",
-            max_length=None, name=f"{name}/script_text",
-        )  # fmt: skip
+        self._script.js_on_change("data", models.CustomJS(args={"source": self._script, "button": copy}, code=COPY))
+        title = "a script that recomputes these numbers exactly"
+        self._script_area = models.TextAreaInput(title=title, rows=12, max_length=None, name=f"{name}/script_text")
+        self._script_area.update(visible=False, sizing_mode="stretch_width")
         return [wrapped(self._freeze_button, save, copy), self._script_area]
-
-    # ------------------------------------------------------------------------------------------------ acting
 
     def _moved(self, control: Slider | Choice, position: Any) -> None:
         self.values[control.name] = control.value_at(position)
@@ -195,44 +173,35 @@ class PageView:
         self._drop_simulated()
         self._changed()
 
-    def _show(self, values: Values, tables: dict[str, Table]) -> None:
+    def _show(self, values: Values, tables: Tables) -> None:
         self.tables = tables
         self._sources.show(tables, self._read())
-        self._say("")
+        warn(self._status, "")
         if self._overlay_box.active and values == self.values:
             self._start_simulated()
 
     def _fail(self, _: object, error: Exception) -> None:
-        self._say(str(error) or type(error).__name__)
-
-    def _say(self, message: str) -> None:
-        self._status.update(text=f"<div class='warning'>{html.escape(message)}</div>", visible=bool(message))
+        warn(self._status, str(error) or type(error).__name__)
 
     def _read(self) -> str:
         """Numbers in words, as HTML."""
         assert self.tables is not None
-        cells = [
-            (reading.label, reading.help, f"{self.tables[reading.table][reading.column][0]:.4g}")
-            for reading in self._page.readings
-        ]
-        if self.simulated is not None and self._page.overlay is not None:
-            for label, column in self._page.overlay.readings:
-                mean, error = self.simulated[column][0], self.simulated[f"{column}_error"][0]
-                cells.append(
-                    (label, "Mean over the sampled designs ± one standard error.", f"{mean:.4g} ± {error:.1g}")
-                )
+        readings, overlay = self._page.readings, self._page.overlay.readings
+        cells = [(label, help, f"{self.tables[table][column][0]:.4g}") for label, help, table, column in readings]
+        simulated = self.simulated or {}
+        for label, column in overlay if simulated else ():
+            mean, error = simulated[column][0], simulated[f"{column}_error"][0]
+            cells.append((label, "Mean over the sampled designs ± one standard error.", f"{mean:.4g} ± {error:.1g}"))
         shown = (
             f"<div><span title='{html.escape(help, quote=True)}'>{label}</span> <b>{number}</b></div>"
             for label, help, number in cells
         )
         return f"<div class='readings'>{''.join(shown)}</div>"
 
-    # Finite samples ------------------------------------------------------------------------------------------
-
     def _drop_simulated(self) -> None:
         self._overlay.stop()
         if self.simulated is not None:
-            self._sources.clear_simulated()
+            self._sources.show_simulated(None)
             self.simulated = None
         self._progress.visible = False
 
@@ -251,16 +220,13 @@ class PageView:
         bar = f"<progress max='{total}' value='{done}'></progress> " if done < total else ""
         self._progress.update(text=bar + words, visible=True)
 
-    def _show_simulated(self, _: Values, samples: list[dict[str, np.ndarray]]) -> None:
-        assert self._page.overlay is not None
+    def _show_simulated(self, _: Values, samples: list[Table]) -> None:
         done, total = len(samples), self._overlay.replicates
         self._show_progress(done, f"{done} of {total}" + ("; bars: ± one standard error" if done == total else ""))
         if done > 1:
             self.simulated = average(samples, self._page.overlay.axes)
             self._sources.show_simulated(self.simulated)
             self._sources.show({}, self._read())
-
-    # Buttons -------------------------------------------------------------------------------------------------
 
     def _toggle_freeze(self) -> None:
         freezes = self._frozen is None and self.tables is not None
@@ -281,10 +247,8 @@ class PageView:
         self._script_area.update(value=program, visible=True)
 
 
-def as_csv(tables: dict[str, Table]) -> str:
-    """Every column of every table side by side, headed table.column; shorter ones end in empty cells.
-
-    Numbers are written so that reading them gives the same floats.
+def as_csv(tables: Tables) -> str:
+    """Every column of every table side by side, headed table.column, in digits that give back the same floats.
 
     >>> import numpy as np
     >>> from figures.explorer.view import as_csv
