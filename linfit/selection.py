@@ -127,8 +127,9 @@ def select(
     Selection among many (λ, τ) makes the minimum itself slightly optimistic. Raises ValueError as `leave_one_out`.
 
     >>> import jax
-    >>> from linfit import aligned_problem, sample_task, select, spectra
-    >>> task = sample_task(jax.random.key(0), aligned_problem(spectra.isotropic(80)), 40)
+    >>> from linfit import FixedShift, TwoTaskProblem, sample_task, select
+    >>> problem = TwoTaskProblem([1.0] * 80, [1.0] * 80, FixedShift([0.5] * 80), noise_std=2.0)
+    >>> task = sample_task(jax.random.key(0), problem, 40)
     >>> 0 < select(task.X, task.y, task.theta_1).best_tau < 1
     True
     """

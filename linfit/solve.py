@@ -96,14 +96,13 @@ def gradient_descent(
     rows, target = _weighted(X, y, sample_weights)
     step_size, steps = positive("step_size", step_size, ndim=0), count("steps", steps, minimum=0)
     if is_concrete(rows, step_size):
-        host, n = np.asarray(rows), len(rows)
+        host, n, rate = np.asarray(rows), len(rows), float(step_size)
         # The trace bounds s_max from above and often settles it without an eigenvalue.
-        if step_size * np.vdot(host, host) / n >= 2:
+        if rate * np.vdot(host, host) / n >= 2:
             smaller = host @ host.T if n <= host.shape[1] else host.T @ host
             largest = float(scipy.linalg.eigvalsh(smaller / n, subset_by_index=[len(smaller) - 1] * 2)[0])
-            if step_size * largest >= 2:
-                limit = f"2/s_max = {2 / largest:.6g}"
-                raise ValueError(f"step_size must be below {limit} on this data, got {float(step_size)}")
+            if rate * largest >= 2:
+                raise ValueError(f"step_size must be below 2/s_max = {2 / largest:.6g} on this data, got {rate}")
     return _descend(rows, target, theta_1, step_size, steps)
 
 
