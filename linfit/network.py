@@ -2,7 +2,8 @@
 
 W₁ (m, h), W₂ (h, k); the loss is L = ½‖W₁W₂ − A‖²_F, or on data (1/2n)‖XWᵀ − Y‖²_F. Leading axes of the weights are
 replicas; everything else (targets, step sizes, penalties) broadcasts against them, so that seeds × perturbations ×
-hyperparameters are one call. Time is step size × steps. `theory.overtraining` has the flow in closed form.
+hyperparameters are one call. Time is step size × steps. `theory.overtraining` has the flow in closed form. ValueError
+for NaN or Inf, negative sizes, scales, γ or penalties, times or step counts that do not ascend, shapes that do not fit.
 
 >>> from linfit import network
 >>> target = [[2.0, 0.0], [0.0, 1.0]]
@@ -192,7 +193,7 @@ def perturb(
         key: of the random numbers.
         network: weights W₁ (…, m, h), W₂ (…, h, k), each entry of which gets noise of its own.
         gamma: γ ≥ 0 of W₁.
-        gamma_2: that of W₂; `gamma` if not given.
+        gamma_2: that of W₂; `gamma` if not given. γ times the scales of a Gaussian start: noise of its covariance.
         replicas: leading axes, of independent perturbations.
 
     >>> import jax
@@ -335,7 +336,7 @@ def gradient_flow(
     """The limit of small steps of `descend`, θ' = −∇L − μ(θ − θ_ref), by diffrax (Dormand–Prince 5(4)).
 
     Args:
-        network, objective, penalty, reference: as in `descend`; the objective is no function.
+        network, objective, penalty, reference: as in `descend`, but for an objective that is a function.
         times: ascending t ≥ 0 (saved,), step size × steps; they become the leading axis of the result.
         rtol, atol: bounds of the relative and the absolute error of each step.
 

@@ -23,8 +23,6 @@ from linfit.solve import check_data
 
 __all__ = ["Selection", "default_penalties", "leave_one_out", "select"]
 
-_Data = tuple[ArrayLike, ArrayLike] | None
-
 
 def leave_one_out(X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, penalty: ArrayLike, tau: ArrayLike) -> Array:
     """Exact leave-one-out residuals y_i − x_iᵀθ_τ^{(−i)}, the penalty nλ held fixed (docs, S5; ours).
@@ -114,7 +112,7 @@ def select(
     theta_1: ArrayLike,
     penalties: Maybe = None,
     taus: Maybe = None,
-    validation: _Data = None,
+    validation: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Selection:
     """The error surface over (λ, τ) and its minimum, by leave-one-out or on validation data (docs, S5; ours).
 

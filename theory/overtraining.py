@@ -314,7 +314,7 @@ def _penalised_flow(pretrained: Array, target: Array, time: Array, penalty: Arra
 
 
 class FineTuning(NamedTuple):
-    """½ Σ (s − b)² on the new task and ½ Σ (s − a)² on that of pretraining."""
+    """½ Σ (s − b)² on the new task and ½ Σ (s − a)² on that of pretraining, before and after fine-tuning."""
 
     before: Pair[Array]
     after: Pair[Array]
