@@ -1,7 +1,6 @@
 """Covariance operators Σ ∈ R^{p×p}: diagonal, dense, or empirical (a factor; the p×p matrix is never formed).
 
-Every covariance can multiply vectors, form XΣXᵀ, give a root for sampling, and say whether it is a
-multiple of another one, so that a Gram matrix already at hand is not computed again.
+A covariance also says whether it is a multiple of another, so that a Gram matrix at hand is not computed again.
 """
 
 from abc import abstractmethod
@@ -57,8 +56,15 @@ class Covariance(eqx.Module):
         """latent·Σ^{1/2}, shape (…, p), for rows (…, latent_size) with identity covariance."""
 
     def ratio_to(self, other: "Covariance | Product") -> float | None:
-        """c if Σ = c·other can be seen from concrete values of one kind, else None."""
-        return _ratio(self._array, other._array) if isinstance(other, type(self)) else None
+        """c if Σ = c·other, to the last few bits, can be seen from concrete values of one kind, else None."""
+        if not isinstance(other, type(self)) or not is_concrete(self, other) or self._array.shape != other._array.shape:
+            return None
+        numerator, denominator = np.asarray(self._array), np.asarray(other._array)
+        at = np.unravel_index(np.argmax(np.abs(denominator)), denominator.shape)
+        if denominator[at] == 0:
+            return None
+        ratio, tolerance = numerator[at] / denominator[at], 4 * np.finfo(numerator.dtype).eps
+        return float(ratio) if np.allclose(numerator, ratio * denominator, rtol=tolerance, atol=0) else None
 
     def dot(self, a: Array, b: Array) -> Array:
         """⟨a, b⟩_Σ = aᵀΣb over the last axis (p) of two arrays that broadcast."""
@@ -72,19 +78,6 @@ class Covariance(eqx.Module):
         Array([ 2., 11.], dtype=float64)
         """
         return self.dot(vectors, vectors)
-
-
-def _ratio(values: ArrayLike, reference: ArrayLike) -> float | None:
-    """c such that values = c·reference to the last few bits, or None."""
-    if not is_concrete(values, reference) or np.shape(values) != np.shape(reference):
-        return None
-    numerator, denominator = np.asarray(values), np.asarray(reference)
-    at = np.unravel_index(np.argmax(np.abs(denominator)), denominator.shape)
-    if denominator[at] == 0:
-        return None
-    ratio = numerator[at] / denominator[at]
-    tolerance = 4 * np.finfo(numerator.dtype).eps
-    return float(ratio) if np.allclose(numerator, ratio * denominator, rtol=tolerance, atol=0) else None
 
 
 class Diagonal(Covariance):
@@ -129,8 +122,15 @@ class Dense(Covariance):
         self.matrix = real_array("covariance matrix", matrix, ndim=2)
         if self.matrix.shape[0] != self.matrix.shape[1]:
             raise ValueError(f"covariance matrix must be square, got shape {self.matrix.shape}")
-        if is_concrete(self.matrix):
-            _require_positive_semidefinite(np.asarray(self.matrix))
+        if not is_concrete(self.matrix):
+            return
+        host = np.asarray(self.matrix)
+        tolerance = np.sqrt(np.finfo(host.dtype).eps) * np.abs(host).max()
+        if np.abs(host - host.T).max() > tolerance:
+            raise ValueError("covariance matrix must be symmetric; pass (Σ + Σᵀ)/2 if the asymmetry is rounding")
+        smallest = np.linalg.eigvalsh(host)[0]
+        if smallest < -tolerance:
+            raise ValueError(f"covariance matrix must be positive semi-definite, got eigenvalue {smallest:.3g}")
 
     def diagonal(self) -> Array:
         return jnp.diagonal(self.matrix)
@@ -144,16 +144,6 @@ class Dense(Covariance):
     def colour(self, latent: Array) -> Array:
         eigenvalues, vectors = jnp.linalg.eigh(self.matrix)
         return (latent @ vectors) * jnp.sqrt(jnp.maximum(eigenvalues, 0)) @ vectors.T
-
-
-def _require_positive_semidefinite(matrix: np.ndarray) -> None:
-    tolerance = np.sqrt(np.finfo(matrix.dtype).eps)
-    scale = np.abs(matrix).max()
-    if np.abs(matrix - matrix.T).max() > tolerance * scale:
-        raise ValueError("covariance matrix must be symmetric; pass (Σ + Σᵀ)/2 if the asymmetry is rounding")
-    smallest = np.linalg.eigvalsh(matrix)[0]
-    if smallest < -tolerance * scale:
-        raise ValueError(f"covariance matrix must be positive semi-definite, got eigenvalue {smallest:.3g}")
 
 
 class Empirical(Covariance):
@@ -196,9 +186,7 @@ def as_covariance(value: "Covariance | ArrayLike", name: str) -> Covariance:
         return value
     array = real_array(name, value)
     if array.ndim not in (1, 2):
-        raise ValueError(
-            f"{name} must be eigenvalues (p,), a matrix (p, p) or linfit.Empirical, got shape {array.shape}"
-        )
+        raise ValueError(f"{name} must be eigenvalues (p,), a matrix (p, p) or Empirical, got shape {array.shape}")
     try:
         return Diagonal(array) if array.ndim == 1 else Dense(array)
     except ValueError as error:
@@ -209,10 +197,9 @@ def trace_of_product(a: Covariance, b: Covariance) -> Array:
     """tr(AB), without forming either."""
     if isinstance(a, Diagonal) or isinstance(b, Diagonal):
         return jnp.vdot(a.diagonal(), b.diagonal())
-    if isinstance(b, Empirical):
-        return jnp.vdot(b.features, a.apply(b.features)) / b.latent_size
-    if isinstance(a, Empirical):
-        return trace_of_product(b, a)
+    for one, other in ((a, b), (b, a)):
+        if isinstance(other, Empirical):
+            return jnp.vdot(other.features, one.apply(other.features)) / other.latent_size
     if isinstance(a, Dense) and isinstance(b, Dense):
         return jnp.vdot(a.matrix, b.matrix)
     raise TypeError(f"no trace of a product for {type(a).__name__} and {type(b).__name__}")

@@ -21,16 +21,13 @@ __all__ = ["LAWS", "Task", "column_blocks", "sample_design", "sample_designs", "
 _STUDENT_FREEDOM = 8
 
 
-def _student(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    freedom = _STUDENT_FREEDOM
-    return jax.random.t(key, freedom, shape, dtype) * ((freedom - 2) / freedom) ** 0.5
-
-
 LAWS: dict[str, Callable[[Array, tuple[int, ...], jnp.dtype], Array]] = {
     "gaussian": jax.random.normal,
     "rademacher": jax.random.rademacher,
     "uniform": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(3**0.5), 3**0.5),
-    "student": _student,
+    "student": lambda key, shape, dtype: (
+        jax.random.t(key, _STUDENT_FREEDOM, shape, dtype) * (1 - 2 / _STUDENT_FREEDOM) ** 0.5
+    ),
 }
 """Laws of a coordinate with mean 0 and variance 1; "student" has 8 degrees of freedom."""
 
@@ -42,9 +39,7 @@ def sample_design(key: Array, covariance: Covariance | ArrayLike, n: int, law: s
         key: of the sample.
         covariance: eigenvalues (p,), a matrix (p, p), or a covariance such as `linfit.Empirical(features)`.
         n: rows.
-        law: of the coordinates z, a key of `linfit.design.LAWS`.
-
-    Raises ValueError for n < 1 or an unknown law.
+        law: of the coordinates z, a key of `linfit.design.LAWS`; ValueError for another.
 
     >>> from linfit import Diagonal, sample_design
     >>> sample_design(jax.random.key(0), Diagonal([4.0, 1.0]), 3, law="rademacher").shape
@@ -70,14 +65,10 @@ def sample_designs(key: Array, covariance: Covariance | ArrayLike, n: int, count
 class Task(NamedTuple):
     """What fine-tuning meets, with θ₁* = 0."""
 
-    X: Array
-    """Design (n, p)."""
-    y: Array
-    """Labels Xθ₂* + ε (n,)."""
-    theta_1: Array
-    """Pretrained weights θ₁ = u (p,)."""
-    theta_2_star: Array
-    """Fine-tuning optimum δ (p,)."""
+    X: Array  #: Design (n, p).
+    y: Array  #: Labels Xθ₂* + ε (n,).
+    theta_1: Array  #: Pretrained weights θ₁ = u (p,).
+    theta_2_star: Array  #: Fine-tuning optimum δ (p,).
 
 
 def sample_task(key: Array, problem: TwoTaskProblem, n: int, law: str = "gaussian") -> Task:

@@ -2,10 +2,9 @@
 
     θ̂ = θ₁ + (1/n) Xᵀ U diag(g(s)) Uᵀ (y − Xθ₁)
 
-A filter is called with eigenvalues (n,) and returns g, shape (…, n). Hyperparameters may be arrays; their
-axes come in front, so `Ridge(jnp.logspace(-5, 2, 60))` is sixty filters, and new values never recompile.
-The limit s → 0 is exact: t, ηt or 1/λ, never 0/0. Where the limit is infinite (minimum norm), directions
-with s ≤ n·ε·s_max carry no data and g is 0 there: the pseudo-inverse.
+A filter is called with eigenvalues (n,) and returns g, shape (…, n). Hyperparameters may be arrays; their axes come in
+front, so `Ridge(jnp.logspace(-5, 2, 60))` is sixty filters, and new values never recompile. The limit s → 0 is exact.
+Where it is infinite (min-norm), directions with s ≤ n·ε·s_max carry no data and g is 0 there: the pseudo-inverse.
 """
 
 from abc import abstractmethod
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit.internal.checks import ArrayLike, broadcastable, is_concrete, non_negative, positive, real_array
+from linfit.internal.checks import ArrayLike, broadcastable, is_concrete, non_negative, positive, real_array, same_size
 from linfit.internal.linear_algebra import rank_cutoff
 
 __all__ = ["Ensemble", "Filter", "GradientDescent", "GradientFlow", "MinNorm", "Ridge", "Several", "Tabulated"]
@@ -45,7 +44,7 @@ class MinNorm(Filter):
     """
 
     def __call__(self, eigenvalues: ArrayLike) -> Array:
-        return _pseudo_inverse(_eigenvalues(eigenvalues))
+        return _inverse(_eigenvalues(eigenvalues))
 
 
 class Ridge(Filter):
@@ -65,9 +64,7 @@ class Ridge(Filter):
         self.penalty = non_negative("penalty", penalty, finite=False)
 
     def __call__(self, eigenvalues: ArrayLike) -> Array:
-        s, penalty = _eigenvalues(eigenvalues), self.penalty[..., None]
-        kept = (penalty > 0) | (s > rank_cutoff(s))
-        return jnp.where(kept, 1 / jnp.where(kept, s + penalty, 1), 0)
+        return _inverse(_eigenvalues(eigenvalues), self.penalty[..., None])
 
 
 class GradientFlow(Filter):
@@ -92,7 +89,7 @@ class GradientFlow(Filter):
         progress = time * s
         zero = progress == 0  # s = 0, t = 0, or both so small that ts underflows
         flow = jnp.where(zero, time, -jnp.expm1(-progress) / jnp.where(zero, 1, s))
-        return jnp.where(finite, flow, _pseudo_inverse(s))
+        return jnp.where(finite, flow, _inverse(s))
 
 
 class GradientDescent(Filter):
@@ -121,25 +118,17 @@ class GradientDescent(Filter):
         progress = self.step_size[..., None] * s  # ηs
         if is_concrete(progress) and (np.asarray(progress) >= 2).any():
             limit = 2 / np.asarray(s).max()
-            raise ValueError(
-                f"step_size must be below 2/s_max = {limit:.6g} for these eigenvalues, got {self.step_size}"
-            )
+            raise ValueError(f"step_size must be below 2/s_max = {limit:.6g} on this data, got {self.step_size}")
         steps = self.steps[..., None]
         # 1 − (1−ηs)^k = −expm1(k log|1−ηs|) keeps all digits at small ηs, and near ηs = 2 after an even number of
         # steps; beyond ηs = 1 an odd power is negative. At ηs = 1 the power is 0, and log 0 is stepped around.
         contraction = 1 - progress
-        arrived = contraction == 0
-        small = progress < 0.5
-        log_contraction = jnp.where(
-            small,
-            jnp.log1p(-jnp.where(small, progress, 0)),
-            jnp.log(jnp.abs(jnp.where(small | arrived, 1, contraction))),
-        )
-        log_power = steps * log_contraction
+        arrived, small, zero = contraction == 0, progress < 0.5, progress == 0
+        near = jnp.log1p(-jnp.where(small, progress, 0))
+        log_power = steps * jnp.where(small, near, jnp.log(jnp.abs(jnp.where(small | arrived, 1, contraction))))
         negative = (contraction < 0) & (steps % 2 == 1)
         learned = jnp.where(negative, 1 + jnp.exp(log_power), -jnp.expm1(log_power))
         learned = jnp.where(arrived, jnp.minimum(steps, 1), learned)
-        zero = progress == 0
         return jnp.where(zero, self.step_size[..., None] * steps, learned / jnp.where(zero, 1, s))
 
 
@@ -195,11 +184,7 @@ class Tabulated(Filter):
         self.values = real_array("values", values)
 
     def __call__(self, eigenvalues: ArrayLike) -> Array:
-        if np.shape(eigenvalues)[-1] != self.values.shape[-1]:
-            raise ValueError(
-                f"values are tabulated at {self.values.shape[-1]} eigenvalues, "
-                f"got {np.shape(eigenvalues)[-1]}: a tabulated filter belongs to its design"
-            )
+        same_size("values", self.values.shape[-1], "the eigenvalues of their own design", np.shape(eigenvalues)[-1])
         return self.values
 
     @property
@@ -218,6 +203,7 @@ def _eigenvalues(eigenvalues: ArrayLike) -> Array:
     return non_negative("eigenvalues", eigenvalues, ndim=1)
 
 
-def _pseudo_inverse(s: Array) -> Array:
-    kept = s > rank_cutoff(s)
-    return jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+def _inverse(s: Array, penalty: Array | float = 0.0) -> Array:
+    """1/(s + λ), at λ = 0 the pseudo-inverse."""
+    kept = (jnp.asarray(penalty) > 0) | (s > rank_cutoff(s))
+    return jnp.where(kept, 1 / jnp.where(kept, s + penalty, 1), 0)

@@ -2,8 +2,8 @@
 
 W₁ (m, h), W₂ (h, k); the loss is L = ½‖W₁W₂ − A‖²_F, or on data (1/2n)‖XWᵀ − Y‖²_F. Leading axes of the weights are
 replicas; everything else (targets, step sizes, penalties) broadcasts against them, so that seeds × perturbations ×
-hyperparameters are one call. Time is step size × steps. Besides descent and flow of the full matrices, `aligned_modes`
-is the flow in closed form where W₁, W₂ and A share their singular vectors.
+hyperparameters are one call. Time is step size × steps. `theory.overtraining` has the flow in closed form. ValueError
+for NaN or Inf, negative sizes, scales, γ or penalties, times or step counts that do not ascend, shapes that do not fit.
 
 >>> from linfit import network
 >>> target = [[2.0, 0.0], [0.0, 1.0]]
@@ -25,12 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
+from linfit.internal.checks import ArrayLike, Maybe, count, is_concrete, non_negative, positive, real_array, same_size
 
 __all__ = [
-    "Objective",
     "TwoLayer",
-    "aligned_modes",
     "aligned_network",
     "constant",
     "cosine",
@@ -38,7 +36,6 @@ __all__ = [
     "descend",
     "gradient",
     "gradient_flow",
-    "layer_modes",
     "loss",
     "perturb",
     "sample_network",
@@ -50,10 +47,8 @@ __all__ = [
 class TwoLayer(NamedTuple):
     """The weights of one network, or of many along leading axes."""
 
-    w1: Array
-    """W₁ (…, m, h)."""
-    w2: Array
-    """W₂ (…, h, k)."""
+    w1: Array  #: W₁ (…, m, h).
+    w2: Array  #: W₂ (…, h, k).
 
     @property
     def product(self) -> Array:
@@ -64,12 +59,9 @@ class TwoLayer(NamedTuple):
 class Objective(eqx.Module):
     """L(W) = ½ tr(W C Wᵀ) − tr(W Mᵀ) + constant: least squares through its sufficient statistics."""
 
-    cross: Array
-    """M (…, m, k); the target A itself where C = I."""
-    covariance: Array | None
-    """C (…, k, k), None for the identity."""
-    constant: Array
-    """The loss of W = 0."""
+    cross: Array  #: M (…, m, k); the target A itself where C = I.
+    covariance: Array | None  #: C (…, k, k), None for the identity.
+    constant: Array  #: The loss of W = 0.
 
     def loss(self, product: Array) -> Array:
         """L (…,) of W (…, m, k)."""
@@ -85,8 +77,6 @@ class Objective(eqx.Module):
 def target_objective(target: ArrayLike) -> Objective:
     """L = ½‖W − A‖²_F for a target A (…, m, k): the population loss of white inputs.
 
-    Raises ValueError for NaN or Inf, or fewer than two axes.
-
     >>> from linfit.network import TwoLayer, loss, target_objective
     >>> loss(TwoLayer([[0.0]], [[0.0, 0.0]]), target_objective([[3.0, 4.0]]))
     Array(12.5, dtype=float64)
@@ -98,9 +88,7 @@ def target_objective(target: ArrayLike) -> Objective:
 
 
 def data_objective(X: ArrayLike, Y: ArrayLike) -> Objective:
-    """L = (1/2n)‖XWᵀ − Y‖²_F for inputs X (…, n, k) and outputs Y (…, n, m).
-
-    Raises ValueError for NaN or Inf, or row counts that differ.
+    """L = (1/2n)‖XWᵀ − Y‖²_F for inputs X (…, n, k) and outputs Y (…, n, m); ValueError if row counts differ.
 
     >>> from linfit.network import TwoLayer, data_objective, loss
     >>> loss(TwoLayer([[1.0]], [[1.0, 1.0]]), data_objective([[1.0, 0.0], [0.0, 2.0]], [[1.0], [3.0]]))
@@ -144,8 +132,6 @@ def aligned_network(
         imbalance: c, a number or one per singular value; gradient flow keeps it. 0 is the balanced start.
         hidden_size: h ≥ min(m, k), the default.
 
-    Raises ValueError for NaN or Inf, negative singular values or shapes that do not fit.
-
     >>> from linfit.network import aligned_network
     >>> aligned_network([[2.0, 0.0], [0.0, 1.0]], [0.25, 0.04]).w1
     Array([[0.5, 0. ],
@@ -164,13 +150,7 @@ def aligned_network(
 
 
 def layer_modes(product: ArrayLike, imbalance: ArrayLike) -> tuple[Array, Array]:
-    """w₁ and w₂ ≥ 0 with w₁w₂ = s and w₁² − w₂² = c: w₁² = (√(c²+4s²) + c)/2, w₂² = (√(c²+4s²) − c)/2.
-
-    >>> from linfit.network import layer_modes
-    >>> w1, w2 = layer_modes(2.0, 3.0)
-    >>> float(w1), float(w2)
-    (2.0, 1.0)
-    """
+    """w₁ and w₂ ≥ 0 with w₁w₂ = s and w₁² − w₂² = c: w₁² = (√(c²+4s²) + c)/2, w₂² = (√(c²+4s²) − c)/2."""
     product, imbalance = real_array("product", product), real_array("imbalance", imbalance)
     larger = jnp.sqrt((jnp.hypot(imbalance, 2 * product) + jnp.abs(imbalance)) / 2)
     smaller = jnp.where(larger > 0, product / jnp.where(larger > 0, larger, 1), 0)  # no cancellation
@@ -178,11 +158,7 @@ def layer_modes(product: ArrayLike, imbalance: ArrayLike) -> tuple[Array, Array]
 
 
 def sample_network(
-    key: Array,
-    shape: tuple[int, int, int],
-    scale: ArrayLike,
-    scale_2: ArrayLike | None = None,
-    replicas: tuple[int, ...] = (),
+    key: Array, shape: tuple[int, int, int], scale: ArrayLike, scale_2: Maybe = None, replicas: tuple[int, ...] = ()
 ) -> TwoLayer:
     """Independent N(0, scale²) entries: small, the usual start of feature learning.
 
@@ -192,8 +168,6 @@ def sample_network(
         scale: standard deviation ≥ 0 of the entries of W₁.
         scale_2: that of W₂; `scale` if not given. Two different scales make an unbalanced start.
         replicas: leading axes, of independent networks.
-
-    Raises ValueError for sizes below 1 and negative scales.
 
     >>> import jax
     >>> from linfit.network import sample_network
@@ -211,7 +185,7 @@ def sample_network(
 
 
 def perturb(
-    key: Array, network: TwoLayer, gamma: ArrayLike, gamma_2: ArrayLike | None = None, replicas: tuple[int, ...] = ()
+    key: Array, network: TwoLayer, gamma: ArrayLike, gamma_2: Maybe = None, replicas: tuple[int, ...] = ()
 ) -> TwoLayer:
     """The network plus independent Gaussian noise of standard deviation γ per entry (docs, N2; paper 2503.19206).
 
@@ -219,17 +193,13 @@ def perturb(
         key: of the random numbers.
         network: weights W₁ (…, m, h), W₂ (…, h, k), each entry of which gets noise of its own.
         gamma: γ ≥ 0 of W₁.
-        gamma_2: that of W₂; `gamma` if not given. γ times the two scales of a Gaussian start gives noise with the
-            covariance of that start.
+        gamma_2: that of W₂; `gamma` if not given. γ times the scales of a Gaussian start: noise of its covariance.
         replicas: leading axes, of independent perturbations.
-
-    Raises ValueError for negative γ.
 
     >>> import jax
     >>> from linfit.network import TwoLayer, perturb
-    >>> network = TwoLayer(jax.numpy.zeros((2, 3)), jax.numpy.zeros((3, 2)))
-    >>> perturb(jax.random.key(0), network, 0.1, replicas=(5,)).w1.shape
-    (5, 2, 3)
+    >>> perturb(jax.random.key(0), TwoLayer(jax.numpy.eye(2), jax.numpy.eye(2)), 0.1, replicas=(5,)).w1.shape
+    (5, 2, 2)
     """
     gamma = non_negative("gamma", gamma, ndim=0)
     gamma_2 = gamma if gamma_2 is None else non_negative("gamma_2", gamma_2, ndim=0)
@@ -266,10 +236,8 @@ def warmup_stable_decay(step_size: ArrayLike, steps: int, warmup: float = 0.05, 
     """Linear warm-up over a first fraction of the steps, linear decay to zero over a last one, constant between.
 
     Args:
-        step_size: the peak (…).
-        steps: their number K.
-        warmup: fraction of the steps that rise, in [0, 1].
-        decay: fraction of the steps that fall; both together at most 1.
+        step_size, steps: the peak (…) and the number of steps.
+        warmup, decay: fractions of the steps that rise and that fall; both together at most 1.
 
     >>> from linfit.network import warmup_stable_decay
     >>> warmup_stable_decay(1.0, 8, warmup=0.25, decay=0.5)
@@ -280,9 +248,7 @@ def warmup_stable_decay(step_size: ArrayLike, steps: int, warmup: float = 0.05, 
     if warmup + decay > steps:
         raise ValueError(f"warmup + decay must be at most 1, got {(warmup + decay) / steps}")
     step = jnp.arange(steps)
-    rising = (step + 1) / max(warmup, 1)
-    falling = (steps - step) / max(decay, 1)
-    return peak * jnp.minimum(1, jnp.minimum(rising, falling))
+    return peak * jnp.minimum(1, jnp.minimum((step + 1) / max(warmup, 1), (steps - step) / max(decay, 1)))
 
 
 def _fraction(name: str, value: float) -> float:
@@ -291,11 +257,14 @@ def _fraction(name: str, value: float) -> float:
     return value
 
 
+_Source = Objective | Callable[[Array], Objective]
+
+
 def descend(
     network: TwoLayer,
-    objective: Objective | ArrayLike | Callable[[Array], Objective],
+    objective: _Source | ArrayLike,
     step_sizes: ArrayLike,
-    save_at: ArrayLike | None = None,
+    save_at: Maybe = None,
     *,
     penalty: ArrayLike = 0.0,
     reference: TwoLayer | None = None,
@@ -309,13 +278,10 @@ def descend(
         network: the start, its leading axes replicas.
         objective: a target (…, m, k), an `Objective`, or a function of the step, for data that stream by.
         step_sizes: η (…, steps) from a schedule, its leading axes broadcasting against the replicas.
-        save_at: ascending step counts (saved,), 0 the start, which become the leading axis of the result; if not given,
-            the last state alone is returned, without that axis.
-        penalty: μ ≥ 0 (…).
-        reference: where the penalty pulls to; the start if not given.
-        throw: whether weights that overflow raise; otherwise they are returned as they are.
-
-    Raises ValueError for shapes that do not fit, and for a step size so large that the weights overflow.
+        save_at: ascending step counts (saved,), 0 the start, the leading axis of the result; if not given, the last
+            state alone is returned, without that axis.
+        penalty, reference: μ ≥ 0 (…), and where it pulls to, the start if not given.
+        throw: whether weights that overflow raise ValueError; otherwise they are returned as they are.
 
     >>> from linfit import network
     >>> start = network.aligned_network([[1.0]], 0.1)
@@ -339,26 +305,19 @@ def descend(
 
 @eqx.filter_jit
 def _descend(
-    network: TwoLayer,
-    objective: Objective | Callable[[Array], Objective],
-    step_sizes: Array,
-    save_at: Array,
-    penalty: Array,
-    reference: TwoLayer | None,
+    network: TwoLayer, objective: _Source, rates: Array, save_at: Array, penalty: Array, anchor: TwoLayer | None
 ) -> TwoLayer:
-    schedule = jnp.moveaxis(step_sizes, -1, 0).astype(network.w1.dtype)[..., None, None]
+    schedule = jnp.moveaxis(rates, -1, 0).astype(network.w1.dtype)[..., None, None]
     pull = penalty.astype(network.w1.dtype)[..., None, None]
 
     def step(index: Array, now: TwoLayer) -> TwoLayer:
-        current = objective if isinstance(objective, Objective) else objective(index)
-        slope = gradient(now, current)
-        if reference is not None:
-            slope = jax.tree.map(lambda g, w, r: g + pull * (w - r), slope, now, reference)
+        slope = gradient(now, objective if isinstance(objective, Objective) else objective(index))
+        if anchor is not None:
+            slope = jax.tree.map(lambda g, w, r: g + pull * (w - r), slope, now, anchor)
         return jax.tree.map(lambda w, g: w - schedule[index] * g, now, slope)
 
     def segment(state: tuple[Array, TwoLayer], stop: Array) -> tuple[tuple[Array, TwoLayer], TwoLayer]:
-        start, now = state
-        now = jax.lax.fori_loop(start, stop, step, now)
+        now = jax.lax.fori_loop(state[0], stop, step, state[1])
         return (stop, now), now
 
     return jax.lax.scan(segment, (jnp.zeros_like(save_at[0]), network), save_at)[1]
@@ -377,15 +336,9 @@ def gradient_flow(
     """The limit of small steps of `descend`, θ' = −∇L − μ(θ − θ_ref), by diffrax (Dormand–Prince 5(4)).
 
     Args:
-        network: the start, its leading axes replicas.
-        objective: a target (…, m, k) or an `Objective`.
+        network, objective, penalty, reference: as in `descend`, but for an objective that is a function.
         times: ascending t ≥ 0 (saved,), step size × steps; they become the leading axis of the result.
-        penalty: μ ≥ 0 (…).
-        reference: where the penalty pulls to; the start if not given.
-        rtol: bound of the relative error of each step.
-        atol: of the absolute error.
-
-    Raises ValueError for times that are negative or not ascending, and shapes that do not fit.
+        rtol, atol: bounds of the relative and the absolute error of each step.
 
     >>> from linfit import network
     >>> start = network.aligned_network([[1.0]], 0.1)
@@ -411,16 +364,10 @@ def _flow(
     def velocity(time: ArrayLike, now: TwoLayer, _: None) -> TwoLayer:
         return jax.tree.map(lambda g, w, r: -g - pull * (w - r), gradient(now, objective), now, reference)
 
+    term, solver = diffrax.ODETerm(velocity), diffrax.Dopri5()
+    save, control = diffrax.SaveAt(ts=times), diffrax.PIDController(rtol=rtol, atol=atol)
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(velocity),
-        diffrax.Dopri5(),
-        t0=0.0,
-        t1=times[-1],
-        dt0=None,
-        y0=network,
-        saveat=diffrax.SaveAt(ts=times),
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
-        max_steps=1_000_000,
+        term, solver, 0.0, times[-1], None, network, saveat=save, stepsize_controller=control, max_steps=1_000_000
     )
     return solution.ys
 
@@ -433,23 +380,7 @@ def _flow(
 # of F, cos²φ = (d + c)/2d, and multiplied through by e^{−dt/2}, only E = e^{−dt} is left:
 #     q(t) = (p₊e₊ + E p₋e₋) / √(E + (1 − E)/d · (p₊² + E p₋²)),   p± = q₀·e±.
 def aligned_modes(w1: ArrayLike, w2: ArrayLike, target: ArrayLike, time: ArrayLike) -> tuple[Array, Array]:
-    """Gradient flow of aligned modes in closed form, (w₁, w₂) at time t, balanced (docs, N1) or not (ours).
-
-    Args:
-        w1: at time 0, (…, r); w1, w2 and target broadcast.
-        w2: the same of the second layer.
-        target: a (…, r).
-        time: t ≥ 0 (…), its axes in front of r.
-
-    Raises ValueError for NaN or Inf, or t < 0.
-
-    >>> from linfit.network import aligned_modes
-    >>> w1, w2 = aligned_modes([1.0, 0.1], [0.1, 0.1], [2.0, 2.0], time=[0.0, 0.5, 50.0])
-    >>> (w1 * w2).round(3)
-    Array([[0.1  , 0.01 ],
-           [1.159, 0.072],
-           [2.   , 2.   ]], dtype=float64)
-    """
+    """(w₁, w₂) at t ≥ 0 (…), its axes in front of r, from those at 0, for a target a, (…, r) (docs, N1; ours)."""
     w1, w2, a = jnp.broadcast_arrays(real_array("w1", w1), real_array("w2", w2), real_array("target", target))
     time = non_negative("time", time)[..., None]
     c = w1**2 - w2**2
@@ -493,14 +424,12 @@ def _broadcast(network: TwoLayer, objective: Objective, *axes: tuple[int, ...]) 
     try:
         batch = jnp.broadcast_shapes(*leading)
     except ValueError:
-        raise ValueError(
-            "leading axes of network, objective, step sizes and penalty must broadcast, got "
-            + ", ".join(map(str, leading))
-        ) from None
+        what = "leading axes of network, objective, step sizes and penalty"
+        raise ValueError(f"{what} must broadcast, got {', '.join(map(str, leading))}") from None
     return jax.tree.map(lambda weights: jnp.broadcast_to(weights, batch + weights.shape[-2:]), network)
 
 
-def _save_points(save_at: ArrayLike | None, steps: int) -> Array:
+def _save_points(save_at: Maybe, steps: int) -> Array:
     if save_at is None:
         return jnp.array([steps])
     save = jnp.asarray(save_at)

@@ -1,8 +1,9 @@
 """The two-task problem: where the model was pretrained, where it is fine-tuned, and the shift between them.
 
-Notation (docs, §0): pretraining covariance Σ₁ and optimum θ₁*; fine-tuning covariance Σ₂ and optimum θ₂*;
-labels y = Xθ₂* + ε, Var ε = σ². The pretrained weights are θ₁ = θ₁* + u, the task shift is δ = θ₂* − θ₁*,
-and what fine-tuning has to learn is the gap Δ = θ₂* − θ₁ = δ − u.
+Notation (docs, §0): pretraining covariance Σ₁ and optimum θ₁*; fine-tuning covariance Σ₂ and optimum θ₂*; labels
+y = Xθ₂* + ε, Var ε = σ². The pretrained weights are θ₁ = θ₁* + u, the shift is δ = θ₂* − θ₁*, the gap, which
+fine-tuning has to learn, Δ = θ₂* − θ₁ = δ − u. Risks are excess risks, R_ft(θ) = ‖θ−θ₂*‖²_{Σ₂} and
+R_pre(θ) = ‖θ−θ₁*‖²_{Σ₁}, in squared units of y.
 """
 
 from collections.abc import Callable
@@ -29,10 +30,8 @@ class Pair(NamedTuple, Generic[T]):
     Pair(finetune=0.5, pretrain=1.0)
     """
 
-    finetune: T
-    """On the fine-tuning domain (Σ₂, θ₂*)."""
-    pretrain: T
-    """On the pretraining domain (Σ₁, θ₁*)."""
+    finetune: T  #: On the fine-tuning domain (Σ₂, θ₂*).
+    pretrain: T  #: On the pretraining domain (Σ₁, θ₁*).
 
     def map(self, function: "Callable[[T], U]") -> "Pair[U]":
         """The function of each."""
@@ -87,7 +86,6 @@ class TwoTaskProblem(eqx.Module):
         noise_std: σ ≥ 0, in units of y.
         pretrain_error: u = θ₁ − θ₁* (p,), zero if not given.
 
-    Risks are excess risks: R_ft(θ) = ‖θ−θ₂*‖²_{Σ₂}, R_pre(θ) = ‖θ−θ₁*‖²_{Σ₁}, in squared units of y.
     Raises ValueError for sizes that differ, NaN or Inf, or a negative σ.
 
     >>> from linfit import TwoTaskProblem, RandomShift, spectra
@@ -188,9 +186,7 @@ def aligned_problem(
     pretrain = finetune if pretrain_spectrum is None else non_negative("pretrain_spectrum", pretrain_spectrum, ndim=1)
     pretrain_risk = non_negative("pretrain_risk", pretrain_risk, ndim=0)
     spread = finetune ** real_array("alignment", alignment, ndim=0)
-    u = None
-    if not is_concrete(pretrain_risk) or pretrain_risk > 0:
-        signs = 1.0 - 2.0 * (jnp.arange(pretrain.size) % 2)
-        u = signs * jnp.sqrt(pretrain_risk / pretrain.sum())
-    shift = RandomShift(spread / jnp.vdot(spread, finetune))
-    return TwoTaskProblem(pretrain, finetune, shift, noise_std, u)
+    signs = 1.0 - 2.0 * (jnp.arange(pretrain.size) % 2)
+    perfect = is_concrete(pretrain_risk) and pretrain_risk == 0
+    u = None if perfect else signs * jnp.sqrt(pretrain_risk / pretrain.sum())
+    return TwoTaskProblem(pretrain, finetune, RandomShift(spread / jnp.vdot(spread, finetune)), noise_std, u)

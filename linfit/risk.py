@@ -8,6 +8,7 @@ and so a parabola in the ensemble coefficient: τg has the risk R(τ) = c − 2�
 the forms of a design; `theory.equivalents` predicts the same parabola without one.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -28,10 +29,8 @@ __all__ = ["Parabola", "Risk", "RiskForm", "excess_risks"]
 class Risk(NamedTuple):
     """Excess risk, in squared units of y; the fields share one shape."""
 
-    bias: Array
-    """Squared bias: what remains without label noise, averaged over a random shift."""
-    variance: Array
-    """What label noise adds; proportional to σ²."""
+    bias: Array  #: Squared bias: what remains without label noise, averaged over a random shift.
+    variance: Array  #: What label noise adds; proportional to σ².
 
     @property
     def total(self) -> Array:
@@ -51,14 +50,10 @@ class Parabola(eqx.Module):
     [0.5, 0.75, 0.25, 3.0]
     """
 
-    constant: Array
-    """c = R(0), the risk of the pretrained weights."""
-    slope: Array
-    """b·g, half the rate at which the risk falls at τ = 0."""
-    bias: Array
-    """gᵀBg, the curvature of the squared bias."""
-    variance: Array
-    """σ² Σ q_i g_i², the variance at τ = 1."""
+    constant: Array  #: c = R(0), the risk of the pretrained weights.
+    slope: Array  #: b·g, half the rate at which the risk falls at τ = 0.
+    bias: Array  #: gᵀBg, the curvature of the squared bias.
+    variance: Array  #: σ² Σ q_i g_i², the variance at τ = 1.
 
     @classmethod
     def of_steps(cls, covariance: Covariance, start: Array, step: Array) -> "Parabola":
@@ -68,9 +63,8 @@ class Parabola(eqx.Module):
         >>> Parabola.of_steps(Diagonal([1.0, 2.0]), jnp.array([1.0, 1.0]), jnp.array([-1.0, 0.0]))(1.0).total
         Array(2., dtype=float64)
         """
-        constant, curvature = covariance.squared_norm(start), covariance.squared_norm(step)
-        parts = jnp.broadcast_arrays(constant, -covariance.dot(step, start), curvature, jnp.zeros_like(constant))
-        return cls(*parts)
+        constant, slope = covariance.squared_norm(start), -covariance.dot(step, start)
+        return cls(*jnp.broadcast_arrays(constant, slope, covariance.squared_norm(step), jnp.zeros_like(constant)))
 
     def __call__(self, tau: ArrayLike = 1.0) -> Risk:
         """Bias² and variance at τ, which broadcasts against the fields."""
@@ -117,7 +111,7 @@ def excess_risks(
         theta_1_star: pretraining optimum (…, p); zero in `linfit.sample_task`.
         theta_2_star: fine-tuning optimum (…, p).
 
-    Leading axes broadcast; risks in squared units of y. Raises ValueError for sizes that differ, NaN or Inf.
+    Leading axes broadcast. Raises ValueError for sizes that differ, NaN or Inf.
 
     >>> from linfit import FixedShift, TwoTaskProblem, excess_risks
     >>> problem = TwoTaskProblem([1.0, 1.0], [2.0, 1.0], FixedShift([1.0, 0.0]), noise_std=0.1)
@@ -131,47 +125,44 @@ def excess_risks(
             raise ValueError(f"{name} must have shape (…, p) with the problem's p = {problem.p}, got {array.shape}")
         broadcastable(name, array.shape, "theta", arrays[0].shape)
     theta, first, second = arrays
-    return Pair(
-        problem.finetune_covariance.squared_norm(theta - second),
-        problem.pretrain_covariance.squared_norm(theta - first),
-    )
+    finetune = problem.finetune_covariance.squared_norm(theta - second)
+    return Pair(finetune, problem.pretrain_covariance.squared_norm(theta - first))
+
+
+_ADDITIVE = ("constant", "linear", "bias_quadratic", "noise_gain")
 
 
 class RiskForm(eqx.Module):
-    """R(g) = c − 2b·g + gᵀBg + σ² Σ q_i g_i² for one test domain.
+    """R(g) = c − 2b·g + gᵀBg + σ² Σ q_i g_i² for one test domain (docs, S2–S3).
 
-    Call with a filter (or its values g) and an ensemble coefficient τ (docs, S2–S3):
-    R(τ) = c − 2τ b·g + τ² gᵀHg. Hyperparameter axes of filter and τ broadcast against each other. The form of a
-    stack of designs puts the design axes in front of them. Forms of the same design add up and scale:
-    `forms.finetune + kappa * forms.pretrain` is the combined objective (docs, O5).
+    Call with a filter (or its values g) and an ensemble coefficient τ; the axes of both broadcast, those of a stack of
+    designs come in front. Forms of the same design add up and scale: `forms.finetune + kappa * forms.pretrain` is the
+    combined objective (docs, O5).
     """
 
-    eigenvalues: Array
-    """s (n,), ascending."""
-    constant: Array
-    """c = R(0), the risk of the pretrained weights."""
-    linear: Array
-    """b (n,)."""
-    bias_quadratic: Array
-    """B (n, n)."""
-    noise_gain: Array
-    """q (n,), the variance per σ² and g²."""
-    noise_std: Array
-    """σ; `with_noise_std` replaces it at no cost."""
+    eigenvalues: Array  #: s (n,), ascending.
+    constant: Array  #: c = R(0), the risk of the pretrained weights.
+    linear: Array  #: b (n,).
+    bias_quadratic: Array  #: B (n, n).
+    noise_gain: Array  #: q (n,), the variance per σ² and g².
+    noise_std: Array  #: σ; `with_noise_std` replaces it at no cost.
 
     def __call__(self, filter: Filter | ArrayLike, tau: ArrayLike = 1.0) -> Risk:
         """Bias² and variance of the ensemble θ_τ = (1−τ)θ₁ + τθ̂.
 
-        >>> from linfit import GradientFlow, RandomShift, TwoTaskProblem, risk_forms, sample_design, spectra
-        >>> import jax
-        >>> spectrum = spectra.power_law(60)
-        >>> problem = TwoTaskProblem(spectrum, spectrum, RandomShift(spectra.isotropic(60)), noise_std=1.0)
-        >>> X = sample_design(jax.random.key(0), problem.finetune_covariance, 20)
-        >>> risk_forms(X, problem).finetune(GradientFlow([1.0, 10.0]), tau=jnp.linspace(0, 1, 5)[:, None]).total.shape
-        (5, 2)
+        >>> from linfit import GradientFlow, aligned_problem, risk_forms
+        >>> form = risk_forms([[1.0, 2.0]], aligned_problem([2.0, 1.0])).finetune
+        >>> form(GradientFlow([1.0, 10.0]), tau=[[0.0], [0.5], [1.0]]).total.shape
+        (3, 2)
         """
         tau = real_array("tau", tau)
-        return self._over_designs(lambda form, filter: form._risk(filter, tau), filter)
+
+        def risk(form: RiskForm, filter: Filter | ArrayLike) -> Risk:
+            g = form._values(filter)
+            broadcastable("tau", tau.shape, "the hyperparameters of the filter", g.shape[:-1])
+            return _evaluate(form, g, tau)
+
+        return self._over_designs(risk, filter)
 
     def along(self, filter: Filter | ArrayLike) -> Parabola:
         """The risk as a function of τ (docs, S3); fields of the shape of designs × the filter's hyperparameters."""
@@ -194,8 +185,7 @@ class RiskForm(eqx.Module):
         noise_std = non_negative("noise_std", noise_std)
         if noise_std.shape not in ((), self.noise_std.shape):
             raise ValueError(f"noise_std must be a number, got shape {noise_std.shape}; use jax.vmap for several")
-        noise_std = jnp.broadcast_to(noise_std, self.noise_std.shape)
-        return eqx.tree_at(lambda form: form.noise_std, self, noise_std)
+        return dataclasses.replace(self, noise_std=jnp.broadcast_to(noise_std, self.noise_std.shape))
 
     def __add__(self, other: "RiskForm") -> "RiskForm":
         if not isinstance(other, RiskForm):
@@ -204,23 +194,14 @@ class RiskForm(eqx.Module):
             ours, theirs = getattr(self, name), getattr(other, name)
             if is_concrete(ours, theirs) and not np.array_equal(ours, theirs):
                 raise ValueError(f"forms must have the same design and noise level to be added; their {name} differ")
-        constant, linear, quadratic, gain = (
-            ours + theirs for ours, theirs in zip(self._parts, other._parts, strict=True)
-        )
-        return RiskForm(self.eigenvalues, constant, linear, quadratic, gain, self.noise_std)
+        return dataclasses.replace(self, **{name: getattr(self, name) + getattr(other, name) for name in _ADDITIVE})
 
     def __mul__(self, weight: ArrayLike) -> "RiskForm":
         weight = real_array("weight", weight, ndim=0)
-        constant, linear, quadratic, gain = (weight * part for part in self._parts)
-        return RiskForm(self.eigenvalues, constant, linear, quadratic, gain, self.noise_std)
+        return dataclasses.replace(self, **{name: weight * getattr(self, name) for name in _ADDITIVE})
 
     __rmul__ = __mul__
     __array_ufunc__ = None  # so that `numpy_scalar * form` comes here
-
-    @property
-    def _parts(self) -> tuple[Array, Array, Array, Array]:
-        """Everything that adds up."""
-        return self.constant, self.linear, self.bias_quadratic, self.noise_gain
 
     def _over_designs(self, function, filter=None):  # type: ignore[no-untyped-def]
         """function(form, filter) for every design of a stack; values g of the same stack go with their design."""
@@ -235,11 +216,6 @@ class RiskForm(eqx.Module):
         g = filter(self.eigenvalues) if isinstance(filter, Filter) else real_array("filter", filter)
         same_size("filter values", g.shape[-1], "the eigenvalues", self.eigenvalues.shape[-1])
         return g
-
-    def _risk(self, filter: Filter | ArrayLike, tau: Array) -> Risk:
-        g = self._values(filter)
-        broadcastable("tau", tau.shape, "the hyperparameters of the filter", g.shape[:-1])
-        return _evaluate(self, g, tau)
 
     def _oracle(self) -> Array:
         noise = self.noise_std**2 * self.noise_gain

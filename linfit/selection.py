@@ -17,7 +17,7 @@ import scipy.optimize
 from jax import Array
 
 from linfit.filters import Ridge
-from linfit.internal.checks import ArrayLike, broadcastable, non_negative, real_array
+from linfit.internal.checks import ArrayLike, Maybe, broadcastable, non_negative, real_array
 from linfit.internal.linear_algebra import eigh, gram, rank_cutoff
 from linfit.solve import check_data
 
@@ -31,11 +31,10 @@ def leave_one_out(X: ArrayLike, y: ArrayLike, theta_1: ArrayLike, penalty: Array
         X: design (n, p).
         y: labels (n,), or (n, k) for k outputs.
         theta_1: pretrained weights (p,) or (p, k).
-        penalty: λ ≥ 0; 0 is the minimum-norm fit, exact also for dependent rows and for n > p.
+        penalty: λ ≥ 0; 0 is min-norm, exact also for dependent rows and for n > p.
         tau: broadcasts against λ, in front of the residuals.
 
-    The mean square estimates the prediction error R_ft + σ². Raises ValueError for shapes that do not fit, NaN or Inf,
-    λ < 0, or n < 2.
+    The mean square estimates R_ft + σ². Raises ValueError for shapes that do not fit, NaN or Inf, λ < 0, or n < 2.
 
     >>> from linfit import leave_one_out
     >>> leave_one_out([[1.0, 0.0], [1.0, 1.0]], [1.0, 3.0], [0.0, 0.0], penalty=0.0, tau=[0.0, 1.0])
@@ -74,14 +73,6 @@ def _leave_one_out_path(X: Array, residual: Array) -> Callable[[Array], Array]:
     return learned
 
 
-def _validation_path(X: Array, residual: Array, X_val: Array) -> Callable[[Array], Array]:
-    """λ ↦ X_val(θ̂_λ − θ₁), (…, n_val), factored once."""
-    n = X.shape[0]
-    s, U = eigh(gram(X) / n)
-    coefficients, basis = U.T @ residual / n, X_val @ (X.T @ U)
-    return lambda penalty: (Ridge(penalty)(jnp.maximum(s, 0)) * coefficients) @ basis.T
-
-
 def _ratio(U: Array, weight: Array, residual: Array) -> Array:
     """(Gr)_i/G_ii for G = U diag(weight) Uᵀ."""
     diagonal = weight @ (U**2).T
@@ -94,43 +85,33 @@ def _ratio(U: Array, weight: Array, residual: Array) -> Array:
 class Selection(NamedTuple):
     """Mean squared error over (λ, τ) and its minimum. Errors are one standard error over the n samples."""
 
-    penalties: np.ndarray
-    """λ (L,)."""
-    taus: np.ndarray
-    """τ (T,)."""
-    mean_squared_error: np.ndarray
-    """Estimate of R_ft + σ² (L, T)."""
-    standard_error: np.ndarray
-    """(L, T)."""
-    indistinguishable: np.ndarray
-    """Whether a cell is within one standard error (of the paired difference) of the minimum (L, T)."""
-    best_penalty: float
-    """λ at the minimum, refined between grid values."""
-    best_tau: float
-    """τ at the minimum: exact for that λ, not limited to the grid."""
+    penalties: np.ndarray  #: λ (L,).
+    taus: np.ndarray  #: τ (T,).
+    mean_squared_error: np.ndarray  #: Estimate of R_ft + σ² (L, T).
+    standard_error: np.ndarray  #: (L, T).
+    indistinguishable: np.ndarray  #: Within one standard error (of the paired difference) of the minimum (L, T).
+    best_penalty: float  #: λ at the minimum, refined between grid values.
+    best_tau: float  #: τ at the minimum: exact for that λ, not limited to the grid.
     best_tau_error: float
     best_mean_squared_error: float
     best_standard_error: float
-    pretrained_mean_squared_error: float
-    """τ = 0."""
-    gain_over_full: float
-    """MSE(τ = 1) − MSE(best τ), both at the best λ; positive means overadaptation."""
+    pretrained_mean_squared_error: float  #: τ = 0.
+    gain_over_full: float  #: MSE(τ = 1) − MSE(best τ), both at the best λ; positive means overadaptation.
     gain_over_full_error: float
 
 
 def default_penalties(X: ArrayLike) -> np.ndarray:
     """0 and 60 values, evenly spaced in log λ, from 10⁻⁶ to 10² times the mean eigenvalue of XXᵀ/n."""
     rows = np.asarray(real_array("X", X, ndim=2))
-    scale = np.vdot(rows, rows) / rows.shape[0] / min(rows.shape)
-    return np.concatenate([[0.0], scale * np.logspace(-6, 2, 60)])
+    return np.append(0.0, np.vdot(rows, rows) / rows.shape[0] / min(rows.shape) * np.logspace(-6, 2, 60))
 
 
 def select(
     X: ArrayLike,
     y: ArrayLike,
     theta_1: ArrayLike,
-    penalties: ArrayLike | None = None,
-    taus: ArrayLike | None = None,
+    penalties: Maybe = None,
+    taus: Maybe = None,
     validation: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Selection:
     """The error surface over (λ, τ) and its minimum, by leave-one-out or on validation data (docs, S5; ours).
@@ -144,9 +125,8 @@ def select(
     Selection among many (λ, τ) makes the minimum itself slightly optimistic. Raises ValueError as `leave_one_out`.
 
     >>> import jax
-    >>> from linfit import FixedShift, TwoTaskProblem, sample_task, select, spectra
-    >>> flat = spectra.isotropic(80)
-    >>> problem = TwoTaskProblem(flat, flat, FixedShift(0.5 * spectra.isotropic(80)), noise_std=2.0)
+    >>> from linfit import FixedShift, TwoTaskProblem, sample_task, select
+    >>> problem = TwoTaskProblem([1.0] * 80, [1.0] * 80, FixedShift([0.5] * 80), noise_std=2.0)
     >>> task = sample_task(jax.random.key(0), problem, 40)
     >>> 0 < select(task.X, task.y, task.theta_1).best_tau < 1
     True
@@ -164,12 +144,6 @@ def select(
     residual = y - X @ theta_1
     if validation is None:
         return _minimise(residual, _leave_one_out_path(X, residual), penalties, taus)
-    X_val, y_val = _check_validation(validation, theta_1)
-    path = _validation_path(X, residual, X_val)
-    return _minimise(y_val - X_val @ theta_1, path, penalties, taus)
-
-
-def _check_validation(validation: tuple[ArrayLike, ArrayLike], theta_1: Array) -> tuple[Array, Array]:
     if not isinstance(validation, tuple | list) or len(validation) != 2:
         raise ValueError(f"validation must be a pair (X_val, y_val), got {type(validation).__name__}")
     try:
@@ -178,7 +152,13 @@ def _check_validation(validation: tuple[ArrayLike, ArrayLike], theta_1: Array) -
         raise ValueError(f"validation: {error}") from None
     if y_val.size < 2:
         raise ValueError("validation must have at least 2 samples for a standard error, got 1")
-    return X_val, y_val
+    s, U = eigh(gram(X) / len(X))
+    coefficients, basis = U.T @ residual / len(X), X_val @ (X.T @ U)
+
+    def learned(penalty: Array) -> Array:  # X_val(θ̂_λ − θ₁), (…, n_val)
+        return (Ridge(penalty)(jnp.maximum(s, 0)) * coefficients) @ basis.T
+
+    return _minimise(y_val - X_val @ theta_1, learned, penalties, taus)
 
 
 def _minimise(residual: Array, learned: Callable[[Array], Array], penalties: Array, taus: Array) -> Selection:
@@ -195,21 +175,16 @@ def _minimise(residual: Array, learned: Callable[[Array], Array], penalties: Arr
     best = int(np.argmin(profiled))
     best_penalty = float(penalties[best])
     if 0 < best < len(profiled) - 1 and penalties[best - 1] > 0:
-        refined = scipy.optimize.minimize_scalar(
-            lambda log_penalty: profile(np.exp(log_penalty))[1],
-            bounds=(float(jnp.log(penalties[best - 1])), float(jnp.log(penalties[best + 1]))),
-            method="bounded",
-        )
+        bounds = tuple(float(jnp.log(penalties[neighbour])) for neighbour in (best - 1, best + 1))
+        refined = scipy.optimize.minimize_scalar(lambda x: profile(np.exp(x))[1], bounds=bounds, method="bounded")
         if refined.fun < profiled[best]:
             best_penalty = float(np.exp(refined.x))
     best_tau, _ = profile(best_penalty)
     d = learned(jnp.asarray(best_penalty))
-    best_residual = residual - best_tau * d
-    best_squares, full_squares = best_residual**2, (residual - d) ** 2
+    best_squares, moved = (residual - best_tau * d) ** 2, float(d @ d)
     paired = squares - best_squares
-    moved = float(d @ d)
     best_mean, best_error = _mean_and_error(best_squares)
-    gain, gain_error = _mean_and_error(full_squares - best_squares)
+    gain, gain_error = _mean_and_error((residual - d) ** 2 - best_squares)
     return Selection(
         penalties=np.asarray(penalties),
         taus=np.asarray(taus),

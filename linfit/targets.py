@@ -29,10 +29,8 @@ class Source(IntEnum):
 class Targets(NamedTuple):
     """What to train on."""
 
-    values: Any
-    """Targets: an array like `gold`, or a list if the answers are not arrays."""
-    source: Any
-    """`Source` of each (n,), as integers."""
+    values: Any  #: Targets: an array like `gold`, or a list if the answers are not arrays.
+    source: Any  #: `Source` of each (n,), as integers.
 
     def shares(self) -> dict[str, float]:
         """Share of each source; they sum to 1.
@@ -92,17 +90,14 @@ def content_within(content: ArrayLike, tolerance: ArrayLike) -> Judge:
 def noisy(key: Array, judge: Judge, false_accept: ArrayLike = 0.0, false_reject: ArrayLike = 0.0) -> Judge:
     """A judge for arrays that errs: accepts a wrong answer, and rejects a right one, with the given probabilities.
 
-    Its mistakes are a function of the key and the sample: whether it would miss a right answer to sample i is one draw,
-    whether it would fall for a wrong one another, independent of the first and of other samples; asked about a second
-    right answer to the same question it errs again.
+    Its mistakes are a function of the key and the sample, independent for right and wrong answers and between samples;
+    asked about a second right answer to the same question it errs again.
 
     Args:
         key: of its mistakes.
         judge: says what is right and what is wrong.
-        false_accept: probability that a wrong answer passes.
+        false_accept: probability that a wrong answer passes; ValueError outside [0, 1].
         false_reject: probability that a right one does not.
-
-    Raises ValueError for probabilities outside [0, 1].
 
     >>> import jax
     >>> import jax.numpy as jnp

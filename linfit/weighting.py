@@ -20,17 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit.internal.checks import ArrayLike, is_concrete, non_negative, real_array
+from linfit.internal.checks import ArrayLike, Maybe, is_concrete, non_negative, real_array
 
 __all__ = ["effective_sample_size", "effective_step", "flow_weights", "median_temperature", "robust_weights"]
 
 Normalisation = Literal["count", "mean", "none"]
 
 
-def median_temperature(losses: ArrayLike, mask: ArrayLike | None = None) -> Array:
+def median_temperature(losses: ArrayLike, mask: Maybe = None) -> Array:
     """T = median of the losses that count: not NaN, and under the mask if there is one (paper 2502.02797).
 
-    `losses` and `mask` share one shape; the result is a scalar, NaN if nothing counts.
+    `losses` and `mask` share one shape; NaN if nothing counts.
 
     >>> from linfit.weighting import median_temperature
     >>> median_temperature([1.0, 3.0, float("nan"), 2.0])
@@ -42,11 +42,7 @@ def median_temperature(losses: ArrayLike, mask: ArrayLike | None = None) -> Arra
 
 
 def flow_weights(
-    losses: ArrayLike,
-    temperature: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    normalisation: Normalisation = "count",
+    losses: ArrayLike, temperature: Maybe = None, mask: Maybe = None, *, normalisation: Normalisation = "count"
 ) -> Array:
     """FLOW weights w ∝ exp(−ℓ/T) of the pretrained losses ℓ ≥ 0 (paper 2502.02797; docs, F1).
 
@@ -57,16 +53,12 @@ def flow_weights(
         normalisation: "count" (the authors': w = exp(−ℓ/T), in [0, 1]), "mean" (mean one over the mask) or "none" (n
             times the first, so that the loss is a plain sum); see the table of this module.
 
-    Returns weights of the losses' shape. A NaN loss gets weight 0, with a warning that counts them; an infinite loss
-    has weight 0.
-
-    If all losses are equal, all weights are e^{−1} at the median: no sample is preferred, and the weights act as a
-    smaller learning rate only. T = 0, also by a median of 0, is the limit T → 0: weight 1 where the loss is 0, else 0.
-    If all weights underflow to 0 a warning says so; normalised to mean one they are formed relative to the smallest
-    loss, in logarithms, and neither underflow nor lose digits, however large the losses.
-
-    Raises ValueError for negative losses or temperature, a mask of another shape, another normalisation, no loss to
-    take the median of, or none that is finite to normalise by.
+    A NaN loss gets weight 0, with a warning that counts them; an infinite loss has weight 0. If all losses are equal,
+    all weights are e^{−1} at the median: a smaller learning rate, no more. T = 0, also by a median of 0, is the limit
+    T → 0: weight 1 where the loss is 0, else 0. If all weights underflow to 0 a warning says so; those of mean one are
+    formed relative to the smallest loss and neither underflow nor lose digits, however large the losses. Raises
+    ValueError for negative losses or temperature, a mask of another shape, another normalisation, no loss to take the
+    median of, or none that is finite to normalise by.
 
     >>> from linfit import flow_weights
     >>> flow_weights([0.0, 1.0, 2.0])
@@ -87,30 +79,21 @@ def flow_weights(
     weights = jnp.where(counted, jnp.exp(_exponent(jnp.where(counted, losses, 0), temperature)), 0)
     if concrete and not np.asarray(weights).any():
         least = jnp.min(jnp.where(counted, losses, jnp.inf))
-        warnings.warn(
-            f"all weights are 0: even the smallest loss, {least:.6g}, is too large for a temperature of "
-            f'{temperature:.6g}; raise it, or keep the relative weights with normalisation="mean"',
-            UserWarning,
-            stacklevel=2,
-        )
+        why = f"even the smallest loss, {least:.6g}, is too large for a temperature of {temperature:.6g}"
+        advice = 'raise it, or keep the relative weights with normalisation="mean"'
+        warnings.warn(f"all weights are 0: {why}; {advice}", UserWarning, stacklevel=2)
     return weights if normalisation == "count" else weights * under_mask.sum()
 
 
 def robust_weights(
-    losses: ArrayLike,
-    temperature: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    normalisation: Normalisation = "mean",
+    losses: ArrayLike, temperature: Maybe = None, mask: Maybe = None, *, normalisation: Normalisation = "mean"
 ) -> Array:
     """The opposite of FLOW, w ∝ exp(+ℓ/T): hard samples count more (paper 2502.02797, Prop. 4.3; docs, F1).
 
     Normalised, they maximise Σπ_iℓ_i − TΣπ_i log π_i over the simplex: distributionally robust optimisation, the
     baseline that upweights hard samples. Arguments and NaN losses as in `flow_weights`; mean one by default, since
-    exp(ℓ/T) has no bound. T = 0 puts all weight on the largest loss.
-
-    Raises ValueError as `flow_weights`, for an infinite loss, which would take all weight, and where weights that are
-    not normalised to mean one overflow.
+    exp(ℓ/T) has no bound. T = 0 puts all weight on the largest loss. Raises ValueError as `flow_weights`, for an
+    infinite loss, which would take all weight, and where weights not of mean one overflow.
 
     >>> from linfit.weighting import robust_weights
     >>> robust_weights([0.0, 1.0, 1000.0], temperature=1.0)
@@ -127,14 +110,12 @@ def robust_weights(
         return _mean_one(largest - losses, temperature, counted, under_mask)
     weights = jnp.where(counted, jnp.exp(-_exponent(jnp.where(counted, losses, 0), temperature)), 0)
     if concrete and not np.isfinite(weights).all():
-        raise ValueError(
-            f"losses overflow in exp(ℓ/T): the largest is {largest:.6g} at T = {temperature:.6g}; "
-            'use normalisation="mean"'
-        )
+        where = f"the largest is {largest:.6g} at T = {temperature:.6g}"
+        raise ValueError(f'losses overflow in exp(ℓ/T): {where}; use normalisation="mean"')
     return weights if normalisation == "count" else weights * under_mask.sum()
 
 
-def effective_step(weights: ArrayLike, mask: ArrayLike | None = None) -> Array:
+def effective_step(weights: ArrayLike, mask: Maybe = None) -> Array:
     """The factor by which weights in the loss Σ w_i ℓ_i(θ)/n scale the learning rate: their mean (ours; docs, F1).
 
     `weights` ≥ 0 and `mask` share one shape; only what is under the mask counts. FLOW at the median temperature takes
@@ -150,7 +131,7 @@ def effective_step(weights: ArrayLike, mask: ArrayLike | None = None) -> Array:
     return jnp.sum(jnp.where(under_mask, weights, 0)) / under_mask.sum()
 
 
-def effective_sample_size(weights: ArrayLike, mask: ArrayLike | None = None) -> Array:
+def effective_sample_size(weights: ArrayLike, mask: Maybe = None) -> Array:
     """(Σw)²/Σw², the number of equally weighted samples that estimate a mean as well (Kish); 0 if all are 0.
 
     >>> from linfit.weighting import effective_sample_size
@@ -164,7 +145,7 @@ def effective_sample_size(weights: ArrayLike, mask: ArrayLike | None = None) -> 
     return jnp.where(largest > 0, jnp.sum(relative) ** 2 / jnp.where(largest > 0, jnp.sum(relative**2), 1), 0)
 
 
-def _weights_and_mask(weights: ArrayLike, mask: ArrayLike | None) -> tuple[Array, Array]:
+def _weights_and_mask(weights: ArrayLike, mask: Maybe) -> tuple[Array, Array]:
     weights = non_negative("weights", weights)
     under_mask = jnp.ones(weights.shape, bool) if mask is None else _mask(mask, weights, "weights")
     if is_concrete(under_mask) and not np.asarray(under_mask).any():
@@ -173,7 +154,7 @@ def _weights_and_mask(weights: ArrayLike, mask: ArrayLike | None) -> tuple[Array
 
 
 def _prepare(
-    losses: ArrayLike, temperature: ArrayLike | None, mask: ArrayLike | None, normalisation: str
+    losses: ArrayLike, temperature: Maybe, mask: Maybe, normalisation: str
 ) -> tuple[Array, Array, Array, Array]:
     """Losses, which of them count, which are under the mask, and the temperature."""
     if normalisation not in ("count", "mean", "none"):
@@ -189,9 +170,8 @@ def _prepare(
         if not considered.size:
             raise ValueError(f"losses must hold at least one value that counts, got {losses.size} NaN or masked")
         if considered.min() < 0:
-            raise ValueError(
-                f"losses must be non-negative (log-losses, squared errors), got minimum {considered.min()}"
-            )
+            least = considered.min()
+            raise ValueError(f"losses must be non-negative (log-losses, squared errors), got minimum {least}")
     if temperature is None:
         temperature = median_temperature(losses, mask)
         if is_concrete(temperature) and not np.isfinite(temperature):

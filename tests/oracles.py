@@ -1,9 +1,8 @@
 """Brute-force numpy algebra, p×p matrices and all, against which the kernels are checked."""
 
-import jax
 import numpy as np
 
-from linfit import Dense, Empirical, FixedShift, RandomShift, TwoTaskProblem
+from linfit import Dense, Diagonal, Empirical, FixedShift, RandomShift, TwoTaskProblem
 from linfit.covariance import Covariance
 
 
@@ -23,12 +22,22 @@ def random_matrix(generator: np.random.Generator, p: int, decay: float) -> np.nd
     return (matrix + matrix.T) / 2
 
 
+def covariance_of(kind: str, generator: np.random.Generator, p: int) -> Covariance:
+    """A diagonal, dense, short or tall empirical covariance, none of them special."""
+    if kind == "diagonal":
+        return Diagonal(generator.uniform(0.1, 2, p))
+    if kind == "dense":
+        return Dense(random_matrix(generator, p, 0.7))
+    m = 4 if kind == "empirical-short" else 20
+    return Empirical(generator.standard_normal((m, p)) * generator.uniform(0.3, 2, p))
+
+
 def problems(seed: int, p: int = 24) -> dict[str, TwoTaskProblem]:
     """Every kind of covariance and shift, non-commuting ones included; nothing is the identity by accident."""
     generator = np.random.default_rng(seed)
     diagonal = [np.sort(generator.uniform(0.2, 2, p))[::-1] for _ in range(3)]
     dense = [random_matrix(generator, p, decay) for decay in (1.0, 0.5, 0.8)]
-    features = [generator.standard_normal((m, p)) * generator.uniform(0.3, 2, p) for m in (40, 15, 30)]
+    features = [Empirical(generator.standard_normal((m, p)) * generator.uniform(0.3, 2, p)) for m in (40, 15, 30)]
     u = generator.standard_normal(p) * 0.4
     delta = generator.standard_normal(p)
     return {
@@ -42,10 +51,8 @@ def problems(seed: int, p: int = 24) -> dict[str, TwoTaskProblem]:
         "dense-random-u": TwoTaskProblem(dense[0], dense[1], RandomShift(dense[2]), 0.4, u),
         "dense-fixed": TwoTaskProblem(dense[0], dense[1], FixedShift(delta), 0.4),
         "dense-isotropic": TwoTaskProblem(dense[0], dense[1], RandomShift(np.full(p, 0.2)), 0.4, u),
-        "empirical-random-u": TwoTaskProblem(
-            Empirical(features[0]), Empirical(features[1]), RandomShift(Empirical(features[2])), 0.6, u
-        ),
-        "mixed": TwoTaskProblem(dense[0], Empirical(features[0]), RandomShift(diagonal[1]), 0.6, u),
+        "empirical-random-u": TwoTaskProblem(*features[:2], RandomShift(features[2]), 0.6, u),
+        "mixed": TwoTaskProblem(dense[0], features[0], RandomShift(diagonal[1]), 0.6, u),
         "noiseless-fixed": TwoTaskProblem(diagonal[0], dense[0], FixedShift(delta), 0.0, u),
     }
 
@@ -78,10 +85,6 @@ def brute_force_risk(X, R, problem: TwoTaskProblem, tau: float = 1.0):
     pretrain = quadratic(T @ X, a, sigma_1)
     variances = [sigma**2 * np.trace(T.T @ M @ T) for M in (sigma_2, sigma_1)]
     return (finetune, variances[0]), (pretrain, variances[1])
-
-
-def keys(seed: int, count: int):
-    return jax.random.split(jax.random.key(seed), count)
 
 
 def numpy_descent(start, gradient, rates, penalty=0.0, reference=None):

@@ -9,33 +9,15 @@ import numpy as np
 import pytest
 
 import linfit
-from linfit import (
-    Dense,
-    Diagonal,
-    Empirical,
-    FixedShift,
-    GradientDescent,
-    GradientFlow,
-    MinNorm,
-    Parabola,
-    RandomShift,
-    Ridge,
-    TwoTaskProblem,
-    aligned_problem,
-    column_blocks,
-    excess_risks,
-    fine_tune,
-    gradient_descent,
-    interpolate,
-    leave_one_out,
-    risk_forms,
-    sample_design,
-    sample_designs,
-    sample_task,
-    select,
-    spectra,
-)
-from linfit.filters import Tabulated
+from linfit import spectra
+from linfit.covariance import Dense, Diagonal, Empirical
+from linfit.design import column_blocks, sample_design, sample_designs, sample_task
+from linfit.filters import GradientDescent, GradientFlow, MinNorm, Ridge, Tabulated
+from linfit.problem import FixedShift, RandomShift, TwoTaskProblem, aligned_problem
+from linfit.reduction import risk_forms
+from linfit.risk import Parabola, excess_risks
+from linfit.selection import leave_one_out, select
+from linfit.solve import fine_tune, gradient_descent, interpolate
 
 KEY = jax.random.key(0)
 N, P = 4, 6
@@ -97,10 +79,18 @@ LABELS = {
 }
 WEIGHTS = {"size": np.ones(N + 1), "matrix": np.ones((N, 1)), "negative": -np.ones(N), "nan": Y * NAN, "string": "w"}
 THETAS = {"size": THETA[:-1], "matrix": THETA[:, None], "nan": THETA * NAN, "complex": THETA * 1j, "scalar": 0.0}
+DATA = {"X": X, "y": Y, "theta_1": THETA}
+FITS = {
+    fine_tune: {"filter": Ridge(0.1)},
+    gradient_descent: {"step_size": 0.001, "steps": 3},
+    leave_one_out: {"penalty": [0.0, 0.1], "tau": 1.0},
+    select: {},
+}
+GRID = {"complex": 1j, "matrix": np.ones((2, 2)), "empty": []}
 
 
-def blocks(*shapes, fill=1.0):
-    return iter([np.full(shape, fill) for shape in shapes])
+def blocks(*shapes):
+    return iter([np.ones(shape) for shape in shapes])
 
 
 def case(function, argument, values, mentions=None):
@@ -119,90 +109,64 @@ def call(function, argument, **good):
         return function(**{**good, argument: value})
 
     caller.__name__ = getattr(function, "__name__", type(function).__name__)
-    caller.function = function
     return caller
 
 
-def each(function, good, bad):
+def each(function, good, /, **bad):
     return [row for argument, values in bad.items() for row in case(call(function, argument, **good), argument, values)]
 
 
+SAMPLE = {"key": KEY, "covariance": FLAT, "n": N}
 TABLE = [
+    *each(spectra.isotropic, {"p": P}, p=COUNT, variance=NEGATIVE, trace={**NEGATIVE, "zero": 0.0, "none": [None]}),
+    *each(spectra.power_law, {"p": P}, p=COUNT, exponent=NEGATIVE, trace={"rank": [1.0], "zero": 0}),
+    *each(spectra.exponential, {"p": P}, p=COUNT, rate=NEGATIVE, trace={"negative": -1.0, "nan": NAN}),
     *each(
-        spectra.isotropic,
-        {"p": P},
-        {"p": COUNT, "variance": NEGATIVE, "trace": {**NEGATIVE, "zero": 0.0, "none": [None]}},
+        spectra.spiked, {"p": P}, p=COUNT, spikes={**VECTOR, "negative": [-1.0], "many": np.ones(P + 1)}, bulk=NEGATIVE
     ),
-    *each(spectra.power_law, {"p": P}, {"p": COUNT, "exponent": NEGATIVE, "trace": {"rank": [1.0], "zero": 0}}),
-    *each(spectra.exponential, {"p": P}, {"p": COUNT, "rate": NEGATIVE, "trace": {"negative": -1.0, "nan": NAN}}),
-    *each(
-        spectra.spiked,
-        {"p": P},
-        {"p": COUNT, "spikes": {**VECTOR, "negative": [-1.0], "many": np.ones(P + 1)}, "bulk": NEGATIVE},
-    ),
-    *each(
-        spectra.bilevel,
-        {"p": P},
-        {
-            "p": COUNT,
-            "head_size": {"many": P + 1, "negative": -1, "fraction": 0.5},
-            "head": {**NEGATIVE, "low": 0.5},
-            "tail": NEGATIVE,
-        },
-    ),
+    *each(spectra.bilevel, {"p": P}, p=COUNT, head={**NEGATIVE, "low": 0.5}, tail=NEGATIVE),
+    *each(spectra.bilevel, {"p": P}, head_size={"many": P + 1, "negative": -1, "fraction": 0.5}),
     *case(lambda value: spectra.isotropic(P, 0.0, trace=value), "trace", {"of nothing": 1.0}),
     *each(
         aligned_problem,
         {"spectrum": FLAT},
-        {
-            "spectrum": {"scalar": 1.0, "matrix": np.eye(P), "negative": -FLAT},
-            "alignment": NOT_FINITE,
-            "noise_std": NEGATIVE,
-            "pretrain_spectrum": {"negative": -FLAT, "matrix": np.eye(P)},
-            "pretrain_risk": NEGATIVE,
-        },
+        spectrum={"scalar": 1.0, "matrix": np.eye(P), "negative": -FLAT},
+        alignment=NOT_FINITE,
+        noise_std=NEGATIVE,
+        pretrain_spectrum={"negative": -FLAT, "matrix": np.eye(P)},
+        pretrain_risk=NEGATIVE,
     ),
     *case(lambda value: aligned_problem(FLAT, pretrain_spectrum=value), "pretrain_covariance", {"size": FLAT[:-1]}),
-    *each(Diagonal, {}, {"eigenvalues": {**VECTOR, "negative": [1.0, -1.0]}}),
+    *each(Diagonal, {}, eigenvalues={**VECTOR, "negative": [1.0, -1.0]}),
     *case(
         Dense,
         "matrix",
         {name: COVARIANCE[name] for name in ("scalar", "cube", "not square", "asymmetric", "indefinite", "string")},
     ),
-    *each(Empirical, {}, {"features": {"vector": FLAT, "empty": np.ones((0, P)), "nan": X * NAN, "complex": X * 1j}}),
+    *each(Empirical, {}, features={"vector": FLAT, "empty": np.ones((0, P)), "nan": X * NAN, "complex": X * 1j}),
     *case(RandomShift, "shift covariance", COVARIANCE),
     *case(FixedShift, "shift vector", VECTOR),
     *each(
         TwoTaskProblem,
         {"pretrain_covariance": FLAT, "finetune_covariance": FLAT, "shift": RandomShift(FLAT), "noise_std": 0.5},
-        {
-            "pretrain_covariance": {**COVARIANCE, "size": np.ones(P + 1)},
-            "finetune_covariance": {**COVARIANCE, "size": np.ones(P + 1)},
-            "shift": {
-                "array": FLAT,
-                "size": RandomShift(np.ones(P + 1)),
-                "fixed size": FixedShift([1.0]),
-                "none": None,
-            },
-            "noise_std": {**NEGATIVE, "rank": [0.5]},
-            "pretrain_error": {**VECTOR, "size": np.ones(P + 1)},
-        },
+        pretrain_covariance={**COVARIANCE, "size": np.ones(P + 1)},
+        finetune_covariance={**COVARIANCE, "size": np.ones(P + 1)},
+        shift={"array": FLAT, "size": RandomShift(np.ones(P + 1)), "fixed size": FixedShift([1.0]), "none": None},
+        noise_std={**NEGATIVE, "rank": [0.5]},
+        pretrain_error={**VECTOR, "size": np.ones(P + 1)},
     ),
-    *each(
-        sample_design,
-        {"key": KEY, "covariance": FLAT, "n": N},
-        {"covariance": COVARIANCE, "n": COUNT, "law": {"unknown": "cauchy", "number": 3}},
-    ),
-    *each(sample_designs, {"key": KEY, "covariance": FLAT, "n": N, "count": 2}, {"n": COUNT, "law": {"unknown": "x"}}),
-    *each(sample_task, {"key": KEY, "problem": PROBLEM, "n": N}, {"n": COUNT, "law": {"unknown": "cauchy"}}),
-    *each(column_blocks, {"key": KEY, "problem": PROBLEM, "n": N}, {"n": COUNT}),
+    *each(sample_design, SAMPLE, covariance=COVARIANCE, n=COUNT, law={"unknown": "cauchy", "number": 3}),
+    *each(sample_designs, {**SAMPLE, "count": 2}, n=COUNT, law={"unknown": "x"}),
+    *each(sample_task, {"key": KEY, "problem": PROBLEM, "n": N}, n=COUNT, law={"unknown": "cauchy"}),
+    *each(column_blocks, {"key": KEY, "problem": PROBLEM, "n": N}, n=COUNT),
     *case(call(column_blocks, "problem", key=KEY, n=N), "finetune_covariance", {"dense": DENSE}),
-    *each(Ridge, {}, {"penalty": {**NOT_REAL, "negative": -1.0, "empty": [], "some nan": [1.0, NAN]}}),
-    *each(GradientFlow, {}, {"time": {**NOT_REAL, "negative": [1.0, -1.0], "empty": []}}),
+    *each(Ridge, {}, penalty={**NOT_REAL, "negative": -1.0, "empty": [], "some nan": [1.0, NAN]}),
+    *each(GradientFlow, {}, time={**NOT_REAL, "negative": [1.0, -1.0], "empty": []}),
     *each(
         GradientDescent,
         {"step_size": 0.1, "steps": 3},
-        {"step_size": {**NEGATIVE, "zero": 0.0}, "steps": {**NEGATIVE, "fraction": 2.5, "some fraction": [1, 1.5]}},
+        step_size={**NEGATIVE, "zero": 0.0},
+        steps={**NEGATIVE, "fraction": 2.5, "some fraction": [1, 1.5]},
     ),
     *case(lambda value: GradientDescent([0.1, 0.2], value), "steps", {"not broadcasting": [1, 2, 3]}),
     *case(
@@ -211,11 +175,12 @@ TABLE = [
     *each(
         excess_risks,
         {"theta": THETA, "problem": PROBLEM, "theta_1_star": THETA, "theta_2_star": THETA},
-        {
-            "theta": {"size": THETA[:-1], "nan": THETA * NAN, "scalar": 0.0},
-            "theta_1_star": {**THETAS, "matrix": np.ones((P, 1))},
-            "theta_2_star": {"size": THETA[:-1], "nan": THETA * NAN},
-        },
+        theta={"size": THETA[:-1], "nan": THETA * NAN, "scalar": 0.0},
+        theta_1_star={**THETAS, "matrix": np.ones((P, 1))},
+        theta_2_star={"size": THETA[:-1], "nan": THETA * NAN},
+    ),
+    *case(
+        lambda value: excess_risks(np.ones((2, P)), PROBLEM, value, THETA), "theta_1_star", {"axes": np.ones((3, P))}
     ),
     *case(lambda value: Parabola(1.0, 0.5, 0.5, 0.5)(value), "tau", NOT_FINITE),
     *case(lambda value: value * MinNorm(), "tau", {**NOT_FINITE, "filter": MinNorm()}),
@@ -225,11 +190,7 @@ TABLE = [
     *[
         row
         for filter in (MinNorm(), Ridge(0.1), GradientFlow(1.0), GradientDescent(0.1, 2), 0.5 * MinNorm())
-        for row in case(
-            filter,
-            "eigenvalues",
-            {"scalar": 1.0, "matrix": np.ones((2, 2)), "negative": [-1.0], "nan": [NAN], "empty": []},
-        )
+        for row in case(filter, "eigenvalues", {**GRID, "scalar": 1.0, "negative": [-1.0], "nan": [NAN]})
     ],
     *case(
         lambda value: risk_forms(value, PROBLEM),
@@ -241,89 +202,51 @@ TABLE = [
     *case(
         lambda value: risk_forms(blocks(*value), PROBLEM),
         r"X blocks?\b",
-        {
-            "none": [],
-            "too few columns": [(N, P - 1)],
-            "too many columns": [(N, P), (N, 1)],
-            "rows differ": [(N, P - 1), (N + 1, 1)],
-            "vector": [(P,)],
-            "no columns": [(N, 0)],
-        },
+        {"none": [], "too few columns": [(N, P - 1)], "too many": [(N, P), (N, 1)], "rows": [(N, P - 1), (N + 1, 1)]},
     ),
+    *case(lambda value: risk_forms(blocks(value), PROBLEM), "X block", {"vector": (P,), "no columns": (N, 0)}),
     *case(lambda value: risk_forms(iter([value]), PROBLEM), "X", {"nan block": DESIGN["nan"]}),
     *case(lambda value: risk_forms(blocks((N, P)), value), "diagonal", {"dense": DENSE}),
     *case(lambda value: FORM(MinNorm(), value), "tau", {**NOT_FINITE, "empty": []}),
     *case(FORM, "filter", {"string": "ridge", "none": None, "size": np.ones(N + 1), "complex": 1j * Y, "nan": Y * NAN}),
     *case(lambda value: value * FORM, "weight", {**NOT_FINITE, "rank": [0.1, 0.2]}),
     *case(FORM.with_noise_std, "noise_std", NOT_FINITE),
-    *each(
-        fine_tune,
-        {"X": X, "y": Y, "theta_1": THETA, "filter": Ridge(0.1)},
-        {
-            "y": LABELS,
-            "theta_1": THETAS,
-            "filter": {"string": "ridge", "number": 0.1, "none": None},
-            "sample_weights": WEIGHTS,
-        },
-    ),
+    *[
+        row
+        for function, good in FITS.items()
+        # too few rows or columns: the message may name either of the two that do not fit
+        for row in case(call(function, "X", **DATA, **good), "X", DESIGN, r"\bX\b|theta_1")
+        + each(function, {**DATA, **good}, y=LABELS, theta_1=THETAS)
+    ],
+    *each(fine_tune, DATA, filter={"string": "ridge", "number": 0.1, "none": None}),
+    *each(fine_tune, {**DATA, "filter": Ridge(0.1)}, sample_weights=WEIGHTS),
     *each(
         gradient_descent,
-        {"X": X, "y": Y, "theta_1": THETA, "step_size": 0.001, "steps": 3},
-        {
-            "y": LABELS,
-            "theta_1": THETAS,
-            "sample_weights": WEIGHTS,
-            "step_size": {**NEGATIVE, "zero": 0.0, "rank": [0.1], "unstable": 1.0},
-            "steps": {reason: value for reason, value in COUNT.items() if reason != "zero"},
-        },
+        {**DATA, "step_size": 0.001, "steps": 3},
+        sample_weights=WEIGHTS,
+        step_size={**NEGATIVE, "zero": 0.0, "rank": [0.1], "unstable": 1.0},
+        steps={reason: value for reason, value in COUNT.items() if reason != "zero"},
     ),
     *each(
         leave_one_out,
-        {"X": X, "y": Y, "theta_1": THETA, "penalty": [0.0, 0.1], "tau": 1.0},
-        {
-            "y": LABELS,
-            "theta_1": THETAS,
-            "penalty": {**NEGATIVE, "some negative": [0.1, -0.1]},
-            "tau": {**NOT_FINITE, "not broadcasting": [0.1, 0.2, 0.3]},
-        },
+        {**DATA, "penalty": [0.0, 0.1], "tau": 1.0},
+        penalty={**NEGATIVE, "some negative": [0.1, -0.1]},
+        tau={**NOT_FINITE, "not broadcasting": [0.1, 0.2, 0.3]},
     ),
     *each(
         select,
-        {"X": X, "y": Y, "theta_1": THETA},
-        {
-            "y": LABELS,
-            "theta_1": THETAS,
-            "penalties": {
-                "nan": NAN,
-                "inf": INF,
-                "negative": [-1.0, 2.0],
-                "complex": 1j,
-                "matrix": np.ones((2, 2)),
-                "not increasing": [0.1, 0.0],
-                "empty": [],
-            },
-            "taus": {"nan": [0.5, NAN], "string": "all", "complex": 1j, "matrix": np.ones((2, 2)), "empty": []},
-            "validation": {
-                "one array": (X,),
-                "number": 3,
-                "rows": (X, Y[:-1]),
-                "columns": (X[:, :-1], Y),
-                "one sample": (X[:1], Y[:1]),
-                "nan": (X * NAN, Y),
-            },
+        DATA,
+        penalties={**GRID, "nan": NAN, "inf": INF, "negative": [-1.0, 2.0], "not increasing": [0.1, 0.0]},
+        taus={**GRID, "nan": [0.5, NAN], "string": "all"},
+        validation={
+            "one array": (X,),
+            "number": 3,
+            "rows": (X, Y[:-1]),
+            "columns": (X[:, :-1], Y),
+            "one sample": (X[:1], Y[:1]),
+            "nan": (X * NAN, Y),
         },
     ),
-    *[
-        row
-        for function, good in (
-            (fine_tune, {"filter": MinNorm()}),
-            (gradient_descent, {"step_size": 0.001, "steps": 2}),
-            (leave_one_out, {"penalty": 0.1, "tau": 1.0}),
-            (select, {}),
-        )
-        # too few rows or columns: the message may name either of the two that do not fit
-        for row in case(call(function, "X", y=Y, theta_1=THETA, **good), "X", DESIGN, r"\bX\b|theta_1")
-    ],
     *case(lambda value: select(X, value, np.ones((P, 2))), "y", {"several outputs": np.ones((N, 2))}),
     *case(lambda value: leave_one_out(X[:1], Y[:1], THETA, 0.1, 1.0), "X", {"one row": None}),
     *case(lambda value: interpolate(THETA, THETA, value), "tau", {**NOT_FINITE, "rank": [0.5]}),
@@ -351,8 +274,9 @@ def test_bad_input_names_the_argument(function, value, mentions):
 
 def test_every_public_name_of_the_core_is_in_the_table():
     source = inspect.getsource(sys.modules[__name__]).split("TABLE = [")[1].split("def test_")[0]
-    core = ("covariance", "design", "filters", "problem", "risk", "selection", "solve")
-    names = {name for module in core for name in linfit._PUBLIC[module]}
+    core = {f"linfit.{name}" for name in ("covariance", "design", "filters", "problem", "risk", "selection", "solve")}
+    names = {name for name in linfit.__all__ if getattr(getattr(linfit, name), "__module__", None) in core}
+    assert len(names) > 20
     results = {"Filter", "Risk", "RiskForm", "Pair", "Selection"}  # nobody builds these
     assert not {name for name in names - results if name not in source}
     assert not {name for name in spectra.__all__ if f"spectra.{name}" not in source}

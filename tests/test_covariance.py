@@ -9,25 +9,16 @@ import pytest
 
 from linfit import Dense, Diagonal, Empirical
 from linfit.covariance import as_covariance, product, trace_of_product
-from tests.oracles import matrix_of, random_matrix
+from tests.oracles import covariance_of, matrix_of
 
 P = 9
 KINDS = ["diagonal", "dense", "empirical-short", "empirical-tall"]
 
 
-def covariance(kind: str, generator: np.random.Generator):
-    if kind == "diagonal":
-        return Diagonal(generator.uniform(0.1, 2, P))
-    if kind == "dense":
-        return Dense(random_matrix(generator, P, 0.7))
-    m = 4 if kind == "empirical-short" else 20
-    return Empirical(generator.standard_normal((m, P)) * generator.uniform(0.3, 2, P))
-
-
 @pytest.mark.numerical
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_operation_equals_the_matrix(kind, generator, rtol, dtype):
-    sigma = covariance(kind, generator)
+    sigma = covariance_of(kind, generator, P)
     matrix = np.asarray(matrix_of(sigma), np.float64)
     rows = jnp.asarray(generator.standard_normal((5, P)))
     host = np.asarray(rows, np.float64)
@@ -46,31 +37,27 @@ def test_every_operation_equals_the_matrix(kind, generator, rtol, dtype):
 @pytest.mark.numerical
 @pytest.mark.parametrize(("left", "right"), list(itertools.product(KINDS, KINDS)))
 def test_products_equal_the_matrices(left, right, generator, rtol):
-    a, b = covariance(left, generator), covariance(right, generator)
+    a, b = (covariance_of(kind, generator, P) for kind in (left, right))
     dense = np.asarray(matrix_of(a), np.float64) @ np.asarray(matrix_of(b), np.float64)
     np.testing.assert_allclose(trace_of_product(a, b), np.trace(dense), rtol=rtol)
     rows = generator.standard_normal((5, P))
-    expected = rows @ dense @ rows.T
-    np.testing.assert_allclose(
-        product(a, b).gram(jnp.asarray(rows)), expected, rtol=rtol, atol=rtol * np.abs(expected).max()
-    )
+    gram, expected = product(a, b).gram(jnp.asarray(rows)), rows @ dense @ rows.T
+    np.testing.assert_allclose(gram, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
 
 
 @pytest.mark.numerical
 @pytest.mark.parametrize("kind", KINDS)
 def test_ratio_is_found_exactly_when_there_is_one(kind, generator):
-    sigma = covariance(kind, generator)
+    sigma = covariance_of(kind, generator, P)
     [leaf] = jax.tree.leaves(sigma)
     scaled = type(sigma)(3.7 * leaf)
     expected = 3.7**2 if isinstance(sigma, Empirical) else 3.7
     assert scaled.ratio_to(sigma) == pytest.approx(expected, rel=1e-5)
     assert sigma.ratio_to(sigma) == 1
-    assert covariance(kind, generator).ratio_to(sigma) is None
+    assert covariance_of(kind, generator, P).ratio_to(sigma) is None
     assert Diagonal(np.ones(P)).ratio_to(Dense(np.eye(P))) is None  # kinds are not compared
-    nearly = (
-        type(sigma)(leaf.at[0].multiply(1.01)) if leaf.ndim == 1 else type(sigma)(leaf + 0.01 * jnp.eye(*leaf.shape))
-    )
-    assert nearly.ratio_to(sigma) is None
+    nearly = leaf.at[0].multiply(1.01) if leaf.ndim == 1 else leaf + 0.01 * jnp.eye(*leaf.shape)
+    assert type(sigma)(nearly).ratio_to(sigma) is None
     assert jax.jit(lambda s: jnp.zeros(()) if s.ratio_to(s) is None else jnp.ones(()))(sigma) == 0  # values unknown
 
 
@@ -102,7 +89,7 @@ def test_arrays_become_the_right_kind():
 @pytest.mark.numerical
 @pytest.mark.parametrize("kind", KINDS)
 def test_jit_equals_eager_and_float32_stays(kind, generator, rtol):
-    sigma = covariance(kind, generator)
+    sigma = covariance_of(kind, generator, P)
     rows = jnp.asarray(generator.standard_normal((5, P)))
     compiled = jax.jit(lambda sigma, rows: (sigma.apply(rows), sigma.gram(rows), sigma.diagonal()))
     for fast, plain in zip(compiled(sigma, rows), (sigma.apply(rows), sigma.gram(rows), sigma.diagonal())):

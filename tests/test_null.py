@@ -6,18 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from linfit import (
-    Filter,
-    GradientDescent,
-    MinNorm,
-    Pair,
-    Ridge,
-    fine_tune,
-    gradient_descent,
-    leave_one_out,
-    risk_forms,
-    sample_design,
-)
+from linfit.design import sample_design
+from linfit.filters import Filter, GradientDescent, MinNorm, Ridge
+from linfit.problem import Pair
+from linfit.reduction import risk_forms
+from linfit.selection import leave_one_out
+from linfit.solve import fine_tune, gradient_descent
 from tests import test_risk, test_selection, test_solve
 from tests.oracles import problems
 
@@ -107,19 +101,19 @@ def test_refitting_catches_in_sample_residuals_and_an_ignored_tau(generator, rto
 def test_the_closed_form_catches_a_wrong_step_size_or_weighting(shape, generator, rtol):
     X, y, theta_1, weights = test_solve.data(generator, shape)
     closed = fine_tune(X, y, theta_1, GradientDescent(0.05, 20), weights)
+    right = {"theta_1": theta_1, "step_size": 0.05, "steps": 20, "sample_weights": weights}
+    test_solve.close(gradient_descent(X, y, **right), closed, rtol)
     wrong = {
-        "loss without ½": gradient_descent(X, y, theta_1, step_size=0.1, steps=20, sample_weights=weights),
-        "one step short": gradient_descent(X, y, theta_1, step_size=0.05, steps=19, sample_weights=weights),
-        "weights ignored": gradient_descent(X, y, theta_1, step_size=0.05, steps=20),
-        "weights squared": gradient_descent(X, y, theta_1, step_size=0.05, steps=20, sample_weights=weights**2),
-        "weights normalised": gradient_descent(
-            X, y, theta_1, step_size=0.05, steps=20, sample_weights=weights / weights.mean()
-        ),
-        "from zero": gradient_descent(X, y, 0 * theta_1, step_size=0.05, steps=20, sample_weights=weights),
+        "loss without ½": {"step_size": 0.1},
+        "one step short": {"steps": 19},
+        "weights ignored": {"sample_weights": None},
+        "weights squared": {"sample_weights": weights**2},
+        "weights normalised": {"sample_weights": weights / weights.mean()},
+        "from zero": {"theta_1": 0 * theta_1},
     }
-    for theta in wrong.values():
+    for change in wrong.values():
         with pytest.raises(AssertionError):
-            test_solve.close(theta, closed, rtol)
+            test_solve.close(gradient_descent(X, y, **{**right, **change}), closed, rtol)
 
 
 def test_the_filter_contract_catches_a_quotient_that_is_zero_by_zero():

@@ -12,23 +12,12 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from linfit import (
-    FixedShift,
-    GradientDescent,
-    GradientFlow,
-    MinNorm,
-    RandomShift,
-    Ridge,
-    TwoTaskProblem,
-    column_blocks,
-    excess_risks,
-    fine_tune,
-    interpolate,
-    risk_forms,
-    sample_design,
-    sample_task,
-)
-from linfit.design import _label_design
+from linfit.design import _label_design, column_blocks, sample_design, sample_task
+from linfit.filters import GradientDescent, GradientFlow, MinNorm, Ridge
+from linfit.problem import FixedShift, RandomShift, TwoTaskProblem
+from linfit.reduction import risk_forms
+from linfit.risk import excess_risks
+from linfit.solve import fine_tune, interpolate
 from tests.oracles import brute_force_risk, fitted_operator, problems, random_matrix
 
 N, P = 11, 24

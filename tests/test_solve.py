@@ -1,9 +1,12 @@
 """Fine-tuned weights: the closed form against iteration, numpy, scikit-learn; and their interpolation."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from sklearn.linear_model import Ridge as SklearnRidge
 
 from linfit import GradientDescent, GradientFlow, MinNorm, Ridge, fine_tune, gradient_descent, interpolate
@@ -12,7 +15,7 @@ from linfit.filters import Tabulated
 SHAPES = {"wide": (7, 20), "square": (9, 9), "tall": (20, 7)}
 shapes = pytest.mark.parametrize("shape", SHAPES)
 outputs = pytest.mark.parametrize("k", [None, 3])
-weighting = pytest.mark.parametrize("weighted", [False, True])
+all_data = pytest.mark.parametrize(("shape", "k", "weighted"), list(product(SHAPES, [None, 3], [False, True])))
 
 
 def data(generator, shape, k=None):
@@ -29,9 +32,7 @@ def close(actual, expected, rtol):
 
 
 @pytest.mark.numerical
-@shapes
-@outputs
-@weighting
+@all_data
 @pytest.mark.parametrize(("step_size", "steps"), [(0.05, 40), (0.2, 7)])
 def test_closed_form_equals_iterated_descent(shape, k, weighted, step_size, steps, generator, rtol):
     X, y, theta_1, weights = data(generator, shape, k)
@@ -53,23 +54,20 @@ def test_iteration_is_the_documented_update(generator):
 
 @pytest.mark.numerical
 @shapes
-@weighting
+@pytest.mark.parametrize("weighted", [False, True])
 def test_gradient_flow_solves_its_equation(shape, weighted, generator, rtol):
     """e^{−tA} by scipy's matrix exponential, on p×p."""
-    scipy_linalg = pytest.importorskip("scipy.linalg")
     X, y, theta_1, weights = data(generator, shape)
     w = weights if weighted else np.ones(len(X))
     A, b = X.T @ (w[:, None] * X) / len(X), X.T @ (w * y) / len(X)
     p = len(b)
     generator_matrix = np.block([[-A, b[:, None]], [np.zeros((1, p + 1))]])  # d(θ, 1)/dt
-    expected = (scipy_linalg.expm(3.0 * generator_matrix) @ np.append(theta_1, 1))[:p]
+    expected = (scipy.linalg.expm(3.0 * generator_matrix) @ np.append(theta_1, 1))[:p]
     close(fine_tune(X, y, theta_1, GradientFlow(3.0), weights if weighted else None), expected, rtol)
 
 
 @pytest.mark.numerical
-@shapes
-@outputs
-@weighting
+@all_data
 def test_ridge_equals_scikit_learn(shape, k, weighted, generator, rtol):
     """scikit-learn minimises Σ w_i r_i² + α‖θ‖²: α = nλ, on the residual of θ₁."""
     X, y, theta_1, weights = data(generator, shape, k)
@@ -80,9 +78,7 @@ def test_ridge_equals_scikit_learn(shape, k, weighted, generator, rtol):
 
 
 @pytest.mark.numerical
-@shapes
-@outputs
-@weighting
+@all_data
 def test_min_norm_equals_lstsq(shape, k, weighted, generator, rtol):
     X, y, theta_1, weights = data(generator, "wide" if shape == "square" else shape, k)
     root = np.sqrt(weights) if weighted else np.ones(len(X))
@@ -211,12 +207,8 @@ def test_interpolation_is_exact_at_both_ends():
 
 @pytest.mark.parametrize("tau", [0.3, -0.5, 1.7])
 def test_interpolation_between_and_beyond(tau):
-    jax.tree.map(
-        lambda leaf, a, b: np.testing.assert_allclose(leaf, (1 - tau) * a + tau * b, rtol=1e-14),
-        interpolate(TREE, OTHER, tau),
-        TREE,
-        OTHER,
-    )
+    for leaf, a, b in zip(*map(jax.tree.leaves, (interpolate(TREE, OTHER, tau), TREE, OTHER)), strict=True):
+        np.testing.assert_allclose(leaf, (1 - tau) * a + tau * b, rtol=1e-14)
 
 
 def test_interpolation_keeps_the_dtype_and_rounds_once():

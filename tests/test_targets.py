@@ -107,9 +107,7 @@ def test_a_mask_is_a_verdict(generator):
     reworded[5, 1] = np.nan
     targets = jax.jit(s3ft_targets)(own, gold, accepted, reworded)
     np.testing.assert_array_equal(targets.source, [0, 1, 0, 1, 2, 2])
-    np.testing.assert_array_equal(
-        targets.values, np.stack([own[0], reworded[1], own[2], reworded[3], gold[4], gold[5]])
-    )
+    np.testing.assert_array_equal(targets.values, [own[0], reworded[1], own[2], reworded[3], gold[4], gold[5]])
     texts = s3ft_targets(["a", "b", "c"], ["x", "y", "z"], [False, True, False], [None, "q", "r"])
     assert texts.values == ["x", "b", "r"]
     assert texts.source.tolist() == [Source.GOLD, Source.OWN, Source.PARAPHRASE]
@@ -138,27 +136,17 @@ def test_paraphrases_that_do_not_exist_are_never_used():
         (lambda: as_projector("P", [1.0, np.nan]), "P must be finite"),
         (lambda: s3ft_targets(np.ones(2), np.ones(2), np.ones(3, bool)), r"judge must be booleans of shape \(2,\)"),
         (lambda: s3ft_targets(["a"], ["b"], [1]), "judge must be a function or 1 booleans"),
+        (lambda: s3ft_targets(["a"], ["a", "b"], str.__eq__), "own must match gold"),
+        (lambda: s3ft_targets([], [], str.__eq__), "gold must not be empty"),
+        (lambda: s3ft_targets(["a"], ["a"], str.__eq__, ["b", "c"]), "paraphrase must match gold"),
+        (lambda: s3ft_targets(["a"], ["a"], lambda answer, gold: "yes"), "judge must return a bool"),
+        (lambda: s3ft_targets(np.ones(3), np.ones(2), close), "own must have the shape"),
+        (lambda: s3ft_targets(np.ones(2), np.ones(2), lambda answers, gold: True), r"booleans of shape \(2,\)"),
+        (lambda: s3ft_targets(np.ones(2), np.ones(2), lambda answers, gold: answers), "booleans of shape"),
+        (lambda: s3ft_targets(np.ones(2), np.ones(2), close, np.ones(3)), "paraphrase must have the shape"),
+        (lambda: s3ft_targets(np.ones(0), np.ones(0), close), "n ≥ 1"),
     ],
 )
-def test_bad_judges(call, message):
+def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((["a"], ["a", "b"], str.__eq__), "own must match gold"),
-        (([], [], str.__eq__), "gold must not be empty"),
-        ((["a"], ["a"], str.__eq__, ["b", "c"]), "paraphrase must match gold"),
-        ((["a"], ["a"], lambda answer, gold: "yes"), "judge must return a bool"),
-        ((np.ones(3), np.ones(2), close), "own must have the shape"),
-        ((np.ones(2), np.ones(2), lambda answers, gold: True), r"booleans of shape \(2,\)"),
-        ((np.ones(2), np.ones(2), lambda answers, gold: answers), "booleans of shape"),
-        ((np.ones(2), np.ones(2), close, np.ones(3)), "paraphrase must have the shape"),
-        ((np.ones(0), np.ones(0), close), "n ≥ 1"),
-    ],
-)
-def test_bad_input(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        s3ft_targets(*arguments)

@@ -8,7 +8,7 @@ import optimistix
 from jax import Array
 from jax.typing import ArrayLike
 
-__all__ = ["Minimum", "minimise_over_logarithm"]
+__all__ = ["minimise_over_logarithm"]
 
 GRID = 64
 
@@ -23,13 +23,8 @@ class Minimum(NamedTuple):
 def minimise_over_logarithm(function: Callable[[Array], Array], lower: ArrayLike, upper: ArrayLike) -> Minimum:
     """The minimum of f over [lower, upper], 0 < lower < upper: bracketed on a grid in log x, refined by golden section.
 
-    Args:
-        function: takes (m,) values and returns (m,).
-        lower, upper: the range.
-
-    The grid of 64 values only picks the valley, in case there are
-    several; the golden section finds its bottom to a relative 1e-6. At an end of the range the end is returned.
-    Works under `jit` and `vmap`.
+    f takes and returns (m,) values. The grid of 64 only picks the valley, in case there are several; the golden section
+    finds its bottom to a relative 1e-6. At an end of the range the end is returned. Works under `jit` and `vmap`.
 
     >>> minimum = minimise_over_logarithm(lambda x: (jnp.log(x) - 1) ** 2, 1e-3, 1e3)
     >>> round(float(minimum.argument), 5)
@@ -45,10 +40,8 @@ def minimise_over_logarithm(function: Callable[[Array], Array], lower: ArrayLike
         return function(jnp.exp(left + position * (right - left))[None])[0]
 
     solver: optimistix.AbstractMinimiser = optimistix.GoldenSearch(rtol=0, atol=1e-6)  # type: ignore[call-arg]
-    middle = jnp.asarray(0.5, grid.dtype)
-    position = optimistix.minimise(
-        along, solver, middle, options={"lower": 0.0, "upper": 1.0}, max_steps=64, throw=False
-    ).value
+    middle, ends = jnp.asarray(0.5, grid.dtype), {"lower": 0.0, "upper": 1.0}
+    position = optimistix.minimise(along, solver, middle, options=ends, max_steps=64, throw=False).value
     refined = along(position, None)
     better = refined < values[best]
     argument = jnp.exp(jnp.where(better, left + position * (right - left), grid[best]))

@@ -6,7 +6,8 @@ falls while there is something to learn and rises afterwards (N3); fine-tuning t
 
 The setting is that of paper 2503.19206; of the formulas, what is marked "ours" was derived for this project. Modes are
 the last axis, (…, r); `shape` is (m, h, k); a start is given by singular values s₀ and the imbalance c = w₁² − w₂²,
-0 for a balanced one. Times are step size × steps, losses are ½‖·‖²_F.
+0 for a balanced one. Times are step size × steps, losses are ½‖·‖²_F. ValueError for NaN or Inf, negative times, γ or
+penalties, and a start that is not between 0 and the target.
 
 >>> from theory import overtraining
 >>> time = overtraining.inflection_time(0.01, [2.0, 1.0], gamma=0.1, shape=(10, 10, 10))
@@ -29,8 +30,6 @@ from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, 
 from linfit.network import aligned_modes, layer_modes
 
 __all__ = [
-    "FineTuning",
-    "PerturbedLoss",
     "fine_tuned_singular_values",
     "fine_tuning",
     "fine_tuning_inflection_times",
@@ -57,8 +56,6 @@ def singular_values(initial: ArrayLike, target: ArrayLike, time: ArrayLike) -> A
         target: a (…, r); a < 0 is a feature to unlearn, s falls to 0.
         time: t ≥ 0 (…), its axes in front of r.
 
-    Raises ValueError for NaN or Inf, negative initial values or times.
-
     >>> from theory.overtraining import singular_values
     >>> singular_values(0.01, [2.0, 1.0, 0.0], time=[0.0, 2.0, 20.0]).round(3)
     Array([[0.01 , 0.01 , 0.01 ],
@@ -81,27 +78,15 @@ def learning_time(initial: ArrayLike, target: ArrayLike, level: ArrayLike, imbal
 
         t = (1/d) log[ (c² + 4as + dR(s))(a − s₀) / ((c² + 4as₀ + dR(s₀))(a − s)) ],  R(s) = √(c² + 4s²), d = R(a)
 
-    0 for levels at or below s₀, ∞ at or above the target. Arguments broadcast.
-
-    Args:
-        initial: s₀ ≥ 0.
-        target: a > 0.
-        level: s.
-        imbalance: c.
-
-    Raises ValueError for NaN or Inf, negative initial values, targets that are not positive.
+    0 for levels at or below s₀, ∞ at or above the target. s₀ ≥ 0, a > 0, s and the imbalance c broadcast.
 
     >>> from theory.overtraining import learning_time, singular_values
     >>> time = learning_time(0.01, 2.0, level=[1.0, 1.99, 2.0])
     >>> time.round(3), singular_values(0.01, [2.0], time[:2]).round(3).ravel()
     (Array([1.323, 2.647,   inf], dtype=float64), Array([1.  , 1.99], dtype=float64))
     """
-    s0, a, level, c = jnp.broadcast_arrays(
-        non_negative("initial", initial),
-        positive("target", target),
-        real_array("level", level),
-        real_array("imbalance", imbalance),
-    )
+    s0, a = non_negative("initial", initial), positive("target", target)
+    s0, a, level, c = jnp.broadcast_arrays(s0, a, real_array("level", level), real_array("imbalance", imbalance))
     reached, learned = level <= s0, level >= a
     s = jnp.where(reached | learned, s0, level)
     d = jnp.hypot(c, 2 * a)
@@ -116,17 +101,12 @@ def learning_time(initial: ArrayLike, target: ArrayLike, level: ArrayLike, imbal
 def gaussian_sensitivity(w1: ArrayLike, w2: ArrayLike, gamma: ArrayLike, gamma_2: ArrayLike | None = None) -> Array:
     """Expected rise of ½‖W₁W₂ − A‖²_F under independent N(0, γ²) noise on every weight (docs, N2).
 
-        E L(W₁+γE₁, W₂+γE₂) − L = ½[γ²(m‖W₂‖²_F + k‖W₁‖²_F) + γ⁴mhk],  whatever A
-
-    The formula is ours. With another γ₂ for W₂ it is ½[γ²m‖W₂‖² + γ₂²k‖W₁‖² + γ²γ₂²mhk].
+        E L(W₁+γE₁, W₂+γ₂E₂) − L = ½[γ²m‖W₂‖²_F + γ₂²k‖W₁‖²_F + γ²γ₂²mhk],  whatever A  (ours)
 
     Args:
-        w1: W₁ (…, m, h).
-        w2: W₂ (…, h, k).
+        w1, w2: W₁ (…, m, h) and W₂ (…, h, k).
         gamma: γ ≥ 0 (…), its axes broadcasting against the replicas.
         gamma_2: γ₂ ≥ 0; `gamma` if not given.
-
-    Raises ValueError for shapes that do not chain, NaN or Inf, negative γ.
 
     >>> from theory.overtraining import gaussian_sensitivity
     >>> gaussian_sensitivity([[1.0], [1.0]], [[1.0, 1.0, 1.0]], gamma=[0.0, 0.1]).round(5)
@@ -146,10 +126,8 @@ def gaussian_sensitivity(w1: ArrayLike, w2: ArrayLike, gamma: ArrayLike, gamma_2
 class PerturbedLoss(NamedTuple):
     """Pretraining loss along the flow and what a Gaussian perturbation adds to it; one shape."""
 
-    loss: Array
-    """½ Σ (a − s)²."""
-    sensitivity: Array
-    """½γ² Σ (m w₂² + k w₁²) + ½γ⁴mhk."""
+    loss: Array  #: ½ Σ (a − s)².
+    sensitivity: Array  #: ½γ² Σ (m w₂² + k w₁²) + ½γ⁴mhk.
 
     @property
     def total(self) -> Array:
@@ -160,17 +138,11 @@ class PerturbedLoss(NamedTuple):
 def perturbed_loss(
     initial: ArrayLike, target: ArrayLike, time: ArrayLike, gamma: ArrayLike, shape: _Shape, imbalance: ArrayLike = 0.0
 ) -> PerturbedLoss:
-    """Loss and Gaussian sensitivity after pretraining time t, in closed form (docs, N1 + N2; unbalanced: ours).
+    """Loss, sensitivity and their total after pretraining time t, in closed form (docs, N1 + N2; unbalanced: ours).
 
     Args:
-        initial: s₀ with 0 < s₀ < a, (r,) or a number.
-        target: a (r,).
-        time: t ≥ 0 (…).
-        gamma: γ ≥ 0 (…), broadcast against the time.
-        shape: (m, h, k).
-        imbalance: c (r,) or a number.
-
-    Raises ValueError for NaN or Inf, negative times or γ, a start that is not between 0 and the target.
+        initial, target, shape, imbalance: as in `inflection_time`.
+        time, gamma: t ≥ 0 and γ ≥ 0, broadcast against each other.
 
     >>> from theory.overtraining import perturbed_loss
     >>> perturbed_loss(0.01, [2.0, 1.0], [0.0, 3.3, 30.0], gamma=0.1, shape=(10, 10, 10)).total.round(3)
@@ -196,8 +168,8 @@ def mode_inflection_times(
 
         t = (1/2a) log[ (a−g)(a−s₀) / (s₀g) ],  g = γ²(m+k)/2
 
-    if balanced, where s = a − g; 0 where g ≥ a − s₀, a mode that only ever hurts; ∞ at γ = 0. Arguments and errors as
-    in `inflection_time`.
+    if balanced, where s = a − g; 0 where g ≥ a − s₀, a mode that only ever hurts; ∞ at γ = 0. Arguments as in
+    `inflection_time`.
 
     >>> from theory.overtraining import mode_inflection_times
     >>> mode_inflection_times(0.01, [2.0, 1.0, 0.05], gamma=[0.0, 0.1], shape=(10, 10, 10)).round(3)
@@ -246,8 +218,6 @@ def inflection_time(
         gamma: γ ≥ 0 (…).
         shape: (m, h, k).
         imbalance: c (r,) or a number.
-
-    Raises ValueError for NaN or Inf, γ < 0, a start that is not between 0 and the target.
 
     >>> from theory.overtraining import inflection_time
     >>> inflection_time(0.01, [2.0, 1.0], gamma=[0.0, 0.1, 0.3, 1.0], shape=(10, 10, 10)).round(3)
@@ -301,18 +271,12 @@ def fine_tuned_singular_values(
 ) -> Array:
     """Singular values (…, r) after fine-tuning the balanced modes s = w² to another target b (docs, N4; ours).
 
-        w' = w(b − w²) − μ(w − w_pre),  from w_pre = √s;  s(t) as in N1 at μ = 0
-
-    the flow of ½‖W − B‖²_F + (μ/2)‖θ − θ_pre‖².
+        w' = w(b − w²) − μ(w − w_pre),  from w_pre = √s:  the flow of ½‖W − B‖²_F + (μ/2)‖θ − θ_pre‖²
 
     Args:
-        pretrained: s ≥ 0 (…, r).
-        target: b (r,).
-        time: t ≥ 0 (…).
-        penalty: μ ≥ 0 (…).
+        pretrained, target: s ≥ 0 (…, r) and b (r,).
+        time, penalty: t ≥ 0 (…) and μ ≥ 0 (…).
         steps: K; if given, exact gradient descent of step size t/K instead of the flow.
-
-    Raises ValueError for NaN or Inf or negative values.
 
     >>> from theory.overtraining import fine_tuned_singular_values
     >>> fine_tuned_singular_values([1.0, 0.01], [2.0, 2.0], 1.0, penalty=[0.0, 3.0]).round(3)
@@ -343,21 +307,14 @@ def _descent(pretrained: Array, target: Array, step_size: Array, penalty: Array,
 def _penalised_flow(pretrained: Array, target: Array, time: Array, penalty: Array) -> Array:
     start = jnp.sqrt(pretrained)
     w = start + 0 * (time + penalty + target)
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda _, w, args: time * _pull(w, start, target, penalty)),  # every entry reaches its t at 1
-        diffrax.Dopri8(),
-        t0=0.0,
-        t1=1.0,
-        dt0=None,
-        y0=w,
-        stepsize_controller=diffrax.PIDController(rtol=1e-9, atol=1e-11),
-        max_steps=100_000,
-    )
+    term = diffrax.ODETerm(lambda _, w, args: time * _pull(w, start, target, penalty))  # every entry reaches its t at 1
+    solver, control = diffrax.Dopri8(), diffrax.PIDController(rtol=1e-9, atol=1e-11)
+    solution = diffrax.diffeqsolve(term, solver, 0.0, 1.0, None, w, stepsize_controller=control, max_steps=100_000)
     return solution.ys[0] ** 2
 
 
 class FineTuning(NamedTuple):
-    """Losses before and after fine-tuning, ½ Σ (s − b)² on the new task and ½ Σ (s − a)² on that of pretraining."""
+    """½ Σ (s − b)² on the new task and ½ Σ (s − a)² on that of pretraining, before and after fine-tuning."""
 
     before: Pair[Array]
     after: Pair[Array]
@@ -377,19 +334,15 @@ def fine_tuning(
     penalty: ArrayLike = 0.0,
     steps: int | None = None,
 ) -> FineTuning:
-    """Both losses before and after fine-tuning to B = U diag(b) Vᵀ from pretraining time t, each (…) (docs, N4; ours).
+    """Both losses `before` and `after` fine-tuning to B = U diag(b) Vᵀ from pretraining time t (docs, N4; ours).
 
     Args:
         initial: s₀ ≥ 0, (r,) or a number.
-        pretrain_target: a (r,).
-        finetune_target: b (r,).
-        pretrain_time: t ≥ 0 (…); the next two broadcast against it.
-        finetune_time: T ≥ 0 (…), learning rate × number of steps.
+        pretrain_target, finetune_target: a (r,) and b (r,).
+        pretrain_time, finetune_time: t ≥ 0 (…) and T ≥ 0 (…), learning rate × steps; with the penalty they broadcast.
         penalty: μ ≥ 0 (…) of `fine_tuned_singular_values`.
         steps: if given, exact gradient descent with that many steps, so that rates too large for the sharpness of the
             pretrained network show (the sharpness is 2s₁ at a minimum).
-
-    Raises ValueError for NaN or Inf or negative values.
 
     >>> from theory.overtraining import fine_tuning
     >>> fine_tuning(0.01, [2.0], [3.0], [0.5, 2.0, 8.0], finetune_time=0.8).after.pretrain.round(3)
@@ -418,11 +371,8 @@ def fine_tuning_inflection_times(
 
     Args:
         initial: s₀ with 0 < s₀ < a, (r,) or a number.
-        pretrain_target: a (r,).
-        finetune_target: b (r,).
+        pretrain_target, finetune_target: a (r,) and b (r,).
         finetune_time: T ≥ 0 (…), its axes in front of r.
-
-    Raises ValueError for NaN or Inf, negative times, targets of different lengths.
 
     >>> from theory.overtraining import fine_tuning_inflection_times
     >>> fine_tuning_inflection_times(0.01, [2.0, 2.0, 2.0], [3.0, 2.0, 1.0], finetune_time=0.8).round(3)
@@ -443,9 +393,7 @@ def _shape(shape: _Shape) -> _Shape:
         m, h, k = shape
     except (TypeError, ValueError):
         raise ValueError(f"shape must be (m, h, k), got {shape!r}") from None
-    if not is_concrete(shape):
-        return shape
-    return count("shape[0]", m), count("shape[1]", h), count("shape[2]", k)
+    return (count("shape[0]", m), count("shape[1]", h), count("shape[2]", k)) if is_concrete(shape) else shape
 
 
 def _start(initial: ArrayLike, target: ArrayLike, imbalance: ArrayLike) -> tuple[Array, Array, Array]:

@@ -1,3 +1,3 @@
-"""What every package here may use and nobody outside should: input checks, files written whole, linear algebra."""
+"""What every package here may use and nobody else should: input checks, whole files, late imports, linear algebra."""
 
 __all__: list[str] = []

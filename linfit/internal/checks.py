@@ -14,6 +14,8 @@ from jax import Array
 
 ArrayLike = jax.typing.ArrayLike | Sequence[Any]
 """What may stand for an array: an array, a number, or nested sequences of numbers."""
+Maybe = ArrayLike | None
+"""An array that need not be given."""
 
 
 def is_concrete(*values: object) -> bool:
