@@ -50,7 +50,7 @@ __all__ = [
     "signal_to_noise", "spectral_edge",
 ]  # fmt: skip
 
-Multiplicities = ArrayLike | None
+Counts = ArrayLike | None
 
 
 class Spectrum(eqx.Module):
@@ -313,12 +313,7 @@ def signal_to_noise(problem: TwoTaskProblem) -> Array:
 
 
 def risk(
-    problem: TwoTaskProblem,
-    n: ArrayLike,
-    filter: Filter,
-    tau: ArrayLike = 1.0,
-    *,
-    multiplicities: Multiplicities = None,
+    problem: TwoTaskProblem, n: ArrayLike, filter: Filter, tau: ArrayLike = 1.0, *, multiplicities: Counts = None
 ) -> Pair[Risk]:
     """Predicted bias² and variance of θ_τ = (1−τ)θ₁ + τθ̂ on both domains, over designs of n samples (docs, D2–D4).
 
@@ -345,9 +340,7 @@ def risk(
     return along(problem, n, filter, multiplicities=multiplicities).map(lambda parabola: parabola(tau))
 
 
-def along(
-    problem: TwoTaskProblem, n: ArrayLike, filter: Filter, *, multiplicities: Multiplicities = None
-) -> Pair[Parabola]:
+def along(problem: TwoTaskProblem, n: ArrayLike, filter: Filter, *, multiplicities: Counts = None) -> Pair[Parabola]:
     """The predicted risks as functions of τ, with the best τ in closed form (docs, D3, S3; ours).
 
     Arguments and errors as for `risk`; fields have the shape of the filter's hyperparameters.
@@ -402,7 +395,7 @@ def _second_moment(problem: TwoTaskProblem) -> Array:
     return spread + (jnp.zeros(problem.p) if mean is None else mean**2)
 
 
-def _population(problem: TwoTaskProblem, n: ArrayLike, multiplicities: Multiplicities) -> _Population:
+def _population(problem: TwoTaskProblem, n: ArrayLike, multiplicities: Counts) -> _Population:
     if not isinstance(problem, TwoTaskProblem):
         raise ValueError(f"problem must be a linfit.TwoTaskProblem, got {type(problem).__name__}")
     s = _diagonal(problem.finetune_covariance, "finetune_covariance")
