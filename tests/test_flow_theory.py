@@ -26,8 +26,6 @@ from theory import flow
 from theory.frontier import pareto
 
 P = 5
-
-
 KINDS = {
     "diagonal": lambda generator: Diagonal(generator.uniform(0.2, 2, P)),
     "dense": lambda generator: Dense(random_matrix(generator, P, 1.0)),
