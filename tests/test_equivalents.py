@@ -47,9 +47,8 @@ def two_tasks(p: int, kind: str = "random", seed: int = 0, noise_std: float = 0.
     s = np.arange(1, p + 1) ** -0.8
     pretrain = generator.uniform(0.3, 2, p)
     u = 0.3 * generator.standard_normal(p)
-    shift = (
-        RandomShift(generator.uniform(0.1, 1.5, p)) if kind == "random" else FixedShift(generator.standard_normal(p))
-    )
+    random = kind == "random"
+    shift = RandomShift(generator.uniform(0.1, 1.5, p)) if random else FixedShift(generator.standard_normal(p))
     return TwoTaskProblem(pretrain, s, shift, noise_std, None if kind == "no error" else u)
 
 
@@ -119,12 +118,9 @@ def test_atoms_equal_repeated_eigenvalues_and_cost_nothing():
     for penalty in (0.0, 0.3, 0.1 + 0.2j):
         a, b = (effective_regularization(penalty, x, 77) for x in (atoms, repeated))
         assert abs(complex(a - b)) < 1e-13
-    for a, b in zip(degrees_of_freedom(0.2, atoms, 77), degrees_of_freedom(0.2, repeated, 77)):
-        assert float(a) == pytest.approx(float(b), rel=1e-12)
-    for a, b in zip(
-        effective_ranks(atoms, [0, 1, 2, 40, 41, 42, 300]), effective_ranks(repeated, [0, 1, 2, 40, 41, 42, 300])
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-12)
+    np.testing.assert_allclose(*(degrees_of_freedom(0.2, x, 77) for x in (atoms, repeated)), rtol=1e-12)
+    k = [0, 1, 2, 40, 41, 42, 300]
+    np.testing.assert_allclose(effective_ranks(atoms, k), effective_ranks(repeated, k), rtol=1e-12)
     huge = Spectrum(spectra.power_law(1000), np.full(1000, 1e6))
     kappa = effective_regularization(0.0, huge, 1e6)
     assert float(degrees_of_freedom(0.0, huge, 1e6).first) == pytest.approx(1e6)
@@ -141,31 +137,24 @@ def test_a_million_eigenvalues():
 def test_degrees_of_freedom_and_the_derivative_of_kappa():
     """df₁ = n(1 − λ/κ) and dκ/dλ = 1/(1 − df₂/n); the derivative with respect to n is that of D1."""
     s, n, penalty = spectra.power_law(150), 60.0, 0.01
-    kappa, first, second = (
-        float(effective_regularization(penalty, s, n)),
-        *map(float, degrees_of_freedom(penalty, s, n)),
-    )
+    kappa = float(effective_regularization(penalty, s, n))
+    first, second = map(float, degrees_of_freedom(penalty, s, n))
     assert first == pytest.approx(n * (1 - penalty / kappa), rel=1e-12)
     slope = jax.grad(lambda x: effective_regularization(x, s, n))(penalty)
     assert float(slope) == pytest.approx(1 / (1 - second / n), rel=1e-10)
     in_n = jax.grad(lambda x: effective_regularization(penalty, s, x))(n)
-    step = 1e-4
-    difference = effective_regularization(penalty, s, n + step) - effective_regularization(penalty, s, n - step)
-    assert float(in_n) == pytest.approx(float(difference) / (2 * step), rel=1e-6)
+    more, fewer = (float(effective_regularization(penalty, s, n + step)) for step in (1e-4, -1e-4))
+    assert float(in_n) == pytest.approx((more - fewer) / 2e-4, rel=1e-6)
     in_s = jax.grad(lambda x: effective_regularization(penalty, x, n))(s)
-    bumped = effective_regularization(penalty, s.at[3].add(1e-5), n) - effective_regularization(
-        penalty, s.at[3].add(-1e-5), n
-    )
-    assert float(in_s[3]) == pytest.approx(float(bumped) / 2e-5, rel=1e-6)
+    up, down = (float(effective_regularization(penalty, s.at[3].add(step), n)) for step in (1e-5, -1e-5))
+    assert float(in_s[3]) == pytest.approx((up - down) / 2e-5, rel=1e-6)
 
 
 def test_effective_ranks_by_definition():
     s = np.sort(np.random.default_rng(1).uniform(size=50))
-    descending = s[::-1]
     for k in (0, 7, 49):
-        r, R = effective_ranks(s, k)
-        tail = descending[k:]
-        assert float(r) == pytest.approx(tail.sum() / descending[k])
+        (r, R), tail = effective_ranks(s, k), s[::-1][k:]
+        assert float(r) == pytest.approx(tail.sum() / tail[0])
         assert float(R) == pytest.approx(tail.sum() ** 2 / (tail**2).sum())
 
 
@@ -207,14 +196,8 @@ def test_talbot_against_exponentials():
 
 def test_descent_contours_against_powers():
     s = jnp.linspace(0, 1.2, 50)
-    for step_size, steps, tolerance in [
-        (0.8, 100, 1e-9),
-        (0.8, 16, 1e-8),
-        (0.8, 1, 1e-8),
-        (1.6, 5, 1e-8),
-        (1.6, 16, 1e-8),
-        (0.01, 5000, 1e-9),
-    ]:
+    cases = [(0.8, 100, 1e-9), (0.8, 16, 1e-8), (0.8, 1, 1e-8), (1.6, 5, 1e-8), (1.6, 16, 1e-8), (0.01, 5000, 1e-9)]
+    for step_size, steps, tolerance in cases:
         k, eta = jnp.array([float(steps)]), jnp.array([step_size])
         if steps <= rational.FEW_STEPS:
             ridges = rational.few_steps_ridges(k, eta, jnp.zeros(1, int))
@@ -248,16 +231,11 @@ def by_the_book(problem: TwoTaskProblem, n: int, filter, tau: float):
         z, c = talbot()
         z2, c2 = np.concatenate([z, z.conj()]), -np.concatenate([c, c.conj()]) / 2
         once, twice = kappas(z2 / t), kappas(z2 / (2 * t))
-
-        def remaining():
-            return np.real(sum(ck / lam * k / (s + k) for ck, lam, k in zip(c2 / t, z2 / t, once)))
+        alpha = np.real(sum(ck / zk * k / (s + k) for ck, zk, k in zip(c2, z2, once)))
 
         def parts(M):
-            quadratic = sum(
-                ca * cb / za / zb * two_point(M, ka, kb)[0]
-                for ca, za, ka in zip(c2, z2, once)
-                for cb, zb, kb in zip(c2, z2, once)
-            )
+            nodes = list(zip(c2 / z2, once))
+            quadratic = sum(ca * cb * two_point(M, ka, kb)[0] for ca, ka in nodes for cb, kb in nodes)
 
             def trace_psi(time, kappa):
                 return np.real(sum(ck / zk * (M * k / (s + k)).sum() / (zk / time) for ck, zk, k in zip(c2, z2, kappa)))
@@ -265,25 +243,20 @@ def by_the_book(problem: TwoTaskProblem, n: int, filter, tau: float):
             return np.real(quadratic), (2 * trace_psi(t, once) - trace_psi(2 * t, twice)) / n
 
     else:
-        penalty = float(filter.penalty) if isinstance(filter, Ridge) else 0.0
-        kappa = float(kappas(penalty))
-
-        def remaining():
-            return kappa / (s + kappa)
+        kappa = float(kappas(float(filter.penalty) if isinstance(filter, Ridge) else 0.0))
+        alpha = kappa / (s + kappa)
 
         def parts(M):
             return two_point(M, kappa, kappa)
 
-    alpha = remaining()
-    sigma = float(problem.noise_std)
-    ft, pre = s, np.asarray(problem.pretrain_covariance.diagonal())
-    quadratic, gain = parts(ft)
-    finetune = (1 - tau) ** 2 * S @ ft + 2 * tau * (1 - tau) * (S * ft) @ alpha + tau**2 * quadratic
-    results = [(finetune, tau**2 * sigma**2 * gain)]
+    pre, variance = np.asarray(problem.pretrain_covariance.diagonal()), tau**2 * float(problem.noise_std) ** 2
+    quadratic, gain = parts(s)
+    finetune = (1 - tau) ** 2 * S @ s + 2 * tau * (1 - tau) * (S * s) @ alpha + tau**2 * quadratic
+    results = [(finetune, variance * gain)]
     quadratic, gain = parts(pre)
     pretrain = (u**2) @ pre + 2 * tau * (u * m * pre) @ (1 - alpha)
     pretrain += tau**2 * (S @ pre - 2 * (S * pre) @ alpha + quadratic)
-    return [*results, (pretrain, tau**2 * sigma**2 * gain)]
+    return [*results, (pretrain, variance * gain)]
 
 
 @pytest.mark.parametrize("kind", ["random", "fixed", "no error"])
@@ -305,9 +278,8 @@ def test_ensembles_and_broadcasting():
     problem = two_tasks(150)
     taus, times = jnp.array([[0.3], [1.2]]), jnp.array([0.0, 1.0, 20.0, 400.0, jnp.inf])
     a, b = risk(problem, 40, GradientFlow(times), taus), risk(problem, 40, taus * GradientFlow(times))
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-        assert x.shape == (2, 5)
-        np.testing.assert_allclose(x, y, rtol=1e-12)
+    assert {leaf.shape for leaf in jax.tree.leaves((a, b))} == {(2, 5)}
+    np.testing.assert_allclose(a, b, rtol=1e-12)
     limit = risk(problem, 40, MinNorm(), taus[:, 0])
     np.testing.assert_allclose(a.finetune.total[:, -1], limit.finetune.total, rtol=1e-12)
     untouched = risk(problem, 40, MinNorm(), 0.0)
@@ -318,10 +290,9 @@ def test_ensembles_and_broadcasting():
 @pytest.mark.parametrize("p", [30, 60, 90])
 def test_min_norm_on_both_sides_of_the_peak(p):
     """Isotropic: known in closed form; infinite variance at p = n."""
-    n = 60
+    n, ratio = 60, p / 60
     problem = TwoTaskProblem([1.0], [1.0], RandomShift([1 / p]), 1.0)  # one atom of multiplicity p
     result = risk(problem, n, MinNorm(), multiplicities=[p]).finetune
-    ratio = p / n
     if p == n:
         assert np.isinf(float(result.variance))
         assert float(result.bias) == 0
@@ -342,9 +313,8 @@ def test_multiplicities_stand_for_equal_coordinates():
     u = np.repeat(np.asarray(small.pretrain_error), counts)
     large = TwoTaskProblem(pretrain, finetune, FixedShift(shift), small.noise_std, u)
     for filter in (MinNorm(), Ridge(0.1), GradientFlow(7.0)):
-        a, b = risk(small, 90, filter, 0.7, multiplicities=counts), risk(large, 90, filter, 0.7)
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-            assert float(x) == pytest.approx(float(y), rel=1e-9)
+        got = risk(small, 90, filter, 0.7, multiplicities=counts)
+        np.testing.assert_allclose(got, risk(large, 90, filter, 0.7), rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -356,12 +326,10 @@ def test_only_the_diagonal_of_the_shift_covariance_enters():
     omega, s = root @ root.T, np.arange(1, p + 1) ** -0.5
     dense = TwoTaskProblem(s, s, RandomShift((omega + omega.T) / 2), 0.3)
     diagonal = TwoTaskProblem(s, s, RandomShift(np.diag(omega)), 0.3)
-    assert float(risk(dense, n, Ridge(0.1)).finetune.total) == pytest.approx(
-        float(risk(diagonal, n, Ridge(0.1)).finetune.total)
-    )
-    totals = averaged(dense, n, [Ridge(0.1)], draws=24)
-    mean, error = totals[:, 0, 0].mean(), totals[:, 0, 0].std(ddof=1) / 24**0.5
-    assert abs(mean - float(risk(dense, n, Ridge(0.1)).finetune.total)) < 4 * error + 0.01 * mean
+    predicted, same = (float(risk(problem, n, Ridge(0.1)).finetune.total) for problem in (dense, diagonal))
+    assert predicted == pytest.approx(same)
+    totals = averaged(dense, n, [Ridge(0.1)], draws=24)[:, 0, 0]
+    assert abs(totals.mean() - predicted) < 4 * totals.std(ddof=1) / 24**0.5 + 0.01 * totals.mean()
 
 
 @pytest.mark.slow
@@ -435,17 +403,11 @@ def test_new_values_do_not_recompile():
 @pytest.mark.slow
 def test_single_precision():
     problem = two_tasks(150, "fixed")
-    low = jax.tree.map(lambda x: x.astype(jnp.float32) if is_float(x) else x, problem)
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), problem)
     for filter in (MinNorm(), Ridge(np.float32(0.1)), GradientFlow(np.array([0.5, 30.0], np.float32))):
-        for a, b in zip(
-            jax.tree.leaves(risk(low, 60, filter, np.float32(0.7))), jax.tree.leaves(risk(problem, 60, filter, 0.7))
-        ):
-            assert a.dtype == jnp.float32
-            np.testing.assert_allclose(a, b, rtol=3e-3)
-
-
-def is_float(x) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
+        got = risk(low, 60, filter, np.float32(0.7))
+        assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+        np.testing.assert_allclose(got, risk(problem, 60, filter, 0.7), rtol=3e-3)
 
 
 # Against averaged exact risk
@@ -475,8 +437,7 @@ def test_within_one_percent_at_250_by_1000(name):
     totals = averaged(problem, n, filters, 8, taus)
     mean, error = totals.mean(0), totals.std(0, ddof=1) / 8**0.5
     for index, filter in enumerate(filters):
-        predicted = risk(problem, n, filter, taus)
-        for domain, result in enumerate(predicted):
+        for domain, result in enumerate(risk(problem, n, filter, taus)):
             gap = np.abs(np.asarray(result.total) / mean[domain, index] - 1)
             assert (gap < 0.01 + 3 * error[domain, index] / mean[domain, index]).all(), (index, domain, gap.max())
 
@@ -494,7 +455,9 @@ def test_a_fixed_shift_and_error():
 # Bad input
 
 ONES = np.ones(5)
-GOOD = TwoTaskProblem(ONES, ONES, RandomShift(ONES), 0.1)
+GOOD, NEW_DENSE, OLD_DENSE = (
+    TwoTaskProblem(*pair, RandomShift(ONES), 0.1) for pair in ((ONES, ONES), (ONES, np.eye(5)), (np.eye(5), ONES))
+)
 
 
 @pytest.mark.parametrize(
@@ -520,18 +483,9 @@ GOOD = TwoTaskProblem(ONES, ONES, RandomShift(ONES), 0.1)
         (lambda: risk(GOOD, 3, MinNorm(), multiplicities=[1.0]), "multiplicities must match"),
         (lambda: risk(GOOD, 3, GradientDescent(1.0, 3)), "step_size must be below 2/s_max"),
         (lambda: risk(1.0, 3, MinNorm()), "problem must be a linfit.TwoTaskProblem"),
-        (
-            lambda: risk(TwoTaskProblem(ONES, np.eye(5), RandomShift(ONES), 0.1), 3, MinNorm()),
-            "finetune_covariance must be diagonal, given as eigenvalues",
-        ),
-        (
-            lambda: along(TwoTaskProblem(np.eye(5), ONES, RandomShift(ONES), 0.1), 3, MinNorm()),
-            "pretrain_covariance must be diagonal",
-        ),
-        (
-            lambda: signal_to_noise(TwoTaskProblem(ONES, np.eye(5), RandomShift(ONES), 0.1)),
-            "finetune_covariance must be diagonal",
-        ),
+        (lambda: risk(NEW_DENSE, 3, MinNorm()), "finetune_covariance must be diagonal, given as eigenvalues"),
+        (lambda: along(OLD_DENSE, 3, MinNorm()), "pretrain_covariance must be diagonal"),
+        (lambda: signal_to_noise(NEW_DENSE), "finetune_covariance must be diagonal"),
     ],
 )
 def test_bad_input(call, message):

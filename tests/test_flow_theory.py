@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.integrate
 import scipy.linalg
 import scipy.optimize
 import scipy.stats
 
 from linfit import (
+    Dense,
     Diagonal,
     Empirical,
     FixedShift,
@@ -19,7 +19,6 @@ from linfit import (
     RandomShift,
     Ridge,
     TwoTaskProblem,
-    flow_weights,
 )
 from sims.verify import claims_named, verify
 from tests.oracles import matrix_of, random_matrix
@@ -27,33 +26,19 @@ from theory import flow
 from theory.frontier import pareto
 
 P = 5
-
-
-def covariances(generator):
-    """Every kind of covariance, as the functions take it."""
-    return {
-        "diagonal": generator.uniform(0.2, 2, P),
-        "dense": random_matrix(generator, P, 1.0),
-        "tall": Empirical(generator.standard_normal((9, P))),
-        "wide": Empirical(generator.standard_normal((3, P))),
-    }
-
-
-KINDS = ["diagonal", "dense", "tall", "wide"]
-
-
-def dense(covariance):
-    if isinstance(covariance, Empirical):
-        return matrix_of(covariance)
-    return np.diag(covariance) if covariance.ndim == 1 else covariance
+KINDS = {
+    "diagonal": lambda generator: Diagonal(generator.uniform(0.2, 2, P)),
+    "dense": lambda generator: Dense(random_matrix(generator, P, 1.0)),
+    "tall": lambda generator: Empirical(generator.standard_normal((9, P))),
+    "wide": lambda generator: Empirical(generator.standard_normal((3, P))),
+}
 
 
 def moments_by_matrices(Sigma, shift, noise_std, temperature):
     """F2 as written in the docs."""
     v = shift @ Sigma @ shift + noise_std**2
     Z = (1 + 2 * v / temperature) ** -0.5
-    a = Sigma @ shift
-    k = 0.0 if np.isinf(temperature) else 2 / (temperature + 2 * v)
+    a, k = Sigma @ shift, 2 / (temperature + 2 * v)
     return Z * (Sigma - k * np.outer(a, a)), Z * a / (1 + 2 * v / temperature)
 
 
@@ -61,21 +46,20 @@ def moments_by_matrices(Sigma, shift, noise_std, temperature):
 @pytest.mark.parametrize("noise_std", [0.0, 0.6])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_weighted_covariance_is_an_operator_like_any_other(kind, noise_std, generator, rtol):
-    covariance, shift, rows = (
-        covariances(generator)[kind],
-        generator.standard_normal(P),
-        generator.standard_normal((4, P)),
-    )
+    covariance, shift = KINDS[kind](generator), generator.standard_normal(P)
+    rows = generator.standard_normal((4, P))
     weighted = flow.weighted_covariance(covariance, shift, noise_std, 0.7)
-    expected, first = moments_by_matrices(dense(covariance), shift, noise_std, 0.7)
-    tolerance = {"rtol": rtol, "atol": rtol * np.abs(expected).max() * 10}
-    np.testing.assert_allclose(np.asarray(weighted), expected, **tolerance)
-    np.testing.assert_allclose(weighted.diagonal(), np.diag(expected), **tolerance)
-    np.testing.assert_allclose(weighted.apply(jnp.asarray(rows)), rows @ expected, **tolerance)
-    np.testing.assert_allclose(weighted.gram(jnp.asarray(rows)), rows @ expected @ rows.T, rtol=rtol, atol=rtol)
-    np.testing.assert_allclose(weighted.moment, first, **tolerance)
+    expected, first = moments_by_matrices(matrix_of(covariance), shift, noise_std, 0.7)
     root = np.asarray(weighted.colour(jnp.eye(weighted.latent_size)))
-    np.testing.assert_allclose(root.T @ root, expected, **tolerance)
+    for got, right in (
+        (np.asarray(weighted), expected),
+        (weighted.diagonal(), np.diag(expected)),
+        (weighted.apply(jnp.asarray(rows)), rows @ expected),
+        (weighted.moment, first),
+        (root.T @ root, expected),
+    ):
+        np.testing.assert_allclose(got, right, rtol=rtol, atol=rtol * np.abs(expected).max() * 10)
+    np.testing.assert_allclose(weighted.gram(jnp.asarray(rows)), rows @ expected @ rows.T, rtol=rtol, atol=rtol)
     assert weighted.size == P
 
 
@@ -102,9 +86,8 @@ def test_a_million_diagonal_features_need_no_matrix():
     shift = jnp.ones_like(eigenvalues)
     weighted = flow.weighted_covariance(eigenvalues, shift, 0.3)
     q = float(eigenvalues.sum())
-    applied = weighted.apply(shift)
     expected = weighted.scale * (1 - weighted.deflation * q) * eigenvalues
-    np.testing.assert_allclose(applied, expected, rtol=1e-9)
+    np.testing.assert_allclose(weighted.apply(shift), expected, rtol=1e-9)
     path = flow.trajectory(TwoTaskProblem(eigenvalues, eigenvalues, FixedShift(shift), 0.3), GradientDescent(0.5, 3))
     assert path.moved.shape == (1_000_000,)
     assert 0 < path.finetune < q
@@ -114,15 +97,12 @@ def test_stall_is_the_generalised_eigenproblem(generator):
     """Eigenvalues of Σ_w against Σ: Z, and Z·rate along Δ; for Σ of any spectrum."""
     for noise_std in (0.0, 0.8):
         Sigma, shift = random_matrix(generator, P, 1.2), generator.standard_normal(P)
-        stalled = flow.stall(Sigma, shift, noise_std, 0.6)
-        values, vectors = scipy.linalg.eigh(np.asarray(flow.weighted_covariance(Sigma, shift, noise_std, 0.6)), Sigma)
-        Z = float(stalled.mean_weight)
+        stalled, weighted = (f(Sigma, shift, noise_std, 0.6) for f in (flow.stall, flow.weighted_covariance))
+        values, vectors = scipy.linalg.eigh(np.asarray(weighted), Sigma)
+        Z, v = float(stalled.mean_weight), shift @ Sigma @ shift + noise_std**2
         np.testing.assert_allclose(values, [Z * float(stalled.rate)] + [Z] * (P - 1), rtol=1e-9)
         np.testing.assert_allclose(abs(vectors[:, 0]), abs(np.asarray(stalled.direction)), rtol=1e-7)
-        q = shift @ Sigma @ shift
-        first = flow.weighted_covariance(Sigma, shift, noise_std, 0.6).moment / (Sigma @ shift)
-        np.testing.assert_allclose(first, Z * float(stalled.drive), rtol=1e-10)
-        v = q + noise_std**2
+        np.testing.assert_allclose(weighted.moment / (Sigma @ shift), Z * float(stalled.drive), rtol=1e-10)
         np.testing.assert_allclose(stalled.drive, 1 / (1 + 2 * v / 0.6), rtol=1e-12)
         assert (noise_std == 0) == bool(jnp.isclose(stalled.rate, stalled.drive, rtol=1e-9))
 
@@ -137,9 +117,8 @@ def test_sizes_that_do_not_vary_stall_as_gaussian_ones():
 def test_the_fixed_point_does_not_depend_on_the_law_of_the_features(law, generator):
     """Laws that no claim has: E w x (r − τ xᵀΔ) = 0 in standard errors, and not for τ = 1."""
     Sigma, shift = random_matrix(generator, P, 1.0), generator.standard_normal(P)
-    latent = generator.choice([-1.0, 1.0], (50_000, P)) if law == "rademacher" else generator.exponential(
-        size=(50_000, P)
-    ) - 1  # fmt: skip
+    size = (50_000, P)
+    latent = generator.choice([-1.0, 1.0], size) if law == "rademacher" else generator.exponential(size=size) - 1
     x = latent @ scipy.linalg.cholesky(Sigma)
     r = x @ shift + 0.6 * generator.standard_normal(len(x))
     wx = np.exp(-(r**2) / 0.8)[:, None] * x
@@ -153,7 +132,7 @@ def test_the_fixed_point_does_not_depend_on_the_law_of_the_features(law, generat
 
 
 def task(kind, generator, noise_std=0.5, u_size=0.3):
-    covariance = covariances(generator)[kind]
+    covariance = KINDS[kind](generator)
     pretrain = random_matrix(generator, P, 0.4) + 0.1 * np.eye(P)
     u = u_size * generator.standard_normal(P)
     return TwoTaskProblem(pretrain, covariance, FixedShift(generator.standard_normal(P)), noise_std, u)
@@ -204,13 +183,11 @@ def test_trajectories_equal_plain_matrices(kind, temperature, generator, rtol):
         (0.4 * MinNorm(), 0.4 * reference["min-norm"](), max(rtol, 1e-8)),
     ]
     for filter, expected, tolerance in cases:
-        path = flow.trajectory(problem, filter, temperature)
-        expected = np.asarray(expected)
-        np.testing.assert_allclose(path.moved, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+        path, expected = flow.trajectory(problem, filter, temperature), np.asarray(expected)
         risks = np.array([plain_risks(problem, moved) for moved in expected.reshape(-1, P)])
-        shape, scale = expected.shape[:-1], np.abs(risks).max()
-        np.testing.assert_allclose(path.finetune, risks[:, 0].reshape(shape), rtol=tolerance, atol=tolerance * scale)
-        np.testing.assert_allclose(path.pretrain, risks[:, 1].reshape(shape), rtol=tolerance, atol=tolerance * scale)
+        np.testing.assert_allclose(path.moved, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+        for got, right in zip(path.risks, risks.T.reshape(2, *expected.shape[:-1])):
+            np.testing.assert_allclose(got, right, rtol=tolerance, atol=tolerance * np.abs(risks).max())
         np.testing.assert_allclose(path.total, path.finetune + path.pretrain)
 
 
@@ -315,14 +292,16 @@ def test_theorem_is_a_special_case_of_the_trajectory(generator):
     ):
         path, predicted = flow.trajectory(problem, filter, temperature), flow.errors(position, rho, block)
         np.testing.assert_allclose(path.moved[:, :2], 1.7 * (np.asarray(position) - [1, 0]), atol=1e-12)
-        np.testing.assert_allclose(path.finetune, 1.7**2 * np.asarray(predicted.finetune), atol=1e-12)
-        np.testing.assert_allclose(path.pretrain, 1.7**2 * np.asarray(predicted.pretrain), atol=1e-12)
+        np.testing.assert_allclose(path.risks, 1.7**2 * np.asarray(predicted), atol=1e-12)
 
 
 def test_iterates_are_powers_of_the_iteration_matrix():
     """Columns of powers, also for a step size that no claim has; what is left is stalled; ρ = 0 is averaging."""
     rho, beta = np.array([0.2, 0.5, 0.9]), np.array([0.3, 1.0, 0.05])
-    for r, b, Q in zip(rho, beta, np.asarray(flow.iteration_matrix(rho, beta))):
+    for r, b in zip(rho, beta):
+        T, covariance = flow.temperature_from_beta(b, r), flow.two_task_problem(r).finetune_covariance
+        weighted = flow.weighted_covariance(covariance, [1.0, 0.0], 0.0, T)
+        Q = np.eye(2) - np.asarray(weighted) / float(weighted.scale)
         np.testing.assert_allclose(np.linalg.matrix_power(Q, 9)[:, 0], flow.flow_iterates(r, b, 9), rtol=1e-11)
     late = np.asarray(flow.flow_iterates(rho, beta, 400.0))
     np.testing.assert_allclose(late[:, 1] / late[:, 0], flow.stalled_direction(rho, beta)[:, 1], rtol=1e-9)
@@ -364,18 +343,6 @@ def test_best_flow_is_the_least_of_a_grid():
     assert best.total < flow.best_averaging(block)
 
 
-def test_entropic_objective_is_least_at_the_weights(generator):
-    losses, T = generator.exponential(size=7), 0.4
-    pi = np.asarray(flow_weights(losses, T))
-    corner = np.eye(7)[:1]
-    values = flow.entropic_objective(
-        np.concatenate([pi[None] / pi.sum(), corner, generator.dirichlet(np.ones(7), 500)]), losses, T
-    )
-    np.testing.assert_allclose(values[0], -T * np.log(np.exp(-losses / T).sum()), rtol=1e-12)
-    assert values[1] == losses[0]  # 0 log 0 = 0
-    assert (values[1:] > values[0]).all()
-
-
 def all_the_way(predicted, values):
     """As if noise did not matter."""
     variance = values["noise_std"] ** 2
@@ -403,17 +370,20 @@ WRONG = {
 }
 
 
+def claim_of(id):
+    return next(claim for claim in claims_named([id]) if claim.id == id)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_stubs_are_rejected(name):
     id, spoil = WRONG[name]
-    (claim,) = (claim for claim in claims_named([id]) if claim.id == id)
 
     def sides(normal, **values):
-        predicted, measured = claim.sides(normal, **values)
+        predicted, measured = claim_of(id).sides(normal, **values)
         return spoil(np.asarray(predicted), values), measured
 
-    (verdict,) = verify([claim._replace(sides=sides)], instances=2, seed=1)
+    (verdict,) = verify([claim_of(id)._replace(sides=sides)], instances=2, seed=1)
     assert verdict.worst.error is None
     assert not verdict.holds
 
@@ -434,7 +404,7 @@ def test_wrong_stubs_are_rejected(name):
     ],
 )
 def test_claims_fail_outside_their_assumptions(id, values):
-    (claim,) = (claim for claim in claims_named([id]) if claim.id == id)
+    claim = claim_of(id)
     held = {name: claim.parameters[name]._replace(low=value, high=value) for name, value in values.items()}
     (verdict,) = verify([claim._replace(parameters=claim.parameters | held)], instances=4, seed=0)
     assert not verdict.holds
@@ -489,12 +459,10 @@ RANDOM = TwoTaskProblem([1.0, 1.0], [1.0, 2.0], RandomShift([1.0, 1.0]), 0.1)
         (lambda: flow.unweighted_iterates(0.5, 1.5), "steps must be whole numbers"),
         (lambda: flow.unweighted_iterates(0.5, 1, 0.67), "step_size must be below"),
         (lambda: flow.flow_iterates(0.5, 0.5, -1), "steps must be non-negative"),
-        (lambda: flow.iteration_matrix(0.5, 2.0), r"beta must be in \(0, 1\]"),
         (lambda: flow.stalled_direction(1.0, 0.5), r"rho must be in \[0, 1\)"),
         (lambda: flow.best_averaging(np.zeros((2, 2))), "pretrain must be Σ₁ ⪰ I"),
         (lambda: flow.best_flow(0.5, max_steps=0), "max_steps must be at least 1"),
-        (lambda: flow.entropic_objective([0.5, 0.5], [1.0], 1.0), "losses must match probabilities"),
-        (lambda: flow.entropic_objective([-0.5, 1.5], [1.0, 1.0], 1.0), "probabilities must be non-negative"),
+        (lambda: flow.stalled_direction(0.5, 2.0), r"beta must be in \(0, 1\]"),
     ],
 )  # fmt: skip
 def test_bad_input(call, message):

@@ -30,17 +30,16 @@ KAPPA = np.array([0.05, 0.7, 1.0, 20.0])
 every_problem = pytest.mark.parametrize("name", PROBLEMS)
 
 
-def second_moment(problem):
-    if isinstance(problem.shift, FixedShift):
-        return np.outer(problem.shift.vector, problem.shift.vector)
-    return matrix_of(problem.shift.covariance)
+def matrices(problem):
+    """Σ₁, Σ₂ and E δδᵀ."""
+    fixed, shift = isinstance(problem.shift, FixedShift), problem.shift
+    second = np.outer(shift.vector, shift.vector) if fixed else matrix_of(shift.covariance)
+    return matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance), second
 
 
 @every_problem
 def test_risks_equal_those_of_the_solved_weights(name):
-    problem = PROBLEMS[name]
-    one, two = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
-    second = second_moment(problem)
+    problem, (one, two, second) = PROBLEMS[name], matrices(PROBLEMS[name])
     finetune, pretrain = pareto(problem, KAPPA)
     for index, kappa in enumerate(KAPPA):
         learned = np.linalg.pinv(kappa * one + two) @ two
@@ -51,9 +50,8 @@ def test_risks_equal_those_of_the_solved_weights(name):
 
 @every_problem
 def test_ends_and_monotonicity(name):
-    problem = PROBLEMS[name]
-    finetune, pretrain = pareto(problem, np.concatenate([[0.0], np.logspace(-4, 4, 30), [np.inf]]))
-    two, second = matrix_of(problem.finetune_covariance), second_moment(problem)
+    finetune, pretrain = pareto(PROBLEMS[name], np.concatenate([[0.0], np.logspace(-4, 4, 30), [np.inf]]))
+    _, two, second = matrices(PROBLEMS[name])
     start = np.trace(two @ second)
     np.testing.assert_allclose(finetune[0], 0, atol=1e-9 * start)
     np.testing.assert_allclose(pretrain[-1], 0, atol=1e-12)
@@ -112,9 +110,7 @@ def test_slope_of_the_frontier_is_minus_one_over_kappa():
 
 @every_problem
 def test_population_risks_equal_matrix_algebra(name):
-    problem = PROBLEMS[name]
-    one, two = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
-    second = second_moment(problem)
+    problem, (one, two, second) = PROBLEMS[name], matrices(PROBLEMS[name])
     u = np.zeros(problem.p) if problem.pretrain_error is None else np.asarray(problem.pretrain_error)
     mean = np.asarray(problem.shift.vector) if isinstance(problem.shift, FixedShift) else np.zeros(problem.p)
     tau = 0.3  # θ − θ₂* = −(1−τ)(δ − u), θ − θ₁* = (1−τ)u + τδ
@@ -172,21 +168,13 @@ def test_limits_of_the_coefficients():
 
 
 def test_one_compilation_serves_new_values():
-    traces = 0
-
-    @jax.jit
-    def run(problem, weight):
-        nonlocal traces
-        traces += 1
-        return pareto(problem, weight)
-
+    run = jax.jit(lambda problem, weight: pareto(problem, weight))
     for weight, noise in ((0.5, 0.1), (2.0, 0.7)):
         run(aligned_problem(spectra.power_law(10), noise_std=noise**0.5), jnp.asarray(weight))
-    assert traces == 1
+    assert run._cache_size() == 1
 
 
-FIXED = TwoTaskProblem([1.0, 2.0], [1.0, 1.0], FixedShift([1.0, 1.0]), 0.5)
-RANDOM = TwoTaskProblem([1.0, 2.0], [1.0, 1.0], RandomShift([1.0, 1.0]), 0.5)
+FIXED, RANDOM = (TwoTaskProblem([1.0, 2.0], [1.0, 1.0], shift([1.0, 1.0]), 0.5) for shift in (FixedShift, RandomShift))
 
 
 @pytest.mark.parametrize(

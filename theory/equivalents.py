@@ -40,23 +40,17 @@ from jax import Array
 
 from linfit.covariance import Covariance, Diagonal
 from linfit.filters import Ensemble, Filter, GradientDescent, GradientFlow, MinNorm, Ridge
-from linfit.internal.checks import ArrayLike, is_concrete, non_negative, positive, same_size
+from linfit.internal.checks import ArrayLike, is_concrete, non_negative, positive, require_finite, same_size
 from linfit.problem import Pair, TwoTaskProblem
 from linfit.risk import Parabola, Risk
 from theory import rational
 
 __all__ = [
-    "DegreesOfFreedom",
-    "EffectiveRanks",
-    "Spectrum",
-    "along",
-    "degrees_of_freedom",
-    "effective_ranks",
-    "effective_regularization",
-    "risk",
-    "signal_to_noise",
-    "spectral_edge",
-]
+    "Spectrum", "along", "degrees_of_freedom", "effective_ranks", "effective_regularization", "risk",
+    "signal_to_noise", "spectral_edge",
+]  # fmt: skip
+
+Counts = ArrayLike | None
 
 
 class Spectrum(eqx.Module):
@@ -87,13 +81,17 @@ class Spectrum(eqx.Module):
         return jnp.sum(jnp.where(self.eigenvalues > 0, self.multiplicities, 0))
 
 
-def _as_spectrum(value: "Spectrum | Covariance | ArrayLike", name: str = "spectrum") -> Spectrum:
-    if isinstance(value, Spectrum):
-        return value
-    if isinstance(value, Covariance):
-        value = _diagonal(value, name)
-    eigenvalues = non_negative(name, value, ndim=1)
-    return Spectrum(eigenvalues, jnp.ones_like(eigenvalues))
+SpectrumLike = Spectrum | Covariance | ArrayLike
+
+
+def _as_spectrum(value: SpectrumLike) -> Spectrum:
+    if not isinstance(value, Spectrum):
+        eigenvalues = _diagonal(value, "spectrum") if isinstance(value, Covariance) else value
+        eigenvalues = non_negative("spectrum", eigenvalues, ndim=1)
+        value = Spectrum(eigenvalues, jnp.ones_like(eigenvalues))
+    if is_concrete(value) and not float(value.trace) > 0:
+        raise ValueError("spectrum must have a positive eigenvalue, got trace 0")
+    return value
 
 
 def _diagonal(covariance: Covariance, name: str) -> Array:
@@ -105,7 +103,7 @@ def _diagonal(covariance: Covariance, name: str) -> Array:
     return covariance.eigenvalues
 
 
-def effective_regularization(penalty: ArrayLike, spectrum: "Spectrum | Covariance | ArrayLike", n: ArrayLike) -> Array:
+def effective_regularization(penalty: ArrayLike, spectrum: SpectrumLike, n: ArrayLike) -> Array:
     """κ(λ): λ(Σ̂+λ)⁻¹ ≍ κ(Σ+κ)⁻¹ (docs, D1).
 
         κ − (κ/n) tr Σ(Σ+κ)⁻¹ = λ
@@ -115,36 +113,22 @@ def effective_regularization(penalty: ArrayLike, spectrum: "Spectrum | Covarianc
         spectrum: eigenvalues (p,) or a `Spectrum`.
         n: samples, any real number > 0.
 
-    λ = 0 is the limit: κ > 0 if more than n eigenvalues are positive, else 0. Differentiable in every argument
-    (implicitly).
-
-    Raises ValueError for a penalty that is negative or NaN, n ≤ 0, or eigenvalues that are negative or all zero.
+    λ = 0 is the limit: κ > 0 if more than n eigenvalues are positive, else 0. Differentiable in every argument. Raises
+    ValueError for a penalty that is negative or NaN, n ≤ 0, or eigenvalues that are negative or all zero.
 
     >>> effective_regularization(jnp.array([0.0, 1.0]), jnp.ones(20), 10)
     Array([1.        , 2.41421356], dtype=float64)
     """
-    spectrum = _nonzero(_as_spectrum(spectrum))
-    return _kappa(_penalty(penalty, spectrum.eigenvalues.dtype), spectrum, _samples(n, spectrum))
-
-
-def _nonzero(spectrum: Spectrum) -> Spectrum:
-    if is_concrete(spectrum) and not float(spectrum.trace) > 0:
-        raise ValueError("spectrum must have a positive eigenvalue, got trace 0")
-    return spectrum
-
-
-def _penalty(penalty: ArrayLike, dtype: jnp.dtype) -> Array:
-    if not jnp.iscomplexobj(penalty):
-        array = non_negative("penalty", penalty)
-        return array.astype(jnp.result_type(array, dtype))
-    array = jnp.asarray(penalty)
-    if is_concrete(array):
-        host = np.asarray(array)
-        if not np.isfinite(host).all():
-            raise ValueError("penalty must be finite, got NaN or Inf")
-        if ((host.imag == 0) & (host.real < 0)).any():
+    spectrum = _as_spectrum(spectrum)
+    if jnp.iscomplexobj(penalty):
+        penalty = jnp.asarray(penalty)
+        require_finite("penalty", penalty)
+        if is_concrete(penalty) and ((penalty.imag == 0) & (penalty.real < 0)).any():
             raise ValueError("penalty must lie off the negative real axis, got a negative one")
-    return array.astype(jnp.result_type(array, dtype))
+    else:
+        penalty = non_negative("penalty", penalty)
+    penalty = penalty.astype(jnp.result_type(penalty, spectrum.eigenvalues.dtype))
+    return _kappa(penalty, spectrum, _samples(n, spectrum))
 
 
 def _samples(n: ArrayLike, spectrum: Spectrum) -> Array:
@@ -208,11 +192,11 @@ def _fixed_point(function, start: Array, argument: Array) -> Array:  # type: ign
     def from_polar(polar: Array) -> Array:
         return jnp.exp(jax.lax.complex(polar[0], polar[1]))
 
+    def polar_function(polar: Array, argument: Array) -> Array:
+        return to_polar(function(from_polar(polar), argument))
+
     solver = optimistix.FixedPointIteration(rtol=0.0, atol=tolerance, norm=_norm)
-    solution: optimistix.Solution = optimistix.fixed_point(
-        lambda polar, argument: to_polar(function(from_polar(polar), argument)), solver, to_polar(start), argument
-    )
-    return from_polar(solution.value)
+    return from_polar(optimistix.fixed_point(polar_function, solver, to_polar(start), argument).value)
 
 
 def _norm(error: Array) -> Array:
@@ -235,17 +219,13 @@ def _reciprocal(s: Array, kappa: Array) -> Array:
 
 
 class DegreesOfFreedom(NamedTuple):
-    """Effective dimensions at an effective penalty κ."""
+    """Effective dimensions at an effective penalty κ: df₁ and df₂; variance blows up as df₂ approaches n."""
 
     first: Array
-    """df₁ = tr Σ(Σ+κ)⁻¹."""
     second: Array
-    """df₂ = tr Σ²(Σ+κ)⁻²; variance blows up as it approaches n."""
 
 
-def degrees_of_freedom(
-    penalty: ArrayLike, spectrum: "Spectrum | Covariance | ArrayLike", n: ArrayLike
-) -> DegreesOfFreedom:
+def degrees_of_freedom(penalty: ArrayLike, spectrum: SpectrumLike, n: ArrayLike) -> DegreesOfFreedom:
     """df₁ = tr Σ(Σ+κ)⁻¹ and df₂ = tr Σ²(Σ+κ)⁻² at κ = κ(λ) (docs, D5); each of the shape of `penalty`.
 
     df₁ = n(1 − λ/κ): at λ = 0 and rank > n all n samples are used up. Raises ValueError as `effective_regularization`.
@@ -253,9 +233,8 @@ def degrees_of_freedom(
     >>> degrees_of_freedom(0.0, jnp.ones(20), 10)
     DegreesOfFreedom(first=Array(10., dtype=float64), second=Array(5., dtype=float64))
     """
-    spectrum = _nonzero(_as_spectrum(spectrum))
-    kappa = effective_regularization(penalty, spectrum, n)
-    return _degrees_of_freedom(kappa, spectrum)
+    spectrum = _as_spectrum(spectrum)
+    return _degrees_of_freedom(effective_regularization(penalty, spectrum, n), spectrum)
 
 
 @jax.jit
@@ -269,26 +248,23 @@ def _degrees_of_freedom(kappa: Array, spectrum: Spectrum) -> DegreesOfFreedom:
 
 
 class EffectiveRanks(NamedTuple):
-    """How many eigenvalues the tail beyond the k-th is worth."""
+    """How many eigenvalues the tail beyond the k-th is worth: r_k ≤ R_k ≤ r_k²."""
 
     r: Array
-    """r_k = Σ_{i>k} λ_i / λ_{k+1}."""
     R: Array
-    """R_k = (Σ_{i>k} λ_i)² / Σ_{i>k} λ_i²; r_k ≤ R_k ≤ r_k²."""
 
 
-def effective_ranks(spectrum: "Spectrum | Covariance | ArrayLike", k: ArrayLike = 0) -> EffectiveRanks:
+def effective_ranks(spectrum: SpectrumLike, k: ArrayLike = 0) -> EffectiveRanks:
     """Effective ranks r_k and R_k of benign overfitting (Bartlett, Long, Lugosi & Tsigler 2020; docs, D5).
 
         r_k = Σ_{i>k} λ_i / λ_{k+1},      R_k = (Σ_{i>k} λ_i)² / Σ_{i>k} λ_i²
 
-    The eigenvalues are sorted here; k ≥ 0 of any shape, below the number of positive eigenvalues. Raises ValueError
-    otherwise.
+    In any order of the eigenvalues. Raises ValueError unless 0 ≤ k (…) < number of positive eigenvalues.
 
     >>> effective_ranks(jnp.array([4.0, 1.0, 1.0]), [0, 1])
     EffectiveRanks(r=Array([1.5, 2. ], dtype=float64), R=Array([2., 2.], dtype=float64))
     """
-    spectrum = _nonzero(_as_spectrum(spectrum))
+    spectrum = _as_spectrum(spectrum)
     k = non_negative("k", k).astype(spectrum.eigenvalues.dtype)
     if is_concrete(k, spectrum) and not (np.asarray(k) < float(spectrum.rank)).all():
         raise ValueError(f"k must be below the number of positive eigenvalues, {spectrum.rank}, got {k.max()}")
@@ -306,7 +282,7 @@ def effective_ranks(spectrum: "Spectrum | Covariance | ArrayLike", k: ArrayLike 
     return EffectiveRanks(total / eigenvalues[at], total**2 / tail(eigenvalues**2))
 
 
-def spectral_edge(spectrum: "Spectrum | Covariance | ArrayLike", n: ArrayLike) -> Array:
+def spectral_edge(spectrum: SpectrumLike, n: ArrayLike) -> Array:
     """Largest eigenvalue that Σ̂ has in the limit: min over x > s_max of x·(1 + (1/n) Σ s/(x−s)) (docs, D1; ours).
 
     This is −λ at κ = −x, where D1 ceases to be monotone. Found on a grid: at most 1% above. Raises ValueError as
@@ -315,7 +291,7 @@ def spectral_edge(spectrum: "Spectrum | Covariance | ArrayLike", n: ArrayLike) -
     >>> round(float(spectral_edge(jnp.ones(400), 100)), 1)   # Marchenko–Pastur: (1 + √(p/n))²
     9.0
     """
-    spectrum = _nonzero(_as_spectrum(spectrum))
+    spectrum = _as_spectrum(spectrum)
     s, samples = spectrum.eigenvalues, _samples(n, spectrum)
     grid = jnp.max(s) * (1 + jnp.logspace(-4, 4, 161, dtype=s.dtype))
 
@@ -337,12 +313,7 @@ def signal_to_noise(problem: TwoTaskProblem) -> Array:
 
 
 def risk(
-    problem: TwoTaskProblem,
-    n: ArrayLike,
-    filter: Filter,
-    tau: ArrayLike = 1.0,
-    *,
-    multiplicities: ArrayLike | None = None,
+    problem: TwoTaskProblem, n: ArrayLike, filter: Filter, tau: ArrayLike = 1.0, *, multiplicities: Counts = None
 ) -> Pair[Risk]:
     """Predicted bias² and variance of θ_τ = (1−τ)θ₁ + τθ̂ on both domains, over designs of n samples (docs, D2–D4).
 
@@ -355,13 +326,10 @@ def risk(
         tau: ensemble coefficient, broadcasts against the filter's hyperparameters → fields of that shape.
         multiplicities: (p,); coordinate j of the problem stands for that many equal ones.
 
-    Everything may be traced: jit, vmap and grad work, and new values do not recompile. Times within a decade share a
-    contour if concrete; traced ones have each their own, which is slower.
-
-    Error against the mean of exact risks: O(1/n). Numerical error: 1e-7 relative (float32: 3e-3); for
-    gradient descent with ηs_max > 1, |1−ηs_max|^k more beyond 16 steps, s_max the `spectral_edge`.
-
-    Raises ValueError for covariances that are not diagonal, n ≤ 0, another filter, or a step size with ηs_max ≥ 2.
+    Everything may be traced, and new values do not recompile. Times within a decade share a contour if concrete; traced
+    ones have each their own, which is slower. Error against the mean of exact risks: O(1/n). Numerical error: 1e-7
+    relative (float32: 3e-3); for gradient descent with ηs_max > 1, |1−ηs_max|^k more beyond 16 steps, s_max the
+    `spectral_edge`. Raises ValueError for covariances that are not diagonal, n ≤ 0, another filter, or ηs_max ≥ 2.
 
     >>> from linfit import GradientFlow, RandomShift, TwoTaskProblem, spectra
     >>> spectrum = spectra.power_law(1000)
@@ -372,9 +340,7 @@ def risk(
     return along(problem, n, filter, multiplicities=multiplicities).map(lambda parabola: parabola(tau))
 
 
-def along(
-    problem: TwoTaskProblem, n: ArrayLike, filter: Filter, *, multiplicities: ArrayLike | None = None
-) -> Pair[Parabola]:
+def along(problem: TwoTaskProblem, n: ArrayLike, filter: Filter, *, multiplicities: Counts = None) -> Pair[Parabola]:
     """The predicted risks as functions of τ, with the best τ in closed form (docs, D3, S3; ours).
 
     Arguments and errors as for `risk`; fields have the shape of the filter's hyperparameters.
@@ -387,11 +353,8 @@ def along(
     """
     if isinstance(filter, Ensemble):
         tau, inner = filter.tau, along(problem, n, filter.filter, multiplicities=multiplicities)
-        return inner.map(
-            lambda at: Parabola(
-                *jnp.broadcast_arrays(at.constant, tau * at.slope, tau**2 * at.bias, tau**2 * at.variance)
-            )
-        )
+        scale = Parabola(jnp.ones_like(tau), tau, tau**2, tau**2)
+        return inner.map(lambda parabola: jax.tree.map(jnp.multiply, parabola, scale))
     population = _population(problem, n, multiplicities)
 
     def flat(values: Array) -> Array:
@@ -406,28 +369,22 @@ def along(
         steps, step_size = jnp.broadcast_arrays(filter.steps, filter.step_size)
         forms, shape = _gradient_descent(population, flat(steps), flat(step_size)), steps.shape
     else:
-        raise ValueError(
-            "filter must be MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them: "
-            f"no equivalent for {type(filter).__name__}"
-        )
+        known = "MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them"
+        raise ValueError(f"filter must be {known}: no equivalent for {type(filter).__name__}")
     return jax.tree.map(lambda field: field.reshape(shape), forms)
 
 
 class _Population(NamedTuple):
-    """The problem as weighted sums over its coordinates."""
+    """The problem as weighted sums over its coordinates; of pairs, M = Σ₂ and Σ₁."""
 
     spectrum: Spectrum
     n: Array
     constants: Array
     """R_ft and R_pre of the pretrained weights (2,)."""
-    slope: Array
+    single: Array
     """Weights w of slope = Σ_k w_k T_w(κ_k) (2, p)."""
-    square: Array
-    """Weights of Σ_j M_j S_jj f_j², M = Σ₂ and Σ₁ (2, p)."""
-    gain: Array
-    """M s (2, p)."""
-    spread: Array
-    """S s (1, p)."""
+    double: Array
+    """Weights of the sums over r_jk r_jl (6, p): M S s² (two), M s (two), S s and s²."""
     noise_std: Array
 
 
@@ -438,25 +395,20 @@ def _second_moment(problem: TwoTaskProblem) -> Array:
     return spread + (jnp.zeros(problem.p) if mean is None else mean**2)
 
 
-def _population(problem: TwoTaskProblem, n: ArrayLike, multiplicities: ArrayLike | None) -> _Population:
+def _population(problem: TwoTaskProblem, n: ArrayLike, multiplicities: Counts) -> _Population:
     if not isinstance(problem, TwoTaskProblem):
         raise ValueError(f"problem must be a linfit.TwoTaskProblem, got {type(problem).__name__}")
     s = _diagonal(problem.finetune_covariance, "finetune_covariance")
     pretrain = _diagonal(problem.pretrain_covariance, "pretrain_covariance")
-    spectrum = _nonzero(Spectrum(s, jnp.ones_like(s) if multiplicities is None else multiplicities))
-    count = spectrum.multiplicities
-    S = _second_moment(problem).astype(s.dtype)
-    u, mean = problem.pretrain_error, problem.gap_mean
-    u = jnp.zeros_like(s) if u is None else u
-    mean = jnp.zeros_like(s) if mean is None else mean
+    spectrum = _as_spectrum(Spectrum(s, jnp.ones_like(s) if multiplicities is None else multiplicities))
+    count, S = spectrum.multiplicities, _second_moment(problem).astype(s.dtype)
+    u, mean = (jnp.zeros_like(s) if part is None else part for part in (problem.pretrain_error, problem.gap_mean))
     return _Population(
         spectrum,
         _samples(n, spectrum),
         jnp.stack([count @ (S * s), count @ (u**2 * pretrain)]),
         count * jnp.stack([S * s * s, -pretrain * u * mean * s]),
-        count * jnp.stack([S * s * s**2, S * pretrain * s**2]),
-        count * jnp.stack([s * s, pretrain * s]),
-        (count * S * s)[None],
+        count * jnp.stack([S * s * s**2, S * pretrain * s**2, s * s, pretrain * s, S * s, s**2]),
         problem.noise_std.astype(s.dtype),
     )
 
@@ -484,9 +436,8 @@ def _gradient_descent(population: _Population, steps: Array, step_size: Array) -
     if is_concrete(population, step_size):
         edge = spectral_edge(population.spectrum, population.n)
         if (np.asarray(step_size) >= 2 / np.asarray(edge)).any():
-            raise ValueError(
-                f"step_size must be below 2/s_max = {2 / edge:.6g} for this problem, got {step_size.max()}"
-            )
+            limit = f"2/s_max = {2 / edge:.6g} for this problem"
+            raise ValueError(f"step_size must be below {limit}, got {step_size.max()}")
 
     def few() -> Pair[Parabola]:
         distinct, group = step_size, jnp.arange(step_size.size)
@@ -515,9 +466,9 @@ def _either(condition: Array, one: Callable[[], Pair[Parabola]], other: Callable
 @jax.jit
 def _evaluate(population: _Population, ridges: rational.Ridges, active: Array) -> Pair[Parabola]:
     """The sums of the module's docstring for T filters; where not `active`, nothing is learned."""
-    linear, kernels = _over_groups(population, ridges.penalties)
-    w = jnp.where(active[:, None], ridges.weights, 0)
-    group = ridges.group
+    size = population.spectrum.eigenvalues.size * ridges.penalties.shape[1]
+    linear, kernels = _over_nodes(lambda nodes: _tables(population, nodes), ridges.penalties, size)
+    w, group = jnp.where(active[:, None], ridges.weights, 0), ridges.group
     conjugates = [w, w.conj()] if jnp.iscomplexobj(w) else [w]
     # Re of a sum over upper nodes is half the sum over them and their conjugates.
     columns = jnp.concatenate(conjugates, axis=-1) / len(conjugates)
@@ -528,19 +479,10 @@ def _evaluate(population: _Population, ridges: rational.Ridges, active: Array) -
     return Pair(*(Parabola(*parts) for parts in zip(constants, slope, bias, variance)))
 
 
-def _over_groups(population: _Population, penalties: Array) -> tuple[Array, Array]:
-    """Linear sums (G, 2, K) and kernels (G, 4, K, L): Σ M S f² + E and a, each for M = Σ₂, Σ₁."""
-    p, K = population.spectrum.eigenvalues.size, penalties.shape[1]
-    return _over_nodes(lambda nodes: _tables(population, nodes), penalties, p * K)
-
-
 def _tables(population: _Population, penalties: Array) -> tuple[Array, Array]:
-    """Linear sums (2, K) and kernels (4, K, L), L = K for real λ and 2K, conjugates last, for complex."""
-    spectrum, n = population.spectrum, population.n
+    """Linear sums (2, K) and kernels (4, K, L), Σ M S f² + E and a; L = K, for complex λ 2K with conjugates last."""
+    spectrum, n, pairs = population.spectrum, population.n, population.double
     s = spectrum.eigenvalues
-    pairs = jnp.concatenate(
-        [population.square, population.gain, population.spread, (spectrum.multiplicities * s**2)[None]]
-    )
     kappa = _over_nodes(lambda one: _solve(one, spectrum, n), penalties, s.size)
     # T_w(κ) − T_w(κ₀) = (κ₀−κ) Σ w/((s+κ₀)(s+κ)) keeps all digits of the differences; κ₀ is of the size of the κ.
     middle = jnp.exp(jnp.mean(jnp.log(jnp.abs(jnp.where(kappa == 0, 1, kappa)))))
@@ -548,15 +490,14 @@ def _tables(population: _Population, penalties: Array) -> tuple[Array, Array]:
 
     def transforms(kappa: Array) -> tuple[Array, Array, Array]:
         r = _reciprocal(s, kappa)
-        return _dot(population.slope, r), (middle - kappa) * _dot(shifted, r), _dot(pairs, r * r)
+        return _dot(population.single, r), (middle - kappa) * _dot(shifted, r), _dot(pairs, r * r)
 
     linear, value, derivative = _over_nodes(transforms, kappa, s.size)
     rows = [kappa, value.T, derivative.T]
     columns = [jnp.concatenate([x, x.conj()], axis=-1) for x in rows] if jnp.iscomplexobj(kappa) else rows
-    product = rows[0][:, None] * columns[0]
     double = _divided_difference(*rows, *columns)
     gain = _divide(double[2:4], n - double[5])
-    moved = product * double[4]
+    moved = rows[0][:, None] * columns[0] * double[4]
     fluctuation = jnp.where(moved == 0, 0, gain * moved)  # at the peak rank = n, λ = 0 the gain is infinite
     return linear.T, jnp.concatenate([double[:2] + fluctuation, gain])
 

@@ -23,12 +23,13 @@ FLOW, S3FT, label smoothing towards own predictions, clipped targets, dropping t
 segment [θ₁, θ₂*], and one number says where.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optimistix
 from jax import Array
+from jax.scipy.special import erf
 from jax.scipy.stats import norm
 
 from linfit import FixedShift, Pair, TwoTaskProblem
@@ -37,16 +38,9 @@ from linfit.internal.checks import ArrayLike, broadcastable, non_negative, posit
 from linfit.internal.linear_algebra import rank_cutoff
 
 __all__ = [
-    "clipping_coefficient",
-    "distance",
-    "pareto",
-    "pareto_weights",
-    "population_risks",
-    "smoothing_coefficient",
-    "trimming_ratio",
-    "weight_at",
-    "weighting_coefficient",
-]
+    "clipping_coefficient", "distance", "pareto", "pareto_weights", "population_risks", "smoothing_coefficient",
+    "trimming_ratio", "weight_at", "weighting_coefficient",
+]  # fmt: skip
 
 _DECADES = 15.0
 """`weight_at` looks for κ this many decades on either side of trΣ₂/trΣ₁; beyond, κ is 0 or ∞ to all digits."""
@@ -94,7 +88,7 @@ def pareto_weights(problem: TwoTaskProblem, weight: ArrayLike) -> Array:
         raise ValueError("shift must be linfit.FixedShift for weights, got RandomShift; pareto averages over it")
     weight = non_negative("weight", weight, finite=False)
     modes, delta = _modes(problem), problem.shift.vector
-    learned = _learned(modes, weight)
+    learned, _ = _learned_and_missed(modes, weight)
     if modes.basis is None:
         return learned * delta
     return (learned * (_metric(problem, delta) @ modes.basis)) @ modes.basis.T
@@ -120,13 +114,8 @@ def weight_at(problem: TwoTaskProblem, finetune: ArrayLike) -> Array:
 def distance(problem: TwoTaskProblem, finetune: ArrayLike, pretrain: ArrayLike) -> Array:
     """Excess forgetting at equal fine-tuning risk: R_pre minus the frontier's at the same R_ft (docs, E2; ours).
 
-    Args:
-        problem: of which the frontier is.
-        finetune: a method's R_ft ≥ 0, of any shape.
-        pretrain: its R_pre ≥ 0, of a shape that broadcasts with it.
-
-    Never negative for risks that weights can have (for a random shift: risks averaged over it). Raises ValueError for
-    negative or NaN risks.
+    `finetune` and `pretrain` are a method's R_ft and R_pre ≥ 0, of shapes that broadcast. Never negative for risks that
+    weights can have (for a random shift: risks averaged over it). Raises ValueError for negative or NaN risks.
 
     >>> from linfit import FixedShift, TwoTaskProblem
     >>> from theory.frontier import distance
@@ -144,13 +133,12 @@ def _metric(problem: TwoTaskProblem, vectors: Array) -> Array:
 
 
 def _modes(problem: TwoTaskProblem) -> _Modes:
-    pretrain, finetune = problem.pretrain_covariance, problem.finetune_covariance
+    pretrain, finetune, shift = problem.pretrain_covariance, problem.finetune_covariance, problem.shift
     if isinstance(pretrain, Diagonal) and isinstance(finetune, Diagonal):
         metric = pretrain.eigenvalues + finetune.eigenvalues
         share = jnp.where(metric > 0, finetune.eigenvalues / jnp.where(metric > 0, metric, 1), 0)
-        if isinstance(problem.shift, FixedShift):
-            return _Modes(share, metric * problem.shift.vector**2, None)
-        return _Modes(share, metric * problem.shift.covariance.diagonal(), None)
+        second = shift.vector**2 if isinstance(shift, FixedShift) else shift.covariance.diagonal()
+        return _Modes(share, metric * second, None)
     # basis = M^{-1/2}V on the range of M, so that basisᵀ M basis = I and basisᵀ Σ₂ basis = diag(μ)
     eigenvalues, vectors = jnp.linalg.eigh(_metric(problem, jnp.eye(problem.p, dtype=finetune.dtype)))
     kept = eigenvalues > rank_cutoff(eigenvalues)
@@ -158,30 +146,22 @@ def _modes(problem: TwoTaskProblem) -> _Modes:
     share, rotation = jnp.linalg.eigh(whiten.T @ finetune.apply(whiten.T).T)
     basis = whiten @ rotation
     moved = _metric(problem, basis.T)  # rows: a = basisᵀ M δ
-    if isinstance(problem.shift, FixedShift):
-        signal = (moved @ problem.shift.vector) ** 2
-    else:
-        signal = problem.shift.covariance.squared_norm(moved)
+    signal = (moved @ shift.vector) ** 2 if isinstance(shift, FixedShift) else shift.covariance.squared_norm(moved)
     return _Modes(jnp.clip(share, 0, 1), signal, basis)
 
 
-def _penalised(modes: _Modes, weight: Array) -> Array:
-    """κ(1−μ), (…, k), with ∞·0 = 0."""
-    return jnp.where(modes.share < 1, weight[..., None] * (1 - modes.share), 0)
-
-
-def _learned(modes: _Modes, weight: Array) -> Array:
-    """g = μ/(κ(1−μ)+μ), (…, k), 0 where μ = 0."""
-    seen = modes.share > 0
-    return jnp.where(seen, modes.share / jnp.where(seen, _penalised(modes, weight) + modes.share, 1), 0)
-
-
-def _risks(modes: _Modes, weight: Array) -> Pair[Array]:
-    learned, penalised = _learned(modes, weight), _penalised(modes, weight)
+def _learned_and_missed(modes: _Modes, weight: Array) -> tuple[Array, Array]:
+    """g = μ/(κ(1−μ)+μ), (…, k), 0 where μ = 0, and 1 − g, without cancellation at κ → 0."""
+    seen, penalised = modes.share > 0, jnp.where(modes.share < 1, weight[..., None] * (1 - modes.share), 0)  # ∞·0 = 0
+    learned = jnp.where(seen, modes.share / jnp.where(seen, penalised + modes.share, 1), 0)
     finite = jnp.isfinite(penalised)
     penalised = jnp.where(finite, penalised, 0)
     total = penalised + modes.share
-    missed = jnp.where(finite, penalised / jnp.where(total > 0, total, 1), 1)  # 1 − g, without cancellation at κ → 0
+    return learned, jnp.where(finite, penalised / jnp.where(total > 0, total, 1), 1)
+
+
+def _risks(modes: _Modes, weight: Array) -> Pair[Array]:
+    learned, missed = _learned_and_missed(modes, weight)
     return Pair(
         jnp.sum(modes.signal * modes.share * missed**2, axis=-1),
         jnp.sum(modes.signal * (1 - modes.share) * learned**2, axis=-1),
@@ -198,17 +178,10 @@ def _weight_at(modes: _Modes, scale: Array, finetune: Array) -> Array:
         def gap(log_weight: Array, target: Array) -> Array:
             return _risks(modes, jnp.exp(log_weight)).finetune - target
 
-        solver: optimistix.AbstractRootFinder = optimistix.Bisection(  # type: ignore[call-arg]
-            rtol=1e-14,
-            atol=1e-14,
-            flip=False,  # R_ft rises with κ; to look at both ends would fail where rounding puts a root beyond them
-        )
-        options = {"lower": lowest, "upper": highest}
-        inside = jnp.clip(target, *bounds)
-        solution: optimistix.Solution = optimistix.root_find(
-            gap, solver, scale, inside, options=options, max_steps=128, throw=False
-        )
-        return jnp.exp(solution.value)
+        # R_ft rises with κ; to look at both ends (flip) would fail where rounding puts a root beyond them
+        solver: optimistix.AbstractRootFinder = optimistix.Bisection(1e-14, 1e-14, flip=False)  # type: ignore[call-arg]
+        settings: dict[str, Any] = {"options": {"lower": lowest, "upper": highest}, "max_steps": 128, "throw": False}
+        return jnp.exp(optimistix.root_find(gap, solver, scale, jnp.clip(target, *bounds), **settings).value)
 
     kappa = jnp.vectorize(solve)(finetune)
     return jnp.where(finetune >= bounds[1], jnp.inf, jnp.where(finetune <= bounds[0], 0, kappa))
@@ -222,18 +195,16 @@ def weighting_coefficient(variance_ratio: ArrayLike, signal: ArrayLike, noise_st
     Args:
         variance_ratio: m > 0, by which weighting changes the variance of the residuals.
         signal: q = ‖Δ‖²_Σ > 0.
-        noise_std: σ ≥ 0; all three broadcast.
+        noise_std: σ ≥ 0; all three broadcast; ValueError outside these ranges.
 
     Favouring easy samples (m < 1) is averaging, favouring hard ones (m > 1) extrapolation; without noise τ = 1, weights
     cannot move the solution. FLOW has m = 1/(1+2v/T), and its τ needs Gaussian noise only: weighting by e^{−(s+ε)²/T}
-    at given s = xᵀΔ makes the mean residual s/(1+2σ²/T), whatever the law of x. Raises ValueError for values out of
-    range.
+    at given s = xᵀΔ makes the mean residual s/(1+2σ²/T), whatever the law of x.
 
     >>> from theory.frontier import weighting_coefficient
-    >>> T, q, noise_std = 0.8, 2.0, 0.5        # FLOW: 1/(1+2σ²/T)
-    >>> v = q + noise_std**2
-    >>> round(float(weighting_coefficient(1 / (1 + 2 * v / T), q, noise_std)), 9), round(1 / (1 + 2 * 0.25 / T), 9)
-    (0.615384615, 0.615384615)
+    >>> v, T = 2.0 + 0.5**2, 0.8
+    >>> round(float(weighting_coefficient(1 / (1 + 2 * v / T), 2.0, noise_std=0.5)), 9)        # FLOW: 1/(1+2σ²/T)
+    0.615384615
     """
     ratio, signal = positive("variance_ratio", variance_ratio), positive("signal", signal)
     noise_variance = non_negative("noise_std", noise_std) ** 2
@@ -255,7 +226,7 @@ def trimming_ratio(threshold: ArrayLike, residual_std: ArrayLike) -> Array:
     # 2Φ(z)−1 = erf(z/√2); below z = 10⁻³ the series z²/3 is exact to 10⁻⁷ and the difference would cancel
     small = z < 1e-3
     safe = jnp.where(small, 1, z)
-    ratio = 1 - 2 * safe * norm.pdf(safe) / jax.scipy.special.erf(safe / jnp.sqrt(2.0).astype(safe.dtype))
+    ratio = 1 - 2 * safe * norm.pdf(safe) / erf(safe / jnp.sqrt(2.0).astype(safe.dtype))
     return jnp.where(small, z**2 / 3, ratio)
 
 
@@ -272,7 +243,7 @@ def clipping_coefficient(threshold: ArrayLike, residual_std: ArrayLike) -> Array
     >>> round(float(clipping_coefficient(1.0, 1.0)), 6)
     0.682689
     """
-    return jax.scipy.special.erf(_standardised(threshold, residual_std) / 2**0.5)
+    return erf(_standardised(threshold, residual_std) / 2**0.5)
 
 
 def smoothing_coefficient(smoothing: ArrayLike) -> Array:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from linfit import Filter, GradientFlow, MinNorm, Pair, Parabola, Ridge, RiskForm
+from linfit import Filter, GradientFlow, MinNorm, Pair, Ridge, RiskForm
 from theory.optimum import minimise_over_logarithm
 
-__all__ = ["Condition", "Optimum", "bayes_penalty", "best_of_each_method", "combined", "overadaptation_condition"]
+__all__ = ["bayes_penalty", "best_of_each_method", "combined", "overadaptation_condition"]
 
 
 class Condition(NamedTuple):
@@ -48,8 +48,7 @@ def overadaptation_condition(form: RiskForm, filter: Filter | None = None) -> Co
     >>> bool(abs(condition.missed_signal) < 1e-12), bool(condition.overadapted)
     (True, True)
     """
-    filter = MinNorm() if filter is None else filter
-    parabola = form.along(filter)
+    parabola = form.along(MinNorm() if filter is None else filter)
     return Condition(parabola.slope - parabola.bias, parabola.variance)
 
 
@@ -87,10 +86,9 @@ def best_of_each_method(form: RiskForm) -> dict[str, Optimum]:
     """Every method at its own optimum on one form, or on the average over a stack of designs (docs, O4; ours).
 
     "min-norm", "ridge" (λ), "early stopping" (gradient flow, t), each plain (τ = 1) and "+ ensemble" (best τ, of
-    either sign and size), and "oracle", the lower bound of all spectral methods. λ and t are found by golden section
-    on a logarithmic scale over twelve decades around the eigenvalues; an optimum at the end of that range means that
-    the limit (min-norm, or no fine-tuning at all) is best. Works under `jit` and `vmap`, e.g. over noise levels through
-    `form.with_noise_std`.
+    either sign and size), and "oracle", the lower bound of all spectral methods. λ and t are searched over twelve
+    decades around the eigenvalues; an optimum at an end means that the limit (min-norm, or no fine-tuning) is best.
+    Works under `jit` and `vmap`, e.g. over noise levels through `form.with_noise_std`.
 
     >>> from linfit import RandomShift, TwoTaskProblem, risk_forms, sample_design, spectra
     >>> flat = spectra.isotropic(60)
@@ -103,29 +101,22 @@ def best_of_each_method(form: RiskForm) -> dict[str, Optimum]:
     True
     """
     scale = form.eigenvalues.max()
+    none = jnp.full_like(scale, jnp.nan)
 
-    def along(filter: Filter) -> Parabola:
-        return form.along(filter).mean(tuple(range(form.constant.ndim)))
-
-    def plain(filter: Filter) -> tuple[Array, Array]:
-        parabola = along(filter)
+    def at(filter: Filter, ensembled: bool) -> tuple[Array, Array]:
+        """τ and the risk there."""
+        parabola = form.along(filter).mean(tuple(range(form.constant.ndim)))
+        if ensembled:
+            return parabola.optimal_tau, parabola.optimal_risk
         return jnp.ones_like(parabola.slope), parabola(1.0).total
 
-    def ensembled(filter: Filter) -> tuple[Array, Array]:
-        parabola = along(filter)
-        return parabola.optimal_tau, parabola.optimal_risk
+    def tuned(family: Callable[[Array], Filter], unit: Array, ensembled: bool) -> Optimum:
+        minimum = minimise_over_logarithm(lambda value: at(family(value), ensembled)[1], 1e-8 * unit, 1e4 * unit)
+        return Optimum(minimum.argument, at(family(minimum.argument), ensembled)[0], minimum.value)
 
-    def tuned(family: Callable[[Array], Filter], risk: Callable[[Filter], tuple[Array, Array]], unit: Array) -> Optimum:
-        minimum = minimise_over_logarithm(lambda value: risk(family(value))[1], 1e-8 * unit, 1e4 * unit)
-        return Optimum(minimum.argument, risk(family(minimum.argument))[0], minimum.value)
-
-    none = jnp.full_like(scale, jnp.nan)
-    return {
-        "min-norm": Optimum(none, *plain(MinNorm())),
-        "min-norm + ensemble": Optimum(none, *ensembled(MinNorm())),
-        "ridge": tuned(Ridge, plain, scale),
-        "ridge + ensemble": tuned(Ridge, ensembled, scale),
-        "early stopping": tuned(GradientFlow, plain, 1e4 / scale),
-        "early stopping + ensemble": tuned(GradientFlow, ensembled, 1e4 / scale),
-        "oracle": Optimum(none, jnp.ones_like(scale), form.oracle_risk().mean()),
-    }
+    best = {}
+    for suffix, ensembled in (("", False), (" + ensemble", True)):
+        best[f"min-norm{suffix}"] = Optimum(none, *at(MinNorm(), ensembled))
+        best[f"ridge{suffix}"] = tuned(Ridge, scale, ensembled)
+        best[f"early stopping{suffix}"] = tuned(GradientFlow, 1e4 / scale, ensembled)
+    return best | {"oracle": Optimum(none, jnp.ones_like(scale), form.oracle_risk().mean())}

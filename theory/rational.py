@@ -12,6 +12,7 @@ with the constants of D4 is another such contour; the hyperbola also serves a wh
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -32,72 +33,47 @@ class Ridges(NamedTuple):
     """Group of each filter (T,)."""
 
 
-class _Hyperbola(NamedTuple):
-    """λ(u) = μ(1 − sin α cosh u + i cos α sinh u) on the upper half, at u = (k + ½)h, k < K, with K·h = `reach`."""
-
-    angle: float
-    """α."""
-    reach: float
-    scale: float
-    """μ·(longest time)/K."""
-    nodes: int
-    """K."""
-
-    def poles(self, longest: Array) -> tuple[Array, Array]:
-        """λ_k and q_k, (…, K), such that e^{−ts} ≈ Re Σ q_k e^{λ_k t}/(λ_k + s), for `longest` (…)."""
-        spacing = self.reach / self.nodes
-        u = ((jnp.arange(self.nodes) + 0.5) * spacing).astype(longest.dtype)
-        size = (self.scale * self.nodes / longest)[..., None]
-        sine, cosine = math.sin(self.angle), math.cos(self.angle)
-        pole = size * (1 - sine * jnp.cosh(u) + 1j * cosine * jnp.sinh(u))
-        slope = size * (-sine * jnp.sinh(u) + 1j * cosine * jnp.cosh(u))
-        return pole, slope * (spacing / (1j * np.pi))
+_SPAN = 10.0
+"""Times that share a contour lie within a decade."""
+_NODES = {"float32": {1.0: 6, _SPAN: 12}, "float64": {1.0: 12, _SPAN: 25}}
+"""K for one time, and for times that share a contour."""
 
 
-def _hyperbola(span: float, nodes: int) -> _Hyperbola:
-    """The best hyperbola for times in [t/span, t].
+# The hyperbola is λ(u) = μ(1 − sin α cosh u + i cos α sinh u), its upper half at u = (k + ½)h, k < K, with K·h = reach.
+# The error of the trapezoidal rule has three parts: the pole at the spectrum, the growth of e^{λt} at the longest
+# time, and the truncation at the shortest. Balancing them leaves α free and an error e^{−BK},
+# B = π(π − 2α)/A, A = arcosh([(π−2α)·span + 4α − π] / [(4α−π) sin α]); α maximises B.
+@cache
+def _hyperbola(span: float) -> tuple[float, float, float]:
+    """α, reach and μ·(longest time)/K of the best hyperbola for times in [t/span, t].
 
-    The error of the trapezoidal rule has three parts: the pole at the spectrum, the growth of e^{λt} at the longest
-    time, and the truncation at the shortest. Balancing them leaves α free and an error e^{−BK},
-    B = π(π − 2α)/A, A = arcosh([(π−2α)·span + 4α − π] / [(4α−π) sin α]); α maximises B.
-
-    >>> round(_hyperbola(1.0, 12).angle, 3)
+    >>> round(_hyperbola(1.0)[0], 3)
     1.172
     """
     angle = np.linspace(np.pi / 4, np.pi / 2, 20_002)[1:-1]
     width = 4 * angle - np.pi
     reach = np.arccosh(((np.pi - 2 * angle) * span + width) / (width * np.sin(angle)))
     best = np.argmax((np.pi - 2 * angle) / reach)
-    return _Hyperbola(float(angle[best]), float(reach[best]), float(np.pi * width[best] / reach[best]), nodes)
-
-
-_SPAN = 10.0
-"""Times that share a contour lie within a decade."""
-
-_SINGLE = {"float32": _hyperbola(1.0, 6), "float64": _hyperbola(1.0, 12)}
-_SHARED = {"float32": _hyperbola(_SPAN, 12), "float64": _hyperbola(_SPAN, 25)}
+    return float(angle[best]), float(reach[best]), float(np.pi * width[best] / reach[best])
 
 
 class Plan(NamedTuple):
-    """Which times share a contour: those of one decade, if they can be looked at; else each has its own."""
+    """Which times share a contour, by groups: longest time (G,), η (G,) (1 for gradient flow), and the groups (T,)."""
 
     longest: Array
-    """Longest time of each group (G,)."""
     step_size: Array
-    """η of each group (G,); 1 for gradient flow."""
     group: Array
-    """(T,)."""
 
 
 def plan(times: Array, step_sizes: Array, *, concrete: bool) -> Plan:
-    """Group the times (T,), all positive and finite, by step size and decade wherever that saves resolvents."""
+    """Group times (T,), positive and finite, by step size and decade if they are concrete and it saves resolvents."""
     alone = Plan(times, step_sizes, jnp.arange(times.size))
     if not concrete:
         return alone
     host, steps = np.asarray(times), np.asarray(step_sizes)
     decade = np.floor(np.log10(host.max() / host) + 1e-9)
     keys, first, group = np.unique(np.stack([steps, decade]), axis=1, return_index=True, return_inverse=True)
-    if keys.shape[1] * _SHARED["float64"].nodes >= times.size * _SINGLE["float64"].nodes:
+    if keys.shape[1] * _NODES["float64"][_SPAN] >= times.size * _NODES["float64"][1.0]:
         return alone
     longest = np.zeros(keys.shape[1], host.dtype)
     np.maximum.at(longest, group.ravel(), host)
@@ -122,8 +98,15 @@ def flow_ridges(times: Array, plan: Plan) -> Ridges:
 
 
 def _contour(times: Array, plan: Plan) -> tuple[Array, Array]:
-    table = _SINGLE if plan.longest.size == times.size else _SHARED
-    return table[times.dtype.name].poles(plan.longest)
+    """λ_k and q_k, (G, K), such that e^{−ts} ≈ Re Σ q_k e^{λ_k t}/(λ_k + s)."""
+    span, longest = 1.0 if plan.longest.size == times.size else _SPAN, plan.longest
+    (angle, reach, scale), nodes = _hyperbola(span), _NODES[times.dtype.name][span]
+    u = ((jnp.arange(nodes) + 0.5) * (reach / nodes)).astype(longest.dtype)
+    size = (scale * nodes / longest)[..., None]
+    sine, cosine = math.sin(angle), math.cos(angle)
+    poles = size * (1 - sine * jnp.cosh(u) + 1j * cosine * jnp.sinh(u))
+    slope = size * (-sine * jnp.sinh(u) + 1j * cosine * jnp.cosh(u))
+    return poles, slope * (reach / nodes / (1j * np.pi))
 
 
 FEW_STEPS = 16

@@ -24,31 +24,13 @@ from jax.scipy.special import gammainc, gammaincc, gammaln, xlogy
 
 from linfit import Filter, fine_tune
 from linfit.covariance import Covariance, as_covariance
-from linfit.internal.checks import (
-    ArrayLike,
-    as_projector,
-    count,
-    is_concrete,
-    non_negative,
-    probability,
-    real_array,
-    same_size,
-)
+from linfit.internal import checks
+from linfit.internal.checks import ArrayLike, count, non_negative, real_array, same_size
 
 __all__ = [
-    "SUPERVISED",
-    "Coefficients",
-    "Expectation",
-    "Procedure",
-    "Shares",
-    "VectorProblem",
-    "coefficients",
-    "conditional",
-    "fixed_point_coefficient",
-    "population",
-    "rejection_coefficient",
-    "shares",
-]
+    "SUPERVISED", "Expectation", "Procedure", "VectorProblem", "coefficients", "conditional",
+    "fixed_point_coefficient", "population", "rejection_coefficient", "shares",
+]  # fmt: skip
 
 # T1, scalar responses. With r = y − xᵀθ₁ = δᵀx + ε ~ N(0, v) the trained-on residual is r·1{|r| > c}. x is Gaussian,
 # so E[x | r] = Σδ r/v and
@@ -61,20 +43,16 @@ def fixed_point_coefficient(threshold: ArrayLike, residual_std: ArrayLike) -> Ar
 
         ρ(c) = 2[zφ(z) + 1 − Φ(z)],  z = c/√v,  v = δᵀΣδ + σ²
 
-    Args:
-        threshold: c ≥ 0, ∞ allowed: the judge accepts |r| ≤ c. ρ(0) = 1 is supervised fine-tuning, ρ(∞) = 0 the
-            pretrained model.
-        residual_std: √v ≥ 0, of the pretrained residual r, in the same unit; broadcasts with the threshold.
-
-    For Gaussian x and ε. Raises ValueError for NaN or negative values, or an infinite residual_std.
+    The judge accepts |r| ≤ c, `threshold` c in [0, ∞]: ρ(0) = 1 is supervised fine-tuning, ρ(∞) = 0 the pretrained
+    model. `residual_std` √v ≥ 0 is that of the pretrained residual r, in the same unit; they broadcast. For Gaussian x
+    and ε. Raises ValueError for NaN or negative values, or an infinite residual_std.
 
     >>> from theory.s3ft import fixed_point_coefficient
     >>> fixed_point_coefficient([0.0, 1.0, 3.0, float("inf")], residual_std=1.0).round(4)
     Array([1.    , 0.8013, 0.0293, 0.    ], dtype=float64)
     """
     threshold = non_negative("threshold", threshold, finite=False)
-    residual_std = non_negative("residual_std", residual_std)
-    return _tail(3, _ratio(threshold, residual_std))
+    return _tail(3, _ratio(threshold, non_negative("residual_std", residual_std)))
 
 
 def _ratio(threshold: Array, spread: Array) -> Array:
@@ -147,8 +125,7 @@ def shares(procedure: Procedure, content_rank: int, residual_std: ArrayLike) -> 
     Args:
         procedure: how targets are made; its fields broadcast with `residual_std`.
         content_rank: k ≥ 1.
-        residual_std: √v ≥ 0, of the pretrained residual y − xᵀθ₁ in each of the k content coordinates, Gaussian and
-            independent.
+        residual_std: √v ≥ 0, of the pretrained residual y − xᵀθ₁ in each content coordinate, Gaussian and independent.
 
     >>> from theory.s3ft import Procedure, shares
     >>> [round(float(share), 4) for share in shares(Procedure(1.0, paraphrase_success=0.5), 1, residual_std=1.0)]
@@ -198,9 +175,8 @@ def rejection_coefficient(procedure: Procedure, content_rank: int, signal: Array
     >>> rejection_coefficient(Procedure(0.1, sampling_std=[0.0, 0.5, 2.0]), 1, 1.0, 0.5).round(3)
     Array([0.   , 0.497, 0.94 ], dtype=float64)
     """
-    checked, k = _check(procedure), count("content_rank", content_rank)
-    signal, noise_std = non_negative("signal", signal), non_negative("noise_std", noise_std)
-    residual_variance, sampled = signal + noise_std**2, checked.sampling_std**2
+    checked, k, signal = _check(procedure), count("content_rank", content_rank), non_negative("signal", signal)
+    residual_variance, sampled = signal + non_negative("noise_std", noise_std) ** 2, checked.sampling_std**2
     half = _judged(checked, jnp.sqrt(residual_variance)) / 2
     finite = jnp.where(jnp.isfinite(half), half, 0)
     density = jnp.exp(xlogy(k / 2, finite) - finite - gammaln(k / 2 + 1))
@@ -217,25 +193,17 @@ def _or_one(value: Array) -> Array:
     return jnp.where(value > 0, value, 1)
 
 
-class _Checked(NamedTuple):
-    """A procedure whose fields are arrays."""
-
-    tolerance: Array
-    paraphrase_success: Array
-    false_accept: Array
-    false_reject: Array
-    sampling_std: Array
-
-
-def _check(procedure: Procedure) -> _Checked:
+def _check(procedure: Procedure) -> Any:
+    """The procedure with arrays as fields."""
     if not isinstance(procedure, Procedure):
         raise ValueError(f"procedure must be a theory.s3ft.Procedure, got {type(procedure).__name__}")
     tolerance = non_negative("tolerance", procedure.tolerance, finite=False)
-    success, fooled, missed = (probability(name, getattr(procedure, name)) for name in Procedure._fields[1:4])
-    return _Checked(tolerance, success, fooled, missed, non_negative("sampling_std", procedure.sampling_std))
+    sampling_std = non_negative("sampling_std", procedure.sampling_std)
+    chances = {name: checks.probability(name, getattr(procedure, name)) for name in Procedure._fields[1:4]}
+    return Procedure(tolerance=tolerance, sampling_std=sampling_std, **chances)
 
 
-def _judged(checked: _Checked, residual_std: ArrayLike) -> Array:
+def _judged(checked: Any, residual_std: ArrayLike) -> Array:
     """tol²/(v+s²)."""
     return _ratio(checked.tolerance, jnp.hypot(non_negative("residual_std", residual_std), checked.sampling_std))
 
@@ -243,18 +211,18 @@ def _judged(checked: _Checked, residual_std: ArrayLike) -> Array:
 # The table above, averaged over answers that are wrong with a given probability.
 
 
-def _learned(checked: _Checked, wrong: Array) -> Array:
+def _learned(checked: Any, wrong: Array) -> Array:
     """P(C = 1)."""
     return checked.false_reject * (1 - wrong) + (1 - checked.false_accept) * wrong
 
 
-def _gold(checked: _Checked, wrong: Array) -> Array:
+def _gold(checked: Any, wrong: Array) -> Array:
     """P(G = 1)."""
     reworded = checked.paraphrase_success * (1 - checked.false_reject)
     return checked.false_reject * (1 - wrong) + (1 - checked.false_accept) * (1 - reworded) * wrong
 
 
-def _shares(checked: _Checked, wrong: Array) -> Shares:
+def _shares(checked: Any, wrong: Array) -> Shares:
     fooled, missed = checked.false_accept, checked.false_reject
     paraphrase = (1 - fooled) * checked.paraphrase_success * (1 - missed) * wrong
     own = (1 - missed) * (1 - wrong) + fooled * wrong
@@ -274,8 +242,8 @@ class VectorProblem(eqx.Module):
         style_noise_std: σ_s, the same as σ if None.
         pretrain_error: u = θ₁ − θ₁* (p, m), zero if None.
 
-    Risks are sums over outputs, in squared units of y. All but `content`, whose rank is a size, may be traced. Raises
-    ValueError for sizes that do not fit, NaN or Inf, negative σ.
+    Risks are sums over outputs, in squared units of y. All but `content` may be traced. Raises ValueError for sizes
+    that do not fit, NaN or Inf, negative σ.
 
     >>> from theory.s3ft import VectorProblem
     >>> problem = VectorProblem([1.0, 1.0], [1.0, 1.0], [[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]], [1, 1, 0], noise_std=0.5)
@@ -309,17 +277,17 @@ class VectorProblem(eqx.Module):
         p, m = self.shift.shape
         same_size("pretrain_covariance", self.pretrain_covariance.size, "shift", p)
         same_size("finetune_covariance", self.finetune_covariance.size, "shift", p)
-        if not is_concrete(content):
+        if not checks.is_concrete(content):
             raise ValueError("content must not be traced: its rank is a size")
         with jax.ensure_compile_time_eval():
-            self.content = as_projector("content", content)
+            self.content = checks.as_projector("content", content)
             self.content_rank = round(float(jnp.trace(self.content)))
         same_size("content", self.content.shape[0], "the columns of shift", m)
         if self.content_rank < 1:
             raise ValueError("content must have rank at least 1, got 0: without content there is nothing to judge")
-        self.noise_std = non_negative("noise_std", noise_std, ndim=0)
-        style_noise_std = noise_std if style_noise_std is None else style_noise_std
-        self.style_noise_std = non_negative("style_noise_std", style_noise_std, ndim=0)
+        self.noise_std = self.style_noise_std = non_negative("noise_std", noise_std, ndim=0)
+        if style_noise_std is not None:
+            self.style_noise_std = non_negative("style_noise_std", style_noise_std, ndim=0)
         error = jnp.zeros_like(self.shift) if pretrain_error is None else real_array("pretrain_error", pretrain_error)
         if error.shape != self.shift.shape:
             raise ValueError(f"pretrain_error must have the shape of shift, {self.shift.shape}, got {error.shape}")
@@ -351,7 +319,7 @@ class Expectation(NamedTuple):
     content_drift: Array
     """‖(θ̂−θ₁)P‖²_{Σ₂}."""
     style_drift: Array
-    """‖(θ̂−θ₁)(I−P)‖²_{Σ₂}: how far the model has left its own style."""
+    """‖(θ̂−θ₁)(I−P)‖²_{Σ₂}."""
     forgetting: Array
     """R_pre = ‖θ̂−θ₁*‖²_{Σ₁}, all outputs."""
 
@@ -376,12 +344,11 @@ def population(problem: VectorProblem, procedure: Procedure) -> Expectation:
     (Array([0.  , 0.04], dtype=float64), Array([4.   , 0.403], dtype=float64), Array([5.   , 1.045], dtype=float64))
     """
     k, (content, style) = problem.content_rank, problem.gaps
-    finetune, pretrain = problem.finetune_covariance, problem.pretrain_covariance
-    content_size, style_size = _inner(finetune, content, content), _inner(finetune, style, style)
+    content_size, style_size = (_inner(problem.finetune_covariance, gap, gap) for gap in (content, style))
     residual_std = jnp.sqrt(content_size / k + problem.noise_std**2)
     learned = coefficients(procedure, k, residual_std)
     parts = (problem.pretrain_error, content, style)
-    table = jnp.array([[_inner(pretrain, one, other) for other in parts] for one in parts])
+    table = jnp.array([[_inner(problem.pretrain_covariance, one, other) for other in parts] for one in parts])
     weights = jnp.stack([jnp.ones_like(learned.content), *jnp.broadcast_arrays(*learned)], axis=-1)
     return Expectation(
         *jnp.broadcast_arrays(
@@ -420,9 +387,7 @@ def conditional(X: ArrayLike, problem: VectorProblem, procedure: Procedure, filt
         X: the design (n, p), fixed.
         problem: its shift is fixed too.
         procedure: how targets are made; its fields broadcast to the shape of the result.
-        filter: one spectral filter, no hyperparameter axes.
-
-    Raises ValueError for shapes that do not fit.
+        filter: one spectral filter, no hyperparameter axes; ValueError otherwise.
 
     >>> from linfit import MinNorm
     >>> from theory.s3ft import Procedure, VectorProblem, conditional
@@ -434,12 +399,12 @@ def conditional(X: ArrayLike, problem: VectorProblem, procedure: Procedure, filt
     X = real_array("X", X, ndim=2)
     n = X.shape[0]
     same_size("X", X.shape[1], "the problem's p", problem.shift.shape[0])
-    checked = _check(procedure)
     maps = fine_tune(X, jnp.eye(n, dtype=X.dtype), jnp.zeros((X.shape[1], n), X.dtype), filter)
     if maps.ndim != 2:
         raise ValueError(f"filter must be a single filter, got hyperparameters of shape {maps.shape[:-2]}")
     content, style = problem.gaps
     mu, nu = np.asarray(X @ content), np.asarray(X @ style)
+    checked = _check(procedure)
     learned, gold, content_spread, style_spread, wrong = _rows(problem, checked, mu, nu)
     mean, style_mean = learned[..., None] * mu, gold[..., None] * nu
 
@@ -462,20 +427,17 @@ def conditional(X: ArrayLike, problem: VectorProblem, procedure: Procedure, filt
     )
 
 
-def _rows(problem: VectorProblem, checked: _Checked, mu: np.ndarray, nu: np.ndarray) -> tuple[np.ndarray, ...]:
-    """A_{k+2}, E[G], E‖t−Et‖², E‖t'−Et'‖² and the probability of a wrong own answer, on each sample (…, n).
-
-    By NumPy and SciPy, who have the noncentral χ².
-    """
+def _rows(problem: VectorProblem, checked: Any, mu: np.ndarray, nu: np.ndarray) -> tuple[np.ndarray, ...]:
+    """A_{k+2}, E[G], E‖t−Et‖², E‖t'−Et'‖² and the probability of a wrong own answer, per sample (…, n), by SciPy."""
     k, styles = problem.content_rank, problem.style_dimension
-    checked = _Checked(*(np.asarray(field)[..., None] for field in checked))  # type: ignore[arg-type]
-    sampled = np.asarray(checked.sampling_std) ** 2
+    checked = Procedure(*(np.asarray(field)[..., None] for field in checked))
+    sampled = checked.sampling_std**2
     spread = float(problem.noise_std) ** 2 + sampled
     length, style_length = np.sum(mu**2, axis=-1), np.sum(nu**2, axis=-1)
 
     def beyond(freedom: int) -> Any:
         """P(‖d‖² > tol²) in `freedom` dimensions; without noise d = μ."""
-        squared = np.asarray(checked.tolerance) ** 2
+        squared = checked.tolerance**2
         scale = np.where(spread > 0, spread, 1)
         tail = scipy.stats.ncx2.sf(squared / scale, freedom, length / scale)
         return np.where(spread > 0, tail, length > squared)

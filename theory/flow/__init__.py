@@ -21,26 +21,24 @@ Array([[0.1853, 0.    ],
        [0.    , 1.    ]], dtype=float64)
 """
 
+from theory.flow.moments import MEDIAN as MEDIAN
 from theory.flow.moments import (
-    MEDIAN,
     damping,
-    entropic_objective,
     fixed_point_coefficient,
     heavy_tailed_stall,
     lognormal_sizes,
     mean_weight,
     median_temperature,
-    residual_variance,
     stall,
     weighted_covariance,
 )
+from theory.flow.moments import residual_variance as residual_variance
 from theory.flow.theorem import (
     best_averaging,
     best_flow,
     beta_from_temperature,
     errors,
     flow_iterates,
-    iteration_matrix,
     stalled_direction,
     temperature_from_beta,
     two_task_problem,
@@ -49,9 +47,8 @@ from theory.flow.theorem import (
 from theory.flow.training import population_optima, trajectory
 
 __all__ = [
-    "MEDIAN", "best_averaging", "best_flow", "beta_from_temperature", "damping", "entropic_objective", "errors",
-    "fixed_point_coefficient", "flow_iterates", "heavy_tailed_stall", "iteration_matrix", "lognormal_sizes",
-    "mean_weight", "median_temperature", "population_optima", "residual_variance", "stall", "stalled_direction",
-    "temperature_from_beta", "trajectory", "two_task_problem", "unweighted_iterates", "weighted_covariance",
-   
+    "best_averaging", "best_flow", "beta_from_temperature", "damping", "errors", "fixed_point_coefficient",
+    "flow_iterates", "heavy_tailed_stall", "lognormal_sizes", "mean_weight", "median_temperature", "population_optima",
+    "stall", "stalled_direction", "temperature_from_beta", "trajectory", "two_task_problem", "unweighted_iterates",
+    "weighted_covariance",
 ]  # fmt: skip

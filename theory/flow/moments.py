@@ -11,6 +11,9 @@ from linfit import FixedShift
 from linfit.covariance import Covariance, as_covariance
 from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, real_array, same_size
 
+CovarianceLike = Covariance | ArrayLike
+ShiftLike = FixedShift | ArrayLike
+
 MEDIAN = 0.4549364231195728
 """The median of χ²₁: the median of r² in units of its variance v."""
 
@@ -30,8 +33,7 @@ def damping(variance: ArrayLike, temperature: ArrayLike) -> Array:
     """
     variance, temperature = non_negative("variance", variance), _temperature(temperature)
     cold = temperature == 0
-    warm = 1 / (1 + 2 * variance / jnp.where(cold, 1, temperature))
-    return jnp.where(cold, jnp.where(variance > 0, 0, 1), warm)
+    return jnp.where(cold, variance == 0, 1 / (1 + 2 * variance / jnp.where(cold, 1, temperature)))
 
 
 def _temperature(temperature: ArrayLike, ndim: int | None = None) -> Array:
@@ -43,23 +45,13 @@ def deflation(damped: Array, variance: Array) -> Array:
     return jnp.where(variance > 0, (1 - damped) / jnp.where(variance > 0, variance, 1), 0)
 
 
-def residual_variance(covariance: Covariance | ArrayLike, shift: FixedShift | ArrayLike, noise_std: ArrayLike) -> Array:
-    """v = ΔᵀΣΔ + σ², the variance of the residuals r = xᵀΔ + ε of the pretrained weights (docs, F2).
-
-    Args:
-        covariance: Σ as (p,), (p, p) or a covariance.
-        shift: Δ = θ₂* − θ₁ (p,) or a `FixedShift`.
-        noise_std: σ ≥ 0 of any shape, in units of y.
-
-    >>> from theory.flow import residual_variance
-    >>> residual_variance([1.0, 4.0], [1.0, 1.0], noise_std=2.0)
-    Array(9., dtype=float64)
-    """
+def residual_variance(covariance: CovarianceLike, shift: ShiftLike, noise_std: ArrayLike) -> Array:
+    """v = ΔᵀΣΔ + σ², the variance of the residuals r = xᵀΔ + ε of the pretrained weights (docs, F2); σ of any shape."""
     covariance, shift = _data(covariance, shift)
     return covariance.squared_norm(shift) + non_negative("noise_std", noise_std) ** 2
 
 
-def _data(covariance: Covariance | ArrayLike, shift: FixedShift | ArrayLike) -> tuple[Covariance, Array]:
+def _data(covariance: CovarianceLike, shift: ShiftLike) -> tuple[Covariance, Array]:
     covariance = as_covariance(covariance, "covariance")
     vector = shift.vector if isinstance(shift, FixedShift) else real_array("shift", shift, ndim=1)
     same_size("shift", vector.shape[0], "covariance", covariance.size)
@@ -67,9 +59,7 @@ def _data(covariance: Covariance | ArrayLike, shift: FixedShift | ArrayLike) -> 
 
 
 def median_temperature(residual_variance: ArrayLike) -> Array:
-    """T = median r² = 0.4549 v for Gaussian residuals of variance v (docs, F2): the paper's default temperature.
-
-    So the median temperature is a universal constant of the residuals: Z = 0.43, d = 1/5.396.
+    """T = median r² = 0.4549 v for Gaussian residuals of variance v (docs, F2), the paper's default: d = 1/5.396.
 
     >>> from theory.flow import damping, median_temperature
     >>> damping([3.0], median_temperature([3.0])).round(4)
@@ -117,7 +107,7 @@ class WeightedCovariance(Covariance):
 
     @property
     def matrix(self) -> Array:
-        """Σ_w (p, p), formed here and nowhere else."""
+        """Σ_w (p, p)."""
         return self.apply(jnp.eye(self.size, dtype=self.dtype))
 
     @property
@@ -151,10 +141,7 @@ class WeightedCovariance(Covariance):
 
 
 def weighted_covariance(
-    covariance: Covariance | ArrayLike,
-    shift: FixedShift | ArrayLike,
-    noise_std: ArrayLike,
-    temperature: ArrayLike | None = None,
+    covariance: CovarianceLike, shift: ShiftLike, noise_std: ArrayLike, temperature: ArrayLike | None = None
 ) -> WeightedCovariance:
     """Σ_w = E w xxᵀ of FLOW for Gaussian data (docs, F2; any Σ and noise: ours).
 
@@ -166,8 +153,8 @@ def weighted_covariance(
         noise_std: σ ≥ 0, in units of y.
         temperature: T in [0, ∞], in units of y²; the median of r² by default.
 
-    The result multiplies vectors at the price of Σ; `.matrix` or `numpy.asarray` form the matrix, and `.moment` is
-    E w x r = Z ΣΔ/(1 + 2v/T). Raises ValueError for sizes that differ, NaN or Inf, negative noise or temperature.
+    `.matrix` or `numpy.asarray` form the matrix, and `.moment` is E w x r = Z ΣΔ/(1 + 2v/T). Raises ValueError for
+    sizes that differ, NaN or Inf, negative noise or temperature.
 
     >>> from theory.flow import weighted_covariance
     >>> weighted = weighted_covariance([1.0, 4.0], [1.0, 0.0], noise_std=0.0, temperature=2.0)
@@ -198,10 +185,7 @@ class Stall(NamedTuple):
 
 # In whitened coordinates Σ_w/Z = I − k bbᵀ with b = Σ^{1/2}Δ, so b keeps 1 − k b² = 1 − 2q/(T + 2v) = d(v)/d(σ²).
 def stall(
-    covariance: Covariance | ArrayLike,
-    shift: FixedShift | ArrayLike,
-    noise_std: ArrayLike,
-    temperature: ArrayLike | None = None,
+    covariance: CovarianceLike, shift: ShiftLike, noise_std: ArrayLike, temperature: ArrayLike | None = None
 ) -> Stall:
     """FLOW is a rank-one deflation: learning stalls along Δ (paper 2502.02797: "stalls"; this form ours; docs, F3).
 
@@ -240,12 +224,10 @@ def fixed_point_coefficient(noise_std: ArrayLike, temperature: ArrayLike) -> Arr
 
 
 class HeavyTails(NamedTuple):
-    """`Stall` for features whose size varies from sample to sample, Σ_w = speed·(Σ − (1 − rate) ΣΔΔᵀΣ/q)."""
+    """Σ_w = speed·(Σ − (1 − rate) ΣΔΔᵀΣ/q): the speed of directions Σ-orthogonal to Δ, the rate of Δ beside them."""
 
     speed: Array
-    """Of directions that are Σ-orthogonal to Δ, relative to no weighting."""
     rate: Array
-    """Of Δ, relative to the others."""
 
 
 # Given S the features are Gaussian with covariance SΣ, so by F2 E[w xxᵀ|S] = Z_S(SΣ − 2S²ΣΔΔᵀΣ/(T + 2v_S)),
@@ -264,8 +246,7 @@ def heavy_tailed_stall(
         scales: the values of S (m,), normalised here to a mean of one.
         probabilities: of the scales (m,), normalised here to a sum of one.
 
-    Weighting still deflates Δ and nothing else; the fixed point is that of F4. Raises ValueError for negative values or
-    sizes that differ.
+    Raises ValueError for negative values or sizes that differ.
 
     >>> from theory.flow import heavy_tailed_stall
     >>> gaussian, heavy = (heavy_tailed_stall(1.0, 0.0, 0.5, S, [0.9, 0.1]) for S in ([1.0, 1.0], [0.5, 5.5]))
@@ -299,26 +280,3 @@ def lognormal_sizes(spread: float, nodes: int = 80) -> tuple[np.ndarray, np.ndar
     spread = float(non_negative("spread", spread, ndim=0))
     at, masses = np.polynomial.hermite_e.hermegauss(count("nodes", nodes))
     return np.exp(spread * at - spread**2 / 2), masses / masses.sum()
-
-
-def entropic_objective(probabilities: ArrayLike, losses: ArrayLike, temperature: ArrayLike) -> Array:
-    """Σπ_iℓ_i + TΣπ_i log π_i (…), least over the simplex at π ∝ e^{−ℓ/T} (paper 2502.02797, Prop. 4.3; docs, F1).
-
-    Args:
-        probabilities: π ≥ 0 (…, n); 0 log 0 = 0.
-        losses: ℓ (…, n).
-        temperature: T. At −T the same expression is greatest at π ∝ e^{+ℓ/T}, the weights of distributionally robust
-            optimisation.
-
-    The least value is −T log Σ e^{−ℓ_i/T}. Raises ValueError for sizes that differ or negative probabilities.
-
-    >>> from theory.flow import entropic_objective
-    >>> losses = jnp.array([0.0, 1.0, 3.0])
-    >>> entropic_objective(jax.nn.softmax(-losses / 0.5), losses, 0.5), -0.5 * jnp.log(jnp.exp(-losses / 0.5).sum())
-    (Array(-0.06455445, dtype=float64), Array(-0.06455445, dtype=float64))
-    """
-    probabilities, losses = non_negative("probabilities", probabilities), real_array("losses", losses)
-    same_size("losses", losses.shape[-1], "probabilities", probabilities.shape[-1])
-    temperature = real_array("temperature", temperature)
-    entropy = jnp.sum(jax.scipy.special.xlogy(probabilities, probabilities), axis=-1)
-    return jnp.sum(probabilities * losses, axis=-1) + temperature * entropy

@@ -17,6 +17,8 @@ from linfit import FixedShift, Pair, TwoTaskProblem
 from linfit.internal.checks import ArrayLike, count, is_concrete, non_negative, positive, real_array, same_size
 from theory.optimum import minimise_over_logarithm
 
+Block = ArrayLike | None
+
 
 def temperature_from_beta(beta: ArrayLike, rho: ArrayLike, distance: ArrayLike = 1.0) -> Array:
     """T = 2β(1 − ρ²)‖e‖²/(1 − β²ρ²), Theorem 7.2's temperature (paper 2502.02797; docs, F6).
@@ -77,7 +79,7 @@ def _steps(steps: ArrayLike) -> Array:
 
 
 def two_task_problem(
-    rho: ArrayLike, pretrain: ArrayLike | None = None, *, p: int = 2, distance: ArrayLike = 1.0
+    rho: ArrayLike, pretrain: Block = None, *, p: int = 2, distance: ArrayLike = 1.0
 ) -> TwoTaskProblem:
     """The setting of Theorem 7.2 as a problem (paper 2502.02797; docs, F6): ē and ē⊥ are the first two axes.
 
@@ -90,21 +92,18 @@ def two_task_problem(
     No noise. Raises ValueError for ρ outside [0, 1), p < 2, or a block that is not Σ₁ ⪰ I.
 
     >>> from theory.flow import two_task_problem
-    >>> problem = two_task_problem(0.5, [[2.0, 0.0], [0.0, 1.0]], p=3)
-    >>> problem.finetune_covariance.matrix
-    Array([[1. , 0.5, 0. ],
-           [0.5, 1. , 0. ],
-           [0. , 0. , 1. ]], dtype=float64)
+    >>> two_task_problem(0.5, [[2.0, 0.0], [0.0, 1.0]]).finetune_covariance.matrix
+    Array([[1. , 0.5],
+           [0.5, 1. ]], dtype=float64)
     """
     rho, block = _rho(rho), _block(pretrain)
-    p = count("p", p, minimum=2)
-    flat = jnp.eye(p, dtype=block.dtype)
+    flat = jnp.eye(count("p", p, minimum=2), dtype=block.dtype)
     finetune = flat.at[0, 1].set(rho).at[1, 0].set(rho)
     shift = -positive("distance", distance, ndim=0) * flat[0]
     return TwoTaskProblem(flat.at[:2, :2].set(block), finetune, FixedShift(shift), noise_std=0.0)
 
 
-def _block(pretrain: ArrayLike | None) -> Array:
+def _block(pretrain: Block) -> Array:
     block = real_array("pretrain", jnp.eye(2) if pretrain is None else pretrain)
     if block.shape != (2, 2):
         raise ValueError(f"pretrain must be the block (2, 2) of Σ₁ on ē and ē⊥, got shape {block.shape}")
@@ -112,8 +111,7 @@ def _block(pretrain: ArrayLike | None) -> Array:
         host = np.asarray(block)
         if abs(host[0, 1] - host[1, 0]) > 1e-6 * abs(host).max():
             raise ValueError("pretrain must be symmetric")
-        smallest = np.linalg.eigvalsh(host)[0]
-        if smallest < 1 - 1e-6:
+        if (smallest := np.linalg.eigvalsh(host)[0]) < 1 - 1e-6:
             raise ValueError(f"pretrain must be Σ₁ ⪰ I, got eigenvalue {smallest:.3g}")
     return block
 
@@ -127,13 +125,11 @@ def unweighted_iterates(rho: ArrayLike, steps: ArrayLike, step_size: ArrayLike =
         steps: whole numbers K ≥ 0.
         step_size: the paper's η, for the loss without ½; the three broadcast.
 
-    At η = ½ the position is ρ^K(1, 0) for even K and ρ^K(0, −1) for odd. Raises ValueError outside these ranges and for
-    an unstable η.
+    At η = ½ the position is ρ^K(1, 0) for even K, ρ^K(0, −1) for odd. ValueError outside these ranges or unstable η.
 
     >>> from theory.flow import unweighted_iterates
-    >>> unweighted_iterates(0.5, [0, 1, 2])
-    Array([[ 1.  ,  0.  ],
-           [ 0.  , -0.5 ],
+    >>> unweighted_iterates(0.5, [1, 2])
+    Array([[ 0.  , -0.5 ],
            [ 0.25,  0.  ]], dtype=float64)
     """
     rho, steps, step_size = _rho(rho), _steps(steps), positive("step_size", step_size)
@@ -143,22 +139,7 @@ def unweighted_iterates(rho: ArrayLike, steps: ArrayLike, step_size: ArrayLike =
     return jnp.stack(jnp.broadcast_arrays((fast + slow) / 2, (fast - slow) / 2), axis=-1)
 
 
-def iteration_matrix(rho: ArrayLike, beta: ArrayLike) -> Array:
-    """Q (…, 2, 2) on the plane of ē and ē⊥, with Σ_w = μ(I − Q) (paper 2502.02797, Theorem 7.2; docs, F6).
-
-        Q = (1−μ²) ēēᵀ + ρ²(1−μ²) ē⊥ē⊥ᵀ − ρμ² (ēē⊥ᵀ + ē⊥ēᵀ),   μ² = β(1−ρ²)/((1+β)(1−βρ²))
-
-    >>> from theory.flow import iteration_matrix
-    >>> jnp.linalg.eigvalsh(iteration_matrix(0.5, 0.5)).round(4)          # λ₂ and λ₁
-    Array([0.1429, 0.75  ], dtype=float64)
-    """
-    rho, beta = jnp.broadcast_arrays(_rho(rho), _beta(beta))
-    square = beta * (1 - rho**2) / ((1 + beta) * (1 - beta * rho**2))
-    corner = -rho * square
-    rows = [jnp.stack([1 - square, corner], axis=-1), jnp.stack([corner, rho**2 * (1 - square)], axis=-1)]
-    return jnp.stack(rows, axis=-2)
-
-
+# e_K = Q^K e, Q = (1−μ²) ēēᵀ + ρ²(1−μ²) ē⊥ē⊥ᵀ − ρμ² (ēē⊥ᵀ + ē⊥ēᵀ), μ² = β(1−ρ²)/((1+β)(1−βρ²)); by its eigenvectors:
 def stalled_direction(rho: ArrayLike, beta: ArrayLike) -> Array:
     """(1, −βρ): the top eigenvector e − βρ‖e‖ē⊥ of Q, along which learning is stalled (paper 2502.02797; docs, F6).
 
@@ -182,26 +163,23 @@ def flow_iterates(rho: ArrayLike, beta: ArrayLike, steps: ArrayLike) -> Array:
     Args:
         rho: correlation ρ in [0, 1).
         beta: β in (0, 1], see `temperature_from_beta`.
-        steps: whole numbers K ≥ 0; the three broadcast.
+        steps: whole numbers K ≥ 0; the three broadcast; ValueError outside these ranges.
 
-    η is the paper's, for the loss without ½; this one equals weights normalised to mean one and η = ½. Raises
-    ValueError outside these ranges.
+    η is the paper's, for the loss without ½; this one equals weights normalised to mean one and η = ½.
 
     >>> from theory.flow import flow_iterates
-    >>> flow_iterates(0.5, 0.5, [0, 1, 2]).round(4)
-    Array([[ 1.    , -0.    ],
-           [ 0.7143, -0.1429],
+    >>> flow_iterates(0.5, 0.5, [1, 2]).round(4)
+    Array([[ 0.7143, -0.1429],
            [ 0.5306, -0.1276]], dtype=float64)
     """
     rho, beta, steps = _rho(rho), _beta(beta), _steps(steps)
     top = ((1 + beta * rho**2) / (1 + beta)) ** steps
-    low = (rho**2 * (1 - beta) / (1 - beta * rho**2)) ** steps
-    square = (beta * rho) ** 2
+    low, square = (rho**2 * (1 - beta) / (1 - beta * rho**2)) ** steps, (beta * rho) ** 2
     along, across = (top + low * square) / (1 + square), -beta * rho * (top - low) / (1 + square)
     return jnp.stack(jnp.broadcast_arrays(along, across), axis=-1)
 
 
-def errors(position: ArrayLike, rho: ArrayLike, pretrain: ArrayLike | None = None) -> Pair[Array]:
+def errors(position: ArrayLike, rho: ArrayLike, pretrain: Block = None) -> Pair[Array]:
     """The paper's err₂ = ‖θ−θ₂*‖²_Σ̃ and err₁ = ‖θ−θ₁*‖²_Σ, in units of ‖e‖² (paper 2502.02797, §7; docs, F6).
 
     Args:
@@ -215,14 +193,13 @@ def errors(position: ArrayLike, rho: ArrayLike, pretrain: ArrayLike | None = Non
     """
     position, rho, block = real_array("position", position), _rho(rho), _block(pretrain)
     same_size("position (last axis)", position.shape[-1], "the plane", 2)
-    x, y = position[..., 0], position[..., 1]
-    moved = x - 1
+    x, y, moved = position[..., 0], position[..., 1], position[..., 0] - 1
     finetune = x**2 + y**2 + 2 * rho * x * y
     pretrain = block[0, 0] * moved**2 + 2 * block[0, 1] * moved * y + block[1, 1] * y**2
     return Pair(*jnp.broadcast_arrays(finetune, pretrain))
 
 
-def best_averaging(pretrain: ArrayLike | None = None) -> Array:
+def best_averaging(pretrain: Block = None) -> Array:
     """min_ω err_tot(θ₂* + ωe) = s/(s+1) in units of ‖e‖², s = ēᵀΣ₁ē, at ω = s/(s+1) (paper 2502.02797, §7; docs, F6).
 
     >>> from theory.flow import best_averaging
@@ -234,19 +211,17 @@ def best_averaging(pretrain: ArrayLike | None = None) -> Array:
 
 
 class BestFlow(NamedTuple):
-    """The least err_tot of FLOW, in units of ‖e‖², and where."""
+    """The least err_tot of FLOW, in units of ‖e‖², and its β and K."""
 
     total: Array
     beta: Array
-    """0 in the limit K → ∞."""
     steps: Array
-    """K; ∞ where FLOW comes arbitrarily close to the best averaging but never below."""
 
 
 # For K → ∞ with Kβ = const the position tends to (λ₁^K, 0): averaging with any ω. err_tot is convex, and its slope
 # along y at the best averaging is 2(ρs − c)/(s + 1), s = ēᵀΣ₁ē, c = ēᵀΣ₁ē⊥; FLOW has y ≤ 0. So it goes below the best
 # averaging if and only if c < ρs.
-def best_flow(rho: ArrayLike, pretrain: ArrayLike | None = None, max_steps: int = 64) -> BestFlow:
+def best_flow(rho: ArrayLike, pretrain: Block = None, max_steps: int = 64) -> BestFlow:
     """The least err_tot of FLOW over β in (0, 1] and 1 ≤ K ≤ max_steps (docs, F6; Remark 7.6 of paper 2502.02797).
 
     The paper's Remark 7.6: it is at least as good as the best averaging. Ours: it is better **if and only if**
@@ -261,8 +236,6 @@ def best_flow(rho: ArrayLike, pretrain: ArrayLike | None = None, max_steps: int 
     >>> best = best_flow(0.76, [[2.7, 0.0], [0.0, 1.0]])
     >>> bool(best.total < best_averaging([[2.7, 0.0], [0.0, 1.0]])), int(best.steps)
     (True, 1)
-    >>> best_flow(0.3, [[2.0, 1.0], [1.0, 2.0]]).steps
-    Array(inf, dtype=float64)
     """
     rho, block = _rho(rho), _block(pretrain)
     steps = jnp.arange(1, count("max_steps", max_steps) + 1, dtype=block.dtype)

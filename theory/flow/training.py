@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
@@ -31,17 +32,16 @@ from theory.flow.moments import deflation, median_temperature, residual_variance
 from theory.frontier import pareto
 from theory.optimum import minimise_over_logarithm
 
+Family = Callable[..., Filter]
 TEMPERATURES, ZOOMS = 33, 4
 """Points of a search over temperatures, and how often it closes in."""
 
 
 class Trajectory(NamedTuple):
-    """Population FLOW after fine-tuning, (…) the hyperparameters."""
+    """Population FLOW after fine-tuning: θ − θ₁ (…, p) and the risks (…), (…) the hyperparameters."""
 
     moved: Array
-    """θ − θ₁ (…, p)."""
     risks: Pair[Array]
-    """R_ft and R_pre (…)."""
 
     @property
     def finetune(self) -> Array:
@@ -60,17 +60,13 @@ class Trajectory(NamedTuple):
 
 
 class _Population(NamedTuple):
-    """The fine-tuning domain in the eigenbasis of Σ₂ (r ≤ p)."""
+    """The fine-tuning domain in the eigenbasis V (p, r) of Σ₂, None for the identity: s and VᵀΔ (r,), σ² and v."""
 
     eigenvalues: Array
-    """s (r,)."""
     gap: Array
-    """VᵀΔ (r,)."""
     noise_variance: Array
     variance: Array
-    """v."""
     vectors: Array | None
-    """V (p, r); None where it is the identity."""
 
     def mean_weight(self, temperature: Array) -> Array:
         """Z."""
@@ -94,9 +90,8 @@ def trajectory(problem: TwoTaskProblem, filter: Filter, temperature: ArrayLike |
         temperature: T in (0, ∞], in units of y², broadcasts against the hyperparameters; ∞ is fine-tuning without
             weights, None the median of r².
 
-    Accuracy of gradient flow 1e-9 (float32: 1e-4), of the others rounding. Raises ValueError for a random shift (the
-    weights depend on the task at hand), T = 0, a step size with ηs_max ≥ 2, s_max of Σ_w, or hyperparameters that do
-    not broadcast.
+    Accuracy of gradient flow 1e-9 (float32: 1e-4), of the others rounding. Raises ValueError for a random shift, T = 0,
+    a step size with ηs_max ≥ 2, s_max of Σ_w, or hyperparameters that do not broadcast.
 
     >>> from linfit import FixedShift, GradientDescent, TwoTaskProblem
     >>> from theory.flow import trajectory
@@ -133,18 +128,21 @@ def _population(problem: TwoTaskProblem) -> _Population:
 
 
 def _fixed_gap(problem: TwoTaskProblem) -> Array:
-    gap = problem.gap_mean
-    if problem.gap_covariance is not None or gap is None:
-        raise ValueError(
-            "shift must be a linfit.FixedShift: FLOW's weights depend on the task at hand, got RandomShift"
-        )
-    return gap
+    if problem.gap_covariance is not None or problem.gap_mean is None:
+        needed = "a linfit.FixedShift: FLOW's weights depend on the task at hand"
+        raise ValueError(f"shift must be {needed}, got RandomShift")
+    return problem.gap_mean
+
+
+def _error_and_gap(problem: TwoTaskProblem) -> tuple[Array, Array]:
+    """u and Δ."""
+    gap = _fixed_gap(problem)
+    return jnp.zeros_like(gap) if problem.pretrain_error is None else problem.pretrain_error, gap
 
 
 def _risks(problem: TwoTaskProblem, moved: Array) -> Pair[Array]:
     """Both risks of θ₁ + moved; positions are relative to θ₁, where θ₁* is −u and θ₂* is Δ."""
-    gap = _fixed_gap(problem)
-    u = jnp.zeros_like(gap) if problem.pretrain_error is None else problem.pretrain_error
+    u, gap = _error_and_gap(problem)
     return excess_risks(moved, problem, -u, gap)
 
 
@@ -167,10 +165,8 @@ def _moved(population: _Population, filter: Filter, temperature: Array) -> Array
             _require_stable(population, np.asarray(step_size), np.asarray(temperature))
         coordinates = _descent(population, step_size, steps, temperature)
     else:
-        raise ValueError(
-            "filter must be MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them, "
-            f"got {type(filter).__name__}"
-        )
+        known = "MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them"
+        raise ValueError(f"filter must be {known}, got {type(filter).__name__}")
     return coordinates if population.vectors is None else coordinates @ population.vectors.T
 
 
@@ -240,22 +236,16 @@ def _require_stable(population: _Population, step_size: np.ndarray, temperature:
     inside = 1 - k * np.sum((s * gap) ** 2 / distance, axis=-1) > 0
     above = np.sum(s >= limit, axis=-1) + inside - 1
     if (above > 0).any():
-        safe = 2 / (np.sqrt(damped) * s.max()).max()
-        raise ValueError(
-            f"step_size must be below 2/s_max of the weighted covariance (below {safe:.6g} always is), "
-            f"got {step_size[above > 0].max():.6g}"
-        )
+        allowed = f"2/s_max of the weighted covariance (below {2 / (np.sqrt(damped) * s.max()).max():.6g} always is)"
+        raise ValueError(f"step_size must be below {allowed}, got {step_size[above > 0].max():.6g}")
 
 
 class PopulationOptimum(NamedTuple):
-    """The best a method can do, R_ft + κR_pre at its least, and where; NaN for what the method does not have."""
+    """The least R_ft + κR_pre of a method, both risks, and where: t or λ, T and τ, NaN for what it does not have."""
 
     total: Array
-    """R_ft + κR_pre."""
     risks: Pair[Array]
-    """R_ft and R_pre."""
     regularization: Array
-    """Time t or penalty λ."""
     temperature: Array
     tau: Array
 
@@ -279,30 +269,24 @@ def population_optima(problem: TwoTaskProblem, weight: ArrayLike = 1.0) -> dict[
     weight = non_negative("weight", weight, ndim=0)
     gap, bound = _fixed_gap(problem), pareto(problem, weight)
     nothing, unweighted = jnp.full((), jnp.nan, gap.dtype), jnp.full(1, jnp.inf, gap.dtype)
-    averaging = _entry(_tuned(problem, weight, MinNorm, unweighted, True), 0)
+    averaging = jax.tree.map(jnp.squeeze, _tuned(problem, weight, MinNorm, unweighted, True))
     best = {
         "averaging": averaging._replace(temperature=nothing),
         "lower bound": PopulationOptimum(bound.finetune + weight * bound.pretrain, bound, nothing, nothing, nothing),
     }
-    searches: list[tuple[str, str, Callable[..., Filter], bool]] = [
-        ("early stopping", "flow", GradientFlow, False),
-        ("early stopping + averaging", "flow + averaging", GradientFlow, True),
-        ("ridge", "flow + ridge", Ridge, False),
-        ("ridge + averaging", "flow + ridge + averaging", Ridge, True),
+    families: list[tuple[str, str, Family]] = [
+        ("early stopping", "flow", GradientFlow),
+        ("ridge", "flow + ridge", Ridge),
     ]
-    for plain, weighted, family, averaged in searches:
-        optima = _over_temperatures(problem, weight, family, averaged)
-        best[plain], best[weighted] = _entry(optima, -1), _entry(optima, int(jnp.argmin(optima.total)))
+    for plain, weighted, family in families:
+        for suffix, averaged in (("", False), (" + averaging", True)):
+            optima = _over_temperatures(problem, weight, family, averaged)
+            for name, index in ((plain, -1), (weighted, int(jnp.argmin(optima.total)))):
+                best[name + suffix] = jax.tree.map(itemgetter(index), optima)
     return best
 
 
-def _entry(optima: PopulationOptimum, index: int) -> PopulationOptimum:
-    return jax.tree.map(lambda field: field[index], optima)
-
-
-def _over_temperatures(
-    problem: TwoTaskProblem, weight: Array, family: Callable[..., Filter], averaged: bool
-) -> PopulationOptimum:
+def _over_temperatures(problem: TwoTaskProblem, weight: Array, family: Family, averaged: bool) -> PopulationOptimum:
     """Optima at temperatures (m,) that close in on the best of them; the last is T = ∞."""
     variance = residual_variance(problem.finetune_covariance, _fixed_gap(problem), problem.noise_std)
     low, high = jnp.log(variance * 1e-4), jnp.log(variance * 1e4)
@@ -316,11 +300,10 @@ def _over_temperatures(
 
 @partial(jax.jit, static_argnames="family")
 def _tuned(
-    problem: TwoTaskProblem, weight: Array, family: Callable[..., Filter], temperatures: Array, averaged: bool
+    problem: TwoTaskProblem, weight: Array, family: Family, temperatures: Array, averaged: bool
 ) -> PopulationOptimum:
     """The best t, λ (nothing for MinNorm) and, if averaged, τ at each of the temperatures (m,)."""
-    population, gap = _population(problem), _fixed_gap(problem)
-    u = jnp.zeros_like(gap) if problem.pretrain_error is None else problem.pretrain_error
+    population, (u, gap) = _population(problem), _error_and_gap(problem)
 
     def at(filter: Filter, temperature: Array) -> tuple[Array, Pair[Array], Array]:
         """R_ft + κR_pre, both risks, and τ: the best along θ − θ₁, or 1."""
@@ -338,9 +321,11 @@ def _tuned(
         if family is not MinNorm:
             scale = jnp.max(population.eigenvalues) * population.mean_weight(temperature)
             unit = 1 / scale if family is GradientFlow else scale
-            value = minimise_over_logarithm(
-                lambda values: at(family(values), temperature)[0], 1e-6 * unit, 1e6 * unit
-            ).argument
+
+            def objective(values: Array) -> Array:
+                return at(family(values), temperature)[0]
+
+            value = minimise_over_logarithm(objective, 1e-6 * unit, 1e6 * unit).argument
             filter = family(value)
         total, risks, tau = at(filter, temperature)
         return PopulationOptimum(total, risks, value, temperature, tau)
