@@ -13,6 +13,7 @@ from sims.compare.ranking import Samples as Samples
 from sims.compare.ranking import compare, compared_problem, frontier, measure, rank
 from sims.compare.ranking import compared_problems as compared_problems
 
+# what figures need besides stands above `as` itself
 __all__ = [
     "ENSEMBLES", "METHODS", "compare", "compared_problem", "equivalent_coefficients", "frontier", "knob_at", "measure",
     "rank",

@@ -33,8 +33,9 @@ def compared_problem(p: int, alignment: float, noise_std: float) -> TwoTaskProbl
     """
     finetune = spectra.power_law(p)
     pretrain = spectra.power_law(p, 0.5, trace=finetune.sum())
-    bed = partial(aligned_problem, pretrain_spectrum=pretrain, pretrain_risk=0.1)
-    return bed(finetune, alignment=alignment, noise_std=noise_std)
+    return aligned_problem(
+        finetune, alignment=alignment, noise_std=noise_std, pretrain_spectrum=pretrain, pretrain_risk=0.1
+    )
 
 
 def compared_problems(p: int) -> dict[str, TwoTaskProblem]:
