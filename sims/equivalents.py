@@ -13,10 +13,10 @@ import xarray as xr
 from jax import Array
 
 from linfit import Filter, Pair, TwoTaskProblem, risk_forms, sample_design
-from sims.estimate import mean_and_error, replicate
+from sims.estimate import mean_and_error, replicate, standard_error
 from theory.equivalents import risk
 
-__all__ = ["averaged_risk", "convergence"]
+__all__ = ["averaged_risk"]
 
 
 def averaged_risk(
@@ -41,8 +41,8 @@ def averaged_risk(
         designs: how many are averaged.
         law: of their coordinates, a key of `linfit.design.LAWS`.
 
-    Dimensions (tau, hyperparameter). For "finetune" and "pretrain": the mean,
-    `…_error` its standard error, `…_predicted` the deterministic equivalent, `…_gap` the relative gap between them.
+    Dimensions (tau, hyperparameter). For "finetune" and "pretrain": the mean, `…_error` its standard error,
+    `…_predicted` the deterministic equivalent, `…_gap` the relative gap between them.
 
     >>> from linfit import Ridge, aligned_problem, spectra
     >>> penalty = np.array([0.01, 0.1])
@@ -58,12 +58,11 @@ def averaged_risk(
         return forms.map(lambda form: form(filter, column).total)
 
     samples = replicate(measure, key, designs, f"designs, n = {n}")
-    predicted = risk(problem, n, filter, column)
-    dims = ("tau", "hyperparameter")
+    predicted, dims = risk(problem, n, filter, column), ("tau", "hyperparameter")
     variables: dict[str, xr.Variable] = {}
     for name, sample, prediction in zip(Pair._fields, samples, predicted, strict=True):
         total = np.asarray(prediction.total)
-        variables |= mean_and_error(np.asarray(sample), dims, name)
+        variables |= mean_and_error(sample, dims, name)
         variables[f"{name}_predicted"] = xr.Variable(dims, total)
         variables[f"{name}_gap"] = xr.Variable(dims, sample.mean(axis=0) / total - 1)
     attributes = {"n": n, "p": problem.p, "designs": designs, "law": law}
@@ -77,19 +76,11 @@ def convergence(
     filters: dict[str, Filter],
     designs: Callable[[int], int],
 ) -> xr.Dataset:
-    """Relative gap between averaged exact risk and prediction as n and p grow together.
+    """Relative `gap` ± `gap_error` (filter, n) of averaged R_ft to its prediction; problem and designs by n.
 
-    Args:
-        key: of the designs.
-        problem_of: the problem at n samples.
-        sizes: n.
-        filters: single ones, by name.
-        designs: how many are averaged at n samples.
-
-    Dimensions (filter, n): `gap` = mean / prediction − 1 of the fine-tuning risk and `gap_error`, its standard error.
-    Over n: `slope` of log|gap| against log n, by least squares weighted with the errors, and `slope_error`.
+    (filter,): `slope` ± `slope_error` of log|gap| against log n, by least squares weighted with the errors.
     """
-    gaps, errors = [], []
+    samples = []
     for index, n in enumerate(sizes):
         problem = problem_of(n)
 
@@ -98,23 +89,14 @@ def convergence(
             return jnp.stack([form(filter).total for filter in filters.values()])
 
         predicted = np.array([float(risk(problem, n, filter).finetune.total) for filter in filters.values()])
-        relative = replicate(measure, jax.random.fold_in(key, index), designs(n), f"n = {n}") / predicted - 1
-        gaps.append(relative.mean(axis=0))
-        errors.append(relative.std(axis=0, ddof=1) / len(relative) ** 0.5)
-    gap, error = np.transpose(gaps), np.transpose(errors)
+        samples.append(replicate(measure, jax.random.fold_in(key, index), designs(n), f"n = {n}") / predicted - 1)
+    gap = np.stack([sample.mean(axis=0) for sample in samples], axis=1)
+    error = np.stack([standard_error(sample) for sample in samples], axis=1)
     fits = [_power_of_n(np.asarray(sizes), *row) for row in zip(gap, error, strict=True)]
-    slope, slope_error = np.transpose(fits)
-    dims = ("filter", "n")
-    return xr.Dataset(
-        {
-            "gap": (dims, gap),
-            "gap_error": (dims, error),
-            "slope": ("filter", slope),
-            "slope_error": ("filter", slope_error),
-        },
-        {"filter": list(filters), "n": np.asarray(sizes)},
-        {"designs": [designs(n) for n in sizes]},
-    )
+    variables: dict[str, tuple] = {"gap": (("filter", "n"), gap), "gap_error": (("filter", "n"), error)}
+    variables |= {name: ("filter", values) for name, values in zip(("slope", "slope_error"), np.transpose(fits))}
+    coordinates = {"filter": list(filters), "n": np.asarray(sizes)}
+    return xr.Dataset(variables, coordinates, {"designs": [designs(n) for n in sizes]})
 
 
 def _power_of_n(n: np.ndarray, gap: np.ndarray, error: np.ndarray) -> tuple[float, float]:

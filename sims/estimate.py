@@ -12,7 +12,7 @@ import xarray as xr
 from jax import Array
 from rich.console import Console
 
-__all__ = ["mean_and_error", "progress", "replicate", "standardised_gap"]
+__all__ = ["mean_and_error", "means_and_errors", "progress", "replicate", "standard_error", "standardised_gap"]
 
 Tree = TypeVar("Tree")
 Item = TypeVar("Item")
@@ -22,10 +22,8 @@ CHUNK = 64
 
 def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
     """`items`, with a progress bar on stderr where someone is watching."""
-    console = Console(stderr=True)
-    return rich.progress.track(
-        items, description, total, console=console, transient=True, disable=not sys.stderr.isatty()
-    )
+    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    return rich.progress.track(items, description, total, console=console, transient=True, disable=hidden)
 
 
 def replicate(measure: Callable[[Array], Tree], key: Array, replicates: int, description: str) -> Tree:
@@ -42,22 +40,24 @@ def replicate(measure: Callable[[Array], Tree], key: Array, replicates: int, des
     return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
 
 
-def mean_and_error(samples: np.ndarray, dims: tuple[str, ...], name: str) -> dict[str, xr.Variable]:
-    """{name: mean, name_error: its standard error} over the leading axis."""
-    count = len(samples)
-    error = samples.std(axis=0, ddof=1) / count**0.5
-    return {name: xr.Variable(dims, samples.mean(axis=0)), f"{name}_error": xr.Variable(dims, error)}
+def standard_error(samples: np.ndarray | Array) -> np.ndarray | Array:
+    """Of the mean over the leading axis."""
+    return samples.std(axis=0, ddof=1) / len(samples) ** 0.5
+
+
+def mean_and_error(samples: np.ndarray | Array, dims: tuple[str, ...], name: str) -> dict[str, xr.Variable]:
+    """{name: mean, name_error: its standard error} over the leading axis; of `dims` as many as are left."""
+    dims = dims[: np.ndim(samples) - 1]
+    return {name: xr.Variable(dims, samples.mean(axis=0)), f"{name}_error": xr.Variable(dims, standard_error(samples))}
 
 
 def means_and_errors(samples: Mapping[str, np.ndarray], dims: tuple[str, ...]) -> dict[str, xr.Variable]:
-    """`mean_and_error` of every entry, all of the same dimensions."""
+    """`mean_and_error` of every entry."""
     pairs = [mean_and_error(values, dims, name) for name, values in samples.items()]
     return {name: variable for pair in pairs for name, variable in pair.items()}
 
 
 def standardised_gap(measured: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """Mean of measured − exact over replicates, in its standard errors (not below rounding, 1e-12 of the risk)."""
-    difference = measured - exact
-    error = difference.std(axis=0, ddof=1) / len(difference) ** 0.5
-    rounding = 1e-12 * np.abs(exact).mean(axis=0) + np.finfo(exact.dtype).tiny
-    return difference.mean(axis=0) / np.maximum(error, rounding)
+    difference, rounding = measured - exact, 1e-12 * np.abs(exact).mean(axis=0) + np.finfo(exact.dtype).tiny
+    return difference.mean(axis=0) / np.maximum(standard_error(difference), rounding)

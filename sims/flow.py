@@ -8,6 +8,7 @@ standard errors. A sample's loss is r², r = y − Xθ₁, without ½.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,22 +41,22 @@ from linfit.filters import Several
 from linfit.internal.checks import count, non_negative
 from linfit.internal.linear_algebra import eigh, gram
 from linfit.weighting import effective_sample_size, effective_step, median_temperature, robust_weights
-from sims.estimate import mean_and_error, progress, replicate
-from sims.real_data import CLASSES, digits_split, leave_one_out_penalty
+from sims.estimate import mean_and_error, means_and_errors, replicate
+from sims.real_data import digits_split, over_splits, ridge_from_zero
 from theory import flow as theory
 from theory.frontier import pareto
 
 __all__ = [
-    "DEVIATIONS", "RISKS", "WEIGHTINGS", "along", "along_tau", "best_averages", "conditional_square",
-    "digits_along_training", "estimate", "form_given_loss", "measure_once", "measure_paths", "monte_carlo",
-    "population_curves", "sample_deviating_task", "sample_fixed_points", "sample_iterates", "sample_moments",
-    "sample_rates", "sampled_curves", "sampled_frontier", "task_forms", "tilted", "two_task_training",
+    "DEVIATIONS", "WEIGHTINGS", "along_tau", "estimate", "form_given_loss", "monte_carlo", "sample_deviating_task",
+    "task_forms", "tilted",
 ]  # fmt: skip
 
 Weighting = Callable[[Array], Array]
 """Sample weights (n,) from the pretrained losses (n,)."""
+Weightings = dict[str, Weighting]
+Names = tuple[str, ...]
 
-WEIGHTINGS: dict[str, Weighting] = {"unweighted": jnp.ones_like, "FLOW": flow_weights}
+WEIGHTINGS: Weightings = {"unweighted": jnp.ones_like, "FLOW": flow_weights}
 """Unweighted fine-tuning, and FLOW at the median temperature."""
 
 RISKS = ("finetune", "pretrain", "hardest")
@@ -186,12 +187,7 @@ def form_given_loss(form: RiskForm, noise_std: Array, low: float, high: float) -
 
 
 def conditional_square(low: float, high: float) -> float:
-    """E[z² | z² between its quantiles low and high], z standard normal.
-
-    >>> from sims.flow import conditional_square
-    >>> round(conditional_square(0.9, 1.0), 3), round(conditional_square(0.0, 1.0), 3)
-    (4.393, 1.0)
-    """
+    """E[z² | z² between its quantiles low and high], z standard normal."""
     if not 0 <= low < high <= 1:
         raise ValueError(f"low and high must be quantiles with 0 ≤ low < high ≤ 1, got {low} and {high}")
     # E z²1{z² ≤ q} = P(χ²₃ ≤ q)
@@ -199,21 +195,19 @@ def conditional_square(low: float, high: float) -> float:
     return float(np.diff(scipy.stats.chi2.cdf(edges, 3))[0] / (high - low))
 
 
+def _losses(task: Task) -> Array:
+    """Pretrained losses r² (n,)."""
+    return (task.y - task.X @ task.theta_1) ** 2
+
+
 def measure_once(
-    key: Array,
-    problem: TwoTaskProblem,
-    n: int,
-    weightings: dict[str, Weighting],
-    filter: Filter,
-    law: str,
-    deviations: tuple[str, ...],
+    key: Array, problem: TwoTaskProblem, n: int, weightings: Weightings, filter: Filter, law: str, deviations: Names
 ) -> dict[str, Array]:
     """One task with each deviation, fine-tuned with every weighting: (deviation, weighting, risk, filter)."""
     tasks = [sample_deviating_task(key, problem, n, law, deviation) for deviation in deviations]
 
     def with_labels(y: Array) -> dict[str, Array]:
         task = tasks[0]._replace(y=y)
-        losses = (y - task.X @ task.theta_1) ** 2
 
         def with_weights(weights: Array) -> dict[str, Array]:
             finetune, pretrain = task_forms(task, problem, weights)
@@ -227,7 +221,7 @@ def measure_once(
                 "share": effective_sample_size(weights) / n,
             }
 
-        return jax.lax.map(with_weights, jnp.stack([weighting(losses) for weighting in weightings.values()]))
+        return jax.lax.map(with_weights, jnp.stack([weighting(_losses(task)) for weighting in weightings.values()]))
 
     return jax.lax.map(with_labels, jnp.stack([task.y for task in tasks]))
 
@@ -236,12 +230,12 @@ def monte_carlo(
     key: Array,
     problem: TwoTaskProblem,
     n: int,
-    weightings: dict[str, Weighting],
+    weightings: Weightings,
     filter: Filter,
     names: np.ndarray,
     replicates: int,
     law: str = "gaussian",
-    deviations: tuple[str, ...] = ("gaussian",),
+    deviations: Names = ("gaussian",),
 ) -> xr.Dataset:
     """Risks of weighted fine-tuning over random designs, shifts and noise, for every weighting and filter.
 
@@ -270,10 +264,11 @@ def monte_carlo(
     >>> mean.dims, bool((error > 0).all())
     (('weighting', 'filter'), True)
     """
-    count("replicates", replicates, minimum=2)
-    samples = replicate(
-        lambda key: measure_once(key, problem, n, weightings, filter, law, deviations), key, replicates, "FLOW"
+    replicates = count("replicates", replicates, minimum=2)
+    measure = partial(
+        measure_once, problem=problem, n=n, weightings=weightings, filter=filter, law=law, deviations=deviations
     )
+    samples = replicate(measure, key, replicates, "FLOW")
     dims = ("replicate", "deviation", "weighting", "risk", "filter")
     variables = {name: (dims[: values.ndim], values) for name, values in samples.items()}
     coordinates = dict(zip(dims[1:], (list(deviations), list(weightings), list(RISKS), np.asarray(names))))
@@ -301,13 +296,12 @@ def measure_paths(
     penalties: np.ndarray,
     replicates: int,
 ) -> xr.Dataset:
-    """`monte_carlo` of every tilt of the weights, and of FLOW with mean one, along training and along the ridge path.
+    """`monte_carlo` of all tilts and deviations, along training and the ridge path; `along` selects one of them.
 
-    Under every deviation. Weightings are "unweighted", "FLOW", "tilt c" and "FLOW, mean one"; `along` selects times,
-    penalties or the end of both.
+    Weightings are "unweighted", "FLOW", "tilt c" and "FLOW, mean one".
     """
     names = {0.0: "unweighted", 1.0: "FLOW"}
-    weightings: dict[str, Weighting] = {names.get(float(c), f"tilt {c:g}"): tilted(c) for c in tilts}
+    weightings: Weightings = {names.get(float(c), f"tilt {c:g}"): tilted(c) for c in tilts}
     weightings["FLOW, mean one"] = lambda losses: flow_weights(losses, normalisation="mean")
     filter = Several((GradientFlow(times), Ridge(penalties), MinNorm()))
     values = np.concatenate([times, penalties, [0.0]])
@@ -321,11 +315,10 @@ def along(data: xr.Dataset, family: str) -> xr.Dataset:
     return data.isel(filter=data.family.values == family).drop_vars("family").rename(filter=family)
 
 
-KAPPAS = np.concatenate([[0.0], np.geomspace(0.02, 50, 60)])
-"""Trade-off weights κ of `best_averages`."""
+_KAPPAS = np.concatenate([[0.0], np.geomspace(0.02, 50, 60)])
 
 
-def best_averages(parabolas: Pair[Parabola], weights: np.ndarray = KAPPAS) -> Pair[Array]:
+def _best_averages(parabolas: Pair[Parabola], weights: np.ndarray = _KAPPAS) -> Pair[Array]:
     """R_ft and R_pre of the best member and τ in [0, 1] for each R_ft + κR_pre, κ of `weights`; parabolas (member,)."""
     kappa = weights[:, None]
     both = jax.tree.map(lambda finetune, pretrain: finetune + kappa * pretrain, *parabolas)
@@ -339,11 +332,9 @@ def sampled_curves(data: xr.Dataset) -> dict[str, Pair[Array]]:
     mean = data.mean("replicate")
 
     def parabolas(family: str, weighting: str) -> Pair[Parabola]:
-        part = along(mean, family).sel(weighting=weighting)
+        part, none = along(mean, family).sel(weighting=weighting), jnp.zeros(())
         pair = Pair(*(part.sel(risk=risk) for risk in Pair._fields))
-        return pair.map(
-            lambda risk: Parabola(risk.constant.values, risk.slope.values, risk.curvature.values, jnp.zeros(()))
-        )
+        return pair.map(lambda risk: Parabola(risk.constant.values, risk.slope.values, risk.curvature.values, none))
 
     def curve(family: str, weighting: str, tau: float | np.ndarray = 1.0) -> Pair[Array]:
         return parabolas(family, weighting).map(lambda parabola: parabola(tau).total)
@@ -355,25 +346,21 @@ def sampled_curves(data: xr.Dataset) -> dict[str, Pair[Array]]:
         "FLOW": curve("time", "FLOW"),
         "FLOW, T = 4 × median": curve("time", "tilt 0.25"),
         "FLOW + ridge": curve("penalty", "FLOW"),
-        "FLOW + averaging": best_averages(parabolas("time", "FLOW")),
-        "early stopping + averaging": best_averages(parabolas("time", "unweighted")),
+        "FLOW + averaging": _best_averages(parabolas("time", "FLOW")),
+        "early stopping + averaging": _best_averages(parabolas("time", "unweighted")),
     }
 
 
 def sampled_frontier(key: Array, problem: TwoTaskProblem, replicates: int, weights: np.ndarray) -> Pair[Array]:
-    """The Pareto frontier at κ of `weights` of the very shifts that `monte_carlo` samples from the same key.
-
-    For diagonal covariances, where only the mean squares of the shifts matter.
-    """
+    """The Pareto frontier at κ of `weights` of the shifts that `monte_carlo` samples from the same key, Σ diagonal."""
     shifts = replicate(lambda key: sample_deviating_task(key, problem, 1).theta_2_star, key, replicates, "shifts")
     return pareto(dataclasses.replace(problem, shift=RandomShift(np.mean(shifts**2, axis=0))), weights)
 
 
 def population_curves(rho: float, block: np.ndarray) -> dict[str, Pair[Array]]:
-    """The methods of `sampled_curves` in the setting of Theorem 7.2, and L2 to zero and the lower bound.
+    """The methods of `sampled_curves` in the setting of Theorem 7.2, L2 to zero, and the lower bound.
 
-    ρ and the block of Σ₁ as for `theory.flow.two_task_problem`; θ₁* is as far from the origin as from θ₂*, at a right
-    angle to the plane.
+    θ₁* is as far from the origin as from θ₂*, at a right angle to the plane.
     """
     problem = theory.two_task_problem(rho, block, p=3)
     from_zero = dataclasses.replace(problem, pretrain_error=jnp.array([0.0, 0.0, -1.0]))
@@ -385,7 +372,7 @@ def population_curves(rho: float, block: np.ndarray) -> dict[str, Pair[Array]]:
     def averaged(temperature: float | None) -> Pair[Array]:
         moved, gap = theory.trajectory(problem, GradientFlow(times), temperature).moved, jnp.array([-1.0, 0.0, 0.0])
         finetune = Parabola.of_steps(problem.finetune_covariance, -gap, moved)
-        return best_averages(Pair(finetune, Parabola.of_steps(problem.pretrain_covariance, 0 * gap, moved)))
+        return _best_averages(Pair(finetune, Parabola.of_steps(problem.pretrain_covariance, 0 * gap, moved)))
 
     return {
         "averaging": curve(tau * MinNorm()),
@@ -401,74 +388,52 @@ def population_curves(rho: float, block: np.ndarray) -> dict[str, Pair[Array]]:
     }
 
 
-def sample_iterates(
-    key: Array,
-    problem: TwoTaskProblem,
-    n: int,
-    temperatures: np.ndarray,
-    step_sizes: np.ndarray,
-    steps: int,
-    replicates: int,
+def _sample_iterates(
+    key: Array, problem: TwoTaskProblem, n: int, runs: Sequence[tuple[float, float]], steps: int, replicates: int
 ) -> np.ndarray:
-    """θ_k along weighted gradient descent on n samples, iterated: (replicates, runs, steps + 1, p).
+    """θ_k along gradient descent on n samples, weighted with e^{−r²/T}: (replicates, runs, steps + 1, p).
 
-    `temperatures` and `step_sizes` (runs,), T = ∞ for no weights. Weights e^{−r²/T} as they are; step size on
-    (1/2n) Σ w r², twice the η of paper 2502.02797, whose loss has no ½. All runs of a replicate see the same samples.
+    `runs` are (temperature, step size), T = ∞ for no weights, all on the same samples.
     """
 
     def paths(key: Array) -> Array:
         task = sample_task(key, problem, n)
-        losses = (task.y - task.X @ task.theta_1) ** 2
 
-        def run(setting: tuple[Array, Array]) -> Array:
-            temperature, step_size = setting
-            weights = flow_weights(losses, temperature)
+        def run(setting: Array) -> Array:
+            weights = flow_weights(_losses(task), setting[0])
 
             def step(theta: Array, _: None) -> tuple[Array, Array]:
-                theta = descend(task.X, task.y, theta, step_size=step_size, steps=1, sample_weights=weights)
-                return theta, theta
+                return descend(task.X, task.y, theta, step_size=setting[1], steps=1, sample_weights=weights), theta
 
-            _, path = jax.lax.scan(step, task.theta_1, None, length=steps)
-            return jnp.concatenate([task.theta_1[None], path])
+            return jax.lax.scan(step, task.theta_1, None, length=steps + 1)[1]
 
-        return jax.lax.map(run, (jnp.asarray(temperatures), jnp.asarray(step_sizes)))
+        return jax.lax.map(run, jnp.array(runs))
 
     return np.asarray(replicate(paths, key, replicates, "iterates"))
 
 
 def two_task_training(key: Array, rho: float, block: np.ndarray, steps: int, n: int, replicates: int) -> xr.Dataset:
-    """Both errors and their sum along training in the setting of Theorem 7.2: by theory, and on n samples.
+    """Both errors and their sum along training in the setting of Theorem 7.2, `theory` and `sampled` on n samples.
 
-    Args:
-        key: replicate i uses `fold_in(key, i)`.
-        rho: the correlation in Σ₂.
-        block: of Σ₁ on ē and ē⊥ (2, 2).
-        steps: K.
-        n: samples.
-        replicates: at least 2.
-
-    Dimensions (run, error, step); a run has a temperature and a step size, on the loss with ½, twice the paper's η.
+    Dimensions (run, error, step); a run has a temperature and a step size, on the loss with ½: twice the paper's η.
     """
     problem, grid = theory.two_task_problem(rho, block, p=4), np.arange(steps + 1)
     best, median = theory.best_flow(rho, block), float(theory.median_temperature(1.0))
     coldest = float(theory.temperature_from_beta(best.beta, rho))
-    mean_weights = [float(theory.mean_weight(1.0, temperature)) for temperature in (median, coldest)]
-    runs = {
-        "unweighted": (np.inf, 1.0),
-        "FLOW": (median, 1 / mean_weights[0]),
-        "FLOW at its best": (coldest, 1 / mean_weights[1]),
-        "FLOW, small steps": (median, 1.0),
+    mean_weight = float(theory.mean_weight(1.0, median))
+
+    def weighted(temperature: float) -> Pair[Array]:
+        iterates = theory.flow_iterates(rho, theory.beta_from_temperature(temperature, rho), grid)
+        return theory.errors(iterates, rho, block)
+
+    predicted = {
+        "unweighted": theory.errors(theory.unweighted_iterates(rho, grid), rho, block),
+        "FLOW": weighted(median),
+        "FLOW at its best": weighted(coldest),
+        "FLOW, small steps": theory.trajectory(problem, GradientDescent(1.0, grid), median).risks,
     }
-    predicted = [
-        theory.errors(theory.unweighted_iterates(rho, grid), rho, block),
-        *(
-            theory.errors(theory.flow_iterates(rho, theory.beta_from_temperature(T, rho), grid), rho, block)
-            for T in (median, coldest)
-        ),
-        theory.trajectory(problem, GradientDescent(1.0, grid), median).risks,
-    ]
-    temperatures, step_sizes = np.array(list(runs.values())).T
-    theta = sample_iterates(key, problem, n, temperatures, step_sizes, steps, replicates)
+    settings = [(np.inf, 1.0), (median, 1 / mean_weight), (coldest, 1 / float(theory.mean_weight(1.0, coldest)))]
+    theta = _sample_iterates(key, problem, n, [*settings, (median, 1.0)], steps, replicates)
     sampled = excess_risks(theta, problem, np.zeros(4), -np.eye(4)[0])
 
     def stacked(risks: Pair[Array], axis: int) -> np.ndarray:
@@ -476,20 +441,20 @@ def two_task_training(key: Array, rho: float, block: np.ndarray, steps: int, n: 
 
     dims, bound = ("run", "error", "step"), pareto(problem, 1.0)
     variables = mean_and_error(stacked(sampled, 2), dims, "sampled")
-    variables["theory"] = xr.Variable(dims, np.stack([stacked(risks, 0) for risks in predicted]))
+    variables["theory"] = xr.Variable(dims, np.stack([stacked(risks, 0) for risks in predicted.values()]))
     attributes = {
-        "rho": rho, "pretrain": np.ravel(block), "n": n, "replicates": replicates, "mean_weight": mean_weights[0],
+        "rho": rho, "pretrain": np.ravel(block), "n": n, "replicates": replicates, "mean_weight": mean_weight,
         "best_total": float(best.total), "best_beta": float(best.beta), "best_steps": int(best.steps),
         "best_average": float(theory.best_averaging(block)), "lower_bound": float(sum(bound)),
     }  # fmt: skip
-    coordinates = {"run": list(runs), "error": ["pretrain", "finetune", "total"], "step": grid}
+    coordinates = {"run": list(predicted), "error": ["pretrain", "finetune", "total"], "step": grid}
     return xr.Dataset(variables, coordinates, attributes)
 
 
 def sample_moments(
     key: Array, problem: TwoTaskProblem, n: int, temperatures: np.ndarray, replicates: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Σ_w = E w xxᵀ and E w x r by sampling: (replicates, temperatures, p, p) and (replicates, temperatures, p)."""
+    """Σ_w = E w xxᵀ (replicates, temperatures, p, p) and E w x r (replicates, temperatures, p) by sampling."""
 
     def moments(key: Array) -> tuple[Array, Array]:
         task = sample_task(key, problem, n)
@@ -508,10 +473,9 @@ def sample_moments(
 def sample_rates(
     key: Array, spreads: np.ndarray, noise_std: float, temperatures: np.ndarray, n: int, replicates: int
 ) -> np.ndarray:
-    """How much slower the gap is learned than other directions if features have heavier tails (docs, F3).
+    """How much slower the gap, of length 1, is learned than other directions (replicates, spreads, temperatures).
 
-    (replicates, spreads, temperatures). Features √S z, z Gaussian and log S ~ N(−spread²/2, spread²) as in
-    `theory.flow.lognormal_sizes`; in whitened coordinates, the gap along the first, of length 1.
+    Features √S z, z Gaussian and log S ~ N(−spread²/2, spread²) as in `theory.flow.lognormal_sizes` (docs, F3).
     """
     n = count("n", n)
 
@@ -540,26 +504,22 @@ def sample_fixed_points(
     temperatures: np.ndarray,
     replicates: int,
     law: str = "gaussian",
-    deviations: tuple[str, ...] = ("gaussian",),
+    deviations: Names = ("gaussian",),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where FLOW converges with n ≫ p: the coefficient along the gap Δ and the rest, (replicates, deviations, runs).
+    """Where FLOW converges with n ≫ p: θ̂ − θ₁ = coefficient·Δ + rest, given as coefficient and ‖rest‖²/‖Δ‖² in Σ₂.
 
-    `noise_stds` (in place of the problem's) and `temperatures` are (runs,). With the Σ₂ inner product, θ̂ − θ₁ =
-    coefficient·Δ + rest; the rest is given as ‖rest‖²/‖Δ‖². Under Gaussian noise the coefficient is 1/(1 + 2σ²/T) and
-    the rest 0, up to sampling (docs, F4).
+    (replicates, deviations, runs) for `noise_stds`, in place of the problem's, and `temperatures` (runs,). Under
+    Gaussian noise 1/(1 + 2σ²/T) and 0 up to sampling (docs, F4).
     """
     covariance = problem.finetune_covariance
 
     def landed(key: Array) -> tuple[Array, Array]:
         def run(setting: tuple[Array, Array]) -> tuple[Array, Array]:
-            noise_std, temperature = setting
-            noisy = dataclasses.replace(problem, noise_std=noise_std)
-            ends = []
+            noisy, ends = dataclasses.replace(problem, noise_std=setting[0]), []
             for deviation in deviations:
                 task = sample_deviating_task(key, noisy, n, law, deviation)
-                weights = flow_weights((task.y - task.X @ task.theta_1) ** 2, temperature)
+                weights, gap = flow_weights(_losses(task), setting[1]), task.theta_2_star - task.theta_1
                 step = fine_tune(task.X, task.y, task.theta_1, MinNorm(), weights) - task.theta_1
-                gap = task.theta_2_star - task.theta_1
                 signal = covariance.squared_norm(gap)
                 coefficient = covariance.dot(gap, step) / signal
                 ends.append((coefficient, covariance.squared_norm(step - coefficient * gap) / signal))
@@ -572,7 +532,7 @@ def sample_fixed_points(
     return np.swapaxes(coefficient, 1, 2), np.swapaxes(rest, 1, 2)
 
 
-def wrong_labels(key: Array, targets: Array, share: float) -> Array:
+def _wrong_labels(key: Array, targets: Array, share: float) -> Array:
     """One-hot targets (n, 10) of which round(share·n), at random, name one of the nine other classes."""
     chosen_key, class_key = jax.random.split(key)
     n, classes = targets.shape
@@ -595,19 +555,15 @@ def _measure_digits(key: Array, times: np.ndarray, shares: np.ndarray, **sizes: 
 
     split_key, label_key = jax.random.split(key)
     split = digits_split(split_key, **sizes)
-    X_pre, y_pre = split.pretrain
-    penalty = leave_one_out_penalty(X_pre, y_pre)
-    theta_1 = fine_tune(X_pre, y_pre, jnp.zeros((X_pre.shape[1], CLASSES)), Ridge(penalty))
-    X, targets = split.finetune
-    test, classes = split.finetune_test, np.asarray(split.finetune_test[1]).argmax(axis=-1)
-    ranks = squared_errors(test, theta_1)
+    theta_1, (X, targets), test = ridge_from_zero(*split.pretrain), split.finetune, split.finetune_test
+    classes, ranks = np.asarray(test[1]).argmax(axis=-1), squared_errors(test, theta_1)
     hardest = ranks >= np.quantile(ranks, 1 - HARDEST)
     rows = []
     for share in shares:
-        y = wrong_labels(label_key, targets, float(share))
-        losses = squared_errors((X, y), theta_1)
+        y = _wrong_labels(label_key, targets, float(share))
+        losses = jnp.asarray(squared_errors((X, y), theta_1))
         for weighting in WEIGHTINGS.values():
-            theta = fine_tune(X, y, theta_1, GradientFlow(times), weighting(jnp.asarray(losses)))
+            theta = fine_tune(X, y, theta_1, GradientFlow(times), weighting(losses))
             right = outputs(test, theta).argmax(axis=-1) == classes
             rows.append(
                 {
@@ -622,28 +578,15 @@ def _measure_digits(key: Array, times: np.ndarray, shares: np.ndarray, **sizes: 
 
 
 def digits_along_training(key: Array, times: np.ndarray, shares: np.ndarray, splits: int, **sizes: Any) -> xr.Dataset:
-    """FLOW against unweighted fine-tuning along training on the digits, over random splits, features and wrong labels.
+    """FLOW and unweighted along training on the digits with a share of wrong labels, (share, weighting, time).
 
-    Args:
-        key: split i uses `fold_in(key, i)`.
-        times: of gradient flow.
-        shares: of the fine-tuning labels that name a wrong class, in [0, 1].
-        splits: at least 2.
-        **sizes: those of `sims.real_data.digits_split`.
-
-    Dimensions (share, weighting, time). With standard errors over splits: `finetune` and `pretrain`, squared test
-    errors summed over classes, `accuracy` on the fine-tuning test images, and `hardest_accuracy` on the tenth of them
-    with the largest pretrained loss. Test labels are right.
+    With standard errors over splits: `finetune` and `pretrain`, squared test errors summed over classes, `accuracy` on
+    the fine-tuning test images, and `hardest_accuracy` on the tenth of largest pretrained loss. Test labels are right.
     """
     shares = np.asarray(non_negative("shares", shares, ndim=1))
     if shares.max() > 1:
         raise ValueError(f"shares must be at most 1, got {shares.max()}")
-    runs = [
-        _measure_digits(jax.random.fold_in(key, i), times, shares, **sizes)
-        for i in progress(range(count("splits", splits, minimum=2)), "digits")
-    ]
-    variables: dict[str, xr.Variable] = {}
-    for name in runs[0]:
-        variables |= mean_and_error(np.stack([run[name] for run in runs]), ("share", "weighting", "time"), name)
+    samples = over_splits(partial(_measure_digits, times=times, shares=shares, **sizes), key, splits)
     coordinates = {"share": shares, "weighting": list(WEIGHTINGS), "time": times}
-    return xr.Dataset(variables, coordinates, {"splits": splits, "data": "scikit-learn digits", **sizes})
+    attributes = {"splits": splits, "data": "scikit-learn digits", **sizes}
+    return xr.Dataset(means_and_errors(samples, tuple(coordinates)), coordinates, attributes)

@@ -29,10 +29,10 @@ from linfit import (
     spectra,
 )
 from linfit.filters import Several
-from sims.estimate import mean_and_error, progress, replicate, standardised_gap
+from sims.estimate import means_and_errors, progress, replicate, standardised_gap
 from theory.overadaptation import Optimum, best_of_each_method, combined
 
-__all__ = ["monte_carlo", "penalty_and_tau", "phase_diagram", "trade_off", "training_time"]
+__all__ = ["monte_carlo", "phase_diagram"]
 
 
 def _measure_once(key: Array, problem: TwoTaskProblem, n: int, filter: Filter, tau: Array, law: str) -> dict:
@@ -41,9 +41,8 @@ def _measure_once(key: Array, problem: TwoTaskProblem, n: int, filter: Filter, t
     Bias² is measured on the fit to noise-free labels, variance on the fit to the noise alone: fitting is linear in y.
     """
     task = sample_task(key, problem, n, law)
-    clean = task.X @ task.theta_2_star
+    clean, zero = task.X @ task.theta_2_star, jnp.zeros_like(task.theta_1)
     labels = jnp.stack([task.y, clean, task.y - clean], axis=1)
-    zero = jnp.zeros_like(task.theta_1)
     start = jnp.stack([task.theta_1, task.theta_1, zero], axis=1)
     steps = fine_tune(task.X, labels, start, filter) - start  # (filters, p, 3)
     gap = task.theta_1 - task.theta_2_star
@@ -93,16 +92,10 @@ def monte_carlo(
     True
     """
     several = Several(tuple(filters.values()))
-    samples = replicate(
-        lambda replicate_key: _measure_once(replicate_key, problem, n, several, tau, law),
-        key,
-        replicates,
-        "Monte Carlo",
-    )
+    samples = replicate(lambda one: _measure_once(one, problem, n, several, tau, law), key, replicates, "Monte Carlo")
     dims = ("filter", "tau")
-    variables: dict[str, xr.Variable] = {}
+    variables = means_and_errors({name: measured for name, (measured, _) in samples.items()}, dims)
     for name, (measured, exact) in samples.items():
-        variables |= mean_and_error(measured, dims, name)
         variables[f"{name}_exact"] = xr.Variable(dims, exact.mean(axis=0))
         variables[f"{name}_z"] = xr.Variable(dims, standardised_gap(measured, exact))
     coordinates = {"filter": list(filters) if names is None else names, "tau": np.asarray(tau)}
@@ -134,8 +127,7 @@ def phase_diagram(
     for alignment in progress(alignments, "phase diagram", len(alignments)):
         problem = aligned_problem(spectrum, alignment=alignment)
         rows.append(jax.device_get(over_noise(risk_forms(stack, problem).finetune, jnp.asarray(noise_stds))))
-    methods = list(rows[0])
-    dims = ("estimator", "alignment", "noise_std")
+    methods, dims = list(rows[0]), ("estimator", "alignment", "noise_std")
     variables = {
         field: (dims, np.stack([[getattr(row[method], field) for row in rows] for method in methods]))
         for field in Optimum._fields
@@ -150,11 +142,10 @@ def _mean_along(forms: Pair[RiskForm], filter: Filter) -> Pair[Parabola]:
 
 
 def trade_off(forms: Pair[RiskForm], best: Mapping[str, Optimum]) -> xr.Dataset:
-    """The plane of both risks, averaged over the designs of stacked forms: a curve for each method (docs, O5; ours).
+    """The plane of both risks, mean over designs: a curve (risk, …_point) for each method (docs, O5; ours).
 
-    `best` is `best_of_each_method(forms.finetune)`; ridge + ensemble runs at the λ that is best with its τ. Every
-    variable has the dimension `risk` ("pretrain", "finetune") and that of its points: τ, λ or times, and κ for
-    `oracle_frontier`, the spectral filters of least R_ft + κR_pre. `pretrained` and `fine-tuned` (min-norm) are points.
+    `best` is `best_of_each_method(forms.finetune)`. `oracle_frontier` has the filters of least R_ft + κR_pre;
+    `pretrained` and `fine-tuned` (min-norm) are points.
     """
     tau, both = jnp.linspace(0, 1, 61), best["ridge + ensemble"]
     paths: dict[str, tuple[Filter, Array | float]] = {
@@ -180,10 +171,7 @@ def trade_off(forms: Pair[RiskForm], best: Mapping[str, Optimum]) -> xr.Dataset:
 
 
 def penalty_and_tau(form: RiskForm, best: Mapping[str, Optimum]) -> xr.Dataset:
-    """`risk` over (tau, penalty), averaged over the designs of a stacked form, and the best τ for each λ.
-
-    `best` is `best_of_each_method(form)`; the attributes hold its minimum and what ridge alone and the oracle reach.
-    """
+    """`risk` (tau, penalty) of ridge + ensemble and `optimal_tau` (penalty,), mean over designs; `best` of the form."""
     penalties, tau = np.logspace(-4, 1, 81), np.linspace(0, 1.6, 81)
     parabola, optimum = form.along(Ridge(penalties)).mean(), best["ridge + ensemble"]
     variables = {
@@ -196,17 +184,10 @@ def penalty_and_tau(form: RiskForm, best: Mapping[str, Optimum]) -> xr.Dataset:
 
 
 def training_time(key: Array, forms: Pair[RiskForm], problem: TwoTaskProblem, n: int, replicates: int) -> xr.Dataset:
-    """Both risks against the time t of gradient flow, at τ = 1 and at the τ that is best for R_ft at that time.
+    """Both risks along gradient flow, mean over the designs of the forms, and simulated at a few times.
 
-    Args:
-        key: of the simulation.
-        forms: exact forms of a stack of designs, over which the curves are averaged.
-        problem: that of the forms, on which fine-tuning is simulated at a few times.
-        n: fine-tuning samples of the simulation.
-        replicates: of the simulation.
-
-    Over `time`: `finetune`, `pretrain`, `…_ensemble`, `best_tau`. Over `simulated_time`: what `monte_carlo` gives at
-    τ = 1, each with the ending `_simulated`. Attribute `oracle`: the oracle's fine-tuning risk.
+    Over `time`: `finetune`, `pretrain`, `…_ensemble` at the τ of least R_ft, `best_tau`. Over `simulated_time`: what
+    `monte_carlo` gives at τ = 1, each with the ending `_simulated`. Attribute `oracle`: its fine-tuning risk.
     """
     times, simulated = np.logspace(-1, 4, 101), np.logspace(-1, 4, 11)
     finetune, pretrain = _mean_along(forms, GradientFlow(times))
@@ -219,10 +200,8 @@ def training_time(key: Array, forms: Pair[RiskForm], problem: TwoTaskProblem, n:
         "best_tau": tau,
     }
     data = xr.Dataset({name: ("time", np.asarray(curve)) for name, curve in curves.items()}, {"time": times})
-    measured = monte_carlo(
-        key, problem, n, {"flow": GradientFlow(simulated)}, jnp.ones(1), replicates, names=simulated
-    ).isel(tau=0, drop=True)
+    flow = {"flow": GradientFlow(simulated)}
+    measured = monte_carlo(key, problem, n, flow, jnp.ones(1), replicates, names=simulated).isel(tau=0, drop=True)
     endings = {name: f"{name}_simulated" for name in measured} | {"filter": "simulated_time"}
-    return data.merge(measured.rename(endings)).assign_attrs(
-        measured.attrs | {"oracle": float(forms.finetune.oracle_risk().mean())}
-    )
+    attributes = measured.attrs | {"oracle": float(forms.finetune.oracle_risk().mean())}
+    return data.merge(measured.rename(endings)).assign_attrs(attributes)

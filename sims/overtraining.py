@@ -22,25 +22,9 @@ from sims.estimate import mean_and_error, progress, replicate
 from theory import overtraining as theory
 
 __all__ = [
-    "SCHEDULES",
-    "fine_tuned_losses",
-    "inflection",
-    "inflection_times",
-    "learning_curves",
-    "losses_under_noise",
-    "matched_forgetting",
-    "perturbed_losses",
-    "pretrain",
-    "pretrain_on_tokens",
-    "sample_rotated_task",
-    "sample_target",
-    "sample_tasks",
-    "sample_unrelated_task",
-    "sharpness",
-    "sharpness_and_forgetting",
-    "token_budgets",
-    "tuned",
-]
+    "SCHEDULES", "fine_tuned_losses", "inflection", "matched_forgetting", "perturbed_losses", "pretrain",
+    "pretrain_on_tokens", "sample_rotated_task", "sample_target", "sample_unrelated_task", "sharpness",
+]  # fmt: skip
 
 SCHEDULES: dict[str, Callable[..., Array]] = {
     "constant": network.constant,
@@ -87,10 +71,9 @@ def sample_unrelated_task(key: Array, target: Array, entry_std: float) -> Array:
 
 
 def sample_tasks(key: Array, target: Array, draws: int) -> dict[str, Array]:
-    """The four kinds of fine-tuning task of the figures, (draws, m, k) each.
+    """The fine-tuning tasks of the figures, (draws, m, k): "unrelated", "same + noise", "rotated" by 0.5, "stretched".
 
-    "unrelated" and "same + noise" with independent entries of the same spectral norm at every size; "rotated" by 0.5
-    radians; "stretched", all features 1.5 times as strong.
+    Independent entries have the same spectral norm at every size.
     """
     keys = jax.random.split(key, draws)
     entry_std = 0.15 * (24 / len(target)) ** 0.5
@@ -127,22 +110,16 @@ def pretrain(target: Array, times: np.ndarray, *, initial: float, step_size: flo
 def learning_curves(
     target: Array, times: np.ndarray, *, initial: float, step_sizes: list[float], imbalance: float = 0.0
 ) -> xr.Dataset:
-    """Singular values of the trained network beside gradient flow in closed form, dimensions (step_size, time, mode).
-
-    `measured` are the diagonal entries of UᵀWV, `exact` the closed form (docs, N1), `error` (step_size,) the largest
-    difference. Arguments as in `pretrain`, but for several step sizes.
-    """
+    """Diagonal of UᵀWV as `measured` (step_size, time, mode), `exact` by N1, and the largest `error` (step_size,)."""
     U, a, Vt = jnp.linalg.svd(target)
     measured = []
     for step_size in progress(step_sizes, "learning curves", len(step_sizes)):
         checkpoints = pretrain(target, times, initial=initial, step_size=step_size, imbalance=imbalance)
         measured.append(jnp.einsum("pi,tpq,iq->ti", U, checkpoints.product, Vt))
     w1, w2 = network.aligned_modes(*network.layer_modes(initial, imbalance), a, times)
-    data = xr.Dataset(
-        {"measured": (("step_size", "time", "mode"), np.stack(measured)), "exact": (("time", "mode"), w1 * w2)},
-        {"step_size": step_sizes, "time": times, "mode": np.arange(1, a.size + 1)},
-        {"initial": initial, "imbalance": imbalance, "size": len(target)},
-    )
+    variables = {"measured": (("step_size", "time", "mode"), np.stack(measured)), "exact": (("time", "mode"), w1 * w2)}
+    coordinates = {"step_size": step_sizes, "time": times, "mode": np.arange(1, a.size + 1)}
+    data = xr.Dataset(variables, coordinates, {"initial": initial, "imbalance": imbalance, "size": len(target)})
     return data.assign(error=abs(data.measured - data.exact).max(("time", "mode")))
 
 
@@ -193,8 +170,7 @@ def pretrain_on_tokens(
 
 def losses_under_noise(key: Array, checkpoints: TwoLayer, target: Array, gammas: Array) -> Array:
     """Loss (gamma, time) of every checkpoint (time, …) under one draw of Gaussian noise, scaled by every γ."""
-    common = jax.tree.map(lambda weights: jnp.zeros_like(weights[0]), checkpoints)
-    noise = network.perturb(key, common, 1.0)
+    noise = network.perturb(key, jax.tree.map(lambda weights: jnp.zeros_like(weights[0]), checkpoints), 1.0)
 
     def at(gamma: Array) -> Array:
         return network.loss(jax.tree.map(lambda w, e: w + gamma * e, checkpoints, noise), target)
@@ -226,32 +202,25 @@ def perturbed_losses(
         gammas: standard deviations γ ≥ 0 of the noise on every weight.
         replicas: number of perturbations.
     """
-    checkpoints = pretrain(target, times, initial=initial, step_size=step_size, imbalance=imbalance)
-    levels = jnp.asarray(gammas)
-
-    def measure(noise_key: Array) -> Array:
-        return losses_under_noise(noise_key, checkpoints, target, levels)
-
-    samples = np.asarray(replicate(measure, key, replicas, "perturbations"))
+    settings = {"initial": initial, "step_size": step_size, "imbalance": imbalance}
+    checkpoints, levels = pretrain(target, times, **settings), jnp.asarray(gammas)
+    measure = partial(losses_under_noise, checkpoints=checkpoints, target=target, gammas=levels)
+    samples = replicate(measure, key, replicas, "perturbations")
     a, (m, k) = jnp.linalg.svd(target, compute_uv=False), target.shape
-    shape = (m, checkpoints.w1.shape[-1], k)
-    loss = network.loss(checkpoints, target)
-    dims = ("gamma", "time")
-    data = xr.Dataset(
-        {
-            **mean_and_error(samples, dims, "perturbed"),
-            "perturbed_expected": (dims, np.asarray(loss + theory.gaussian_sensitivity(*checkpoints, levels[:, None]))),
-            "perturbed_flow": (dims, theory.perturbed_loss(initial, a, times, levels[:, None], shape, imbalance).total),
-            "loss": ("time", loss),
-            "inflection_flow": ("gamma", theory.inflection_time(initial, a, levels, shape, imbalance)),
-        },
-        {"gamma": gammas, "time": times},
-        {"replicas": replicas, "initial": initial, "step_size": step_size, "imbalance": imbalance, "size": len(target)},
-    )
+    shape, column = (m, checkpoints.w1.shape[-1], k), levels[:, None]
+    loss, dims = network.loss(checkpoints, target), ("gamma", "time")
+    variables = {
+        **mean_and_error(samples, dims, "perturbed"),
+        "perturbed_expected": (dims, np.asarray(loss + theory.gaussian_sensitivity(*checkpoints, column))),
+        "perturbed_flow": (dims, theory.perturbed_loss(initial, a, times, column, shape, imbalance).total),
+        "loss": ("time", loss),
+        "inflection_flow": ("gamma", theory.inflection_time(initial, a, levels, shape, imbalance)),
+    }
+    attributes = {"replicas": replicas, **settings, "size": len(target)}
+    data = xr.Dataset(variables, {"gamma": gammas, "time": times}, attributes)
     error = np.maximum(data.perturbed_error, 1e-12 * data.perturbed_expected)
-    return data.assign(
-        perturbed_z=(data.perturbed - data.perturbed_expected) / error, inflection=inflection(data.perturbed, rise=0.0)
-    )
+    gap = (data.perturbed - data.perturbed_expected) / error
+    return data.assign(perturbed_z=gap, inflection=inflection(data.perturbed, rise=0.0))
 
 
 def fine_tuned_losses(
@@ -289,31 +258,26 @@ def fine_tuned_losses(
             rates = SCHEDULES[schedule](jnp.asarray(step_sizes), steps)[:, None, None]
             after = network.descend(checkpoints, objectives, rates, penalty=pull, throw=False)
             size_1, size_2 = (jnp.sum(layer**2, axis=(-2, -1)) for layer in after)
-            for name, values in (
-                ("pretrain", network.target_objective(target).loss(after.product)),
-                ("finetune", network.target_objective(objectives).loss(after.product)),
-                ("spread", target.shape[0] * size_2 + target.shape[1] * size_1),
-            ):
+            losses = [network.target_objective(goal).loss(after.product) for goal in (target, objectives)]
+            for name, values in zip(samples, (*losses, target.shape[0] * size_2 + target.shape[1] * size_1)):
                 samples[name].append(np.where(np.isfinite(values), values, np.inf))
+    names = {"task": list(tasks), "schedule": list(schedules)}
+    coordinates = names | {"penalty": penalties, "step_size": step_sizes, "time": times}
     variables: dict[str, xr.Variable | tuple] = {}
     for name, parts in samples.items():  # each (penalty, step_size, draw, time)
         by_task = np.stack(parts).reshape(len(tasks), len(schedules), *parts[0].shape)
         with np.errstate(invalid="ignore"):  # overflowed runs: inf − inf in the error
-            dims = ("task", "schedule", "penalty", "step_size", "time")
-            variables |= mean_and_error(np.moveaxis(by_task, 4, 0), dims, name)
+            variables |= mean_and_error(np.moveaxis(by_task, 4, 0), tuple(coordinates), name)
     before = [network.loss(checkpoints, stack[:, None]).mean(axis=0) for stack in tasks.values()]
     variables["finetune_before"] = (("task", "time"), np.stack(before))
     variables["pretrain_before"] = ("time", network.loss(checkpoints, target))
-    names = {"task": list(tasks), "schedule": list(schedules)}
-    coordinates = names | {"penalty": penalties, "step_size": step_sizes, "time": times}
-    draws = len(next(iter(tasks.values())))
-    return xr.Dataset(variables, coordinates, {"steps": steps, "draws": draws, "size": len(target)})
+    attributes = {"steps": steps, "draws": len(objectives), "size": len(target)}
+    return xr.Dataset(variables, coordinates, attributes)
 
 
 def tuned(data: xr.Dataset) -> xr.Dataset:
     """Every checkpoint at the step size of its own least fine-tuning loss; `step_size` becomes a variable."""
-    best = data.finetune.argmin("step_size")
-    return data.isel(step_size=best).reset_coords("step_size")
+    return data.isel(step_size=data.finetune.argmin("step_size")).reset_coords("step_size")
 
 
 def inflection(curve: xr.DataArray, rise: float = 0.01) -> xr.DataArray:
@@ -332,34 +296,24 @@ def inflection(curve: xr.DataArray, rise: float = 0.01) -> xr.DataArray:
 def inflection_times(
     data: xr.Dataset, target: Array, gammas: np.ndarray, levels: np.ndarray, *, initial: float
 ) -> xr.Dataset:
-    """When more pretraining starts to hurt: perturbed, in closed form; fine-tuned; and both, one after the other.
+    """When more pretraining starts to hurt, from `fine_tuned_losses` of one schedule.
 
-    `inflection` (gamma,) and `mode_inflection` (gamma, mode) by N3; `fine_tuning_inflection` (task, penalty,
-    step_size); `combined_inflection` (gamma_after, step_size), fine-tuned to "unrelated" without a penalty, then
-    perturbed.
-
-    Args:
-        data: from `fine_tuned_losses`, of one schedule.
-        target: A (m, k).
-        gammas: γ of the closed form.
-        levels: γ of the perturbation after fine-tuning.
-        initial: s₀ of every mode.
+    `inflection` (gamma,), `mode_inflection` (gamma, mode) by N3; `fine_tuning_inflection` (task, penalty, step_size);
+    `combined_inflection` (gamma_after, step_size), fine-tuned to "unrelated", then perturbed by γ of `levels`.
     """
     a, (m, k) = jnp.linalg.svd(target, compute_uv=False), target.shape
     shape = (m, min(m, k), k)
     plain = data.sel(task="unrelated", penalty=0.0, drop=True)
     noise = xr.DataArray(levels, dims="gamma_after", coords={"gamma_after": levels})
     combined = plain.pretrain + (noise**2 * plain.spread + noise**4 * np.prod(shape)) / 2
-    return xr.Dataset(
-        {
-            "inflection": ("gamma", np.asarray(theory.inflection_time(initial, a, gammas, shape))),
-            "mode_inflection": (("gamma", "mode"), np.asarray(theory.mode_inflection_times(initial, a, gammas, shape))),
-            "fine_tuning_inflection": inflection(data.pretrain),
-            "combined_inflection": inflection(combined),
-        },
-        {"gamma": gammas},
-        data.attrs | {"initial": initial, "last_time": float(data.time[-1])},
-    )
+    variables = {
+        "inflection": ("gamma", np.asarray(theory.inflection_time(initial, a, gammas, shape))),
+        "mode_inflection": (("gamma", "mode"), np.asarray(theory.mode_inflection_times(initial, a, gammas, shape))),
+        "fine_tuning_inflection": inflection(data.pretrain),
+        "combined_inflection": inflection(combined),
+    }
+    attributes = data.attrs | {"initial": initial, "last_time": float(data.time[-1])}
+    return xr.Dataset(variables, {"gamma": gammas}, attributes)
 
 
 def token_budgets(
@@ -375,22 +329,11 @@ def token_budgets(
     replicas: int,
     schedules: tuple[str, ...] = ("constant",),
 ) -> xr.Dataset:
-    """Pretraining from small Gaussian weights on a budget of tokens, each seen once, then Gaussian perturbation.
+    """Pretraining from small Gaussian weights on budgets of tokens, multiples of the batch, then perturbation by γ.
 
-    Dimensions (schedule, budget), and gamma in front for `perturbed`. `loss` is the population loss ½‖W − A‖²_F,
-    `perturbed` the same expected under noise γ (docs, N2, exact for whatever weights were reached), both ± standard
-    errors over the replicas. With a decaying schedule every budget is a run of its own.
-
-    Args:
-        key: of starts and streams.
-        target: A (size, size).
-        budgets: ascending numbers of tokens, multiples of the batch.
-        gammas: γ ≥ 0 of the perturbation.
-        batch, noise_std: as in `pretrain_on_tokens`.
-        step_size: η, the peak of the schedules.
-        scale: standard deviation of the initial weights.
-        replicas: number of seeds of start and stream.
-        schedules: names in `SCHEDULES`.
+    Population `loss` (schedule, budget), and `perturbed` (gamma, …) by N2, with standard errors over the replicas.
+    With a decaying schedule every budget is a run of its own. `batch`, `noise_std` as in `pretrain_on_tokens`; `scale`
+    is the standard deviation of the initial weights.
     """
     start_key, stream_key = jax.random.split(key)
     size, steps = len(target), np.asarray(budgets) // batch
@@ -398,27 +341,19 @@ def token_budgets(
     train = partial(pretrain_on_tokens, stream_key, target, start, batch=batch, noise_std=noise_std)
     losses, rises = [], []
     for schedule in progress(schedules, "token budgets", len(schedules)):
-        if schedule == "constant":
-            checkpoints = train(network.constant(step_size, int(steps[-1])), steps)
-        else:
-            ends = []
-            for last in steps:
-                decayed = SCHEDULES[schedule](step_size, int(last))
-                rates = jnp.pad(decayed, (0, int(steps[-1] - last)))  # one length, one compilation
-                ends.append(train(rates, last[None]))
-            checkpoints = jax.tree.map(lambda *parts: jnp.concatenate(parts), *ends)
+        ends = []
+        for saved in [steps] if schedule == "constant" else steps[:, None]:
+            rates = SCHEDULES[schedule](step_size, int(saved[-1]))
+            ends.append(train(jnp.pad(rates, (0, int(steps[-1] - saved[-1]))), saved))  # one length, one compilation
+        checkpoints = TwoLayer(*(jnp.concatenate(layers) for layers in zip(*ends)))
         losses.append(network.loss(checkpoints, target))
         rises.append(theory.gaussian_sensitivity(*checkpoints, jnp.asarray(gammas)[:, None, None]))
     loss, rise = np.stack(losses), np.stack(rises, axis=1)  # (schedule, budget, replica), (gamma, …)
+    variables = mean_and_error(np.moveaxis(loss, -1, 0), ("schedule", "budget"), "loss")
+    variables |= mean_and_error(np.moveaxis(loss + rise, -1, 0), ("gamma", "schedule", "budget"), "perturbed")
     settings = {"batch": batch, "step_size": step_size, "noise_std": noise_std, "scale": scale}
-    return xr.Dataset(
-        {
-            **mean_and_error(np.moveaxis(loss, -1, 0), ("schedule", "budget"), "loss"),
-            **mean_and_error(np.moveaxis(loss + rise, -1, 0), ("gamma", "schedule", "budget"), "perturbed"),
-        },
-        {"schedule": list(schedules), "budget": budgets, "gamma": gammas},
-        settings | {"replicas": replicas, "size": size},
-    )
+    coordinates = {"schedule": list(schedules), "budget": budgets, "gamma": gammas}
+    return xr.Dataset(variables, coordinates, settings | {"replicas": replicas, "size": size})
 
 
 @partial(jax.jit, static_argnames="iterations")
@@ -474,16 +409,6 @@ def _largest_eigenvalue(times: Callable[[Array], Array], start: Array, iteration
     return jnp.linalg.eigvalsh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))[-1]
 
 
-def _principal_angles(first: Array, second: Array, rank: int) -> Array:
-    """Angles (…, rank) in radians, descending, between the spans of the leading left singular vectors of two products.
-
-    >>> _principal_angles(jnp.diag(jnp.array([2.0, 1.0])), jnp.diag(jnp.array([1.0, 2.0])), 1).round(3)
-    Array([1.571], dtype=float64)
-    """
-    left, right = (jnp.linalg.svd(product)[0][..., :rank] for product in (first, second))
-    return jnp.arccos(jnp.clip(jnp.linalg.svd(left.mT @ right, compute_uv=False), -1, 1))[..., ::-1]
-
-
 def matched_forgetting(
     checkpoints: TwoLayer, target: Array, task: Array, *, level: float, step_size: float, steps: int, saves: int = 200
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -514,7 +439,8 @@ def matched_forgetting(
     share = np.clip((above - level) / np.where(above > below, above - below, 1), 0, 1)
     after = (1 - share) * at(pretraining, first - 1) + share * at(pretraining, first)
     landed = jnp.take_along_axis(path.product, jnp.asarray(first)[None, ..., None, None], axis=0)[0]
-    angle = _principal_angles(checkpoints.product, landed, len(target) // 2)[..., 0]
+    left, right = (jnp.linalg.svd(product)[0][..., : len(target) // 2] for product in (checkpoints.product, landed))
+    angle = jnp.arccos(jnp.clip(jnp.linalg.svd(left.mT @ right, compute_uv=False)[..., -1], -1, 1))
     found = reached.any(axis=0)
     return np.where(found, after - pretraining[0], np.nan), np.where(found, angle, np.nan)
 
@@ -535,40 +461,23 @@ def sharpness_and_forgetting(
     finetune_steps: int,
     schedules: tuple[str, ...] = tuple(SCHEDULES),
 ) -> xr.Dataset:
-    """What the pretraining schedule leaves behind: loss, sharpness, and forgetting at matched fine-tuning loss.
+    """What pretraining by each schedule and peak rate leaves behind, dimensions (schedule, step_size, replica).
 
-    Dimensions (schedule, step_size, replica): `loss` and `sharpness` after pretraining on streaming tokens,
-    `forgetting` and `angle` when fine-tuning has come down to `level`.
-
-    Args:
-        key: of starts and streams.
-        target: A (size, size) of pretraining.
-        task: B (size, size) of fine-tuning.
-        step_sizes: peak rates of pretraining.
-        steps: of pretraining.
-        batch, noise_std: as in `pretrain_on_tokens`.
-        scales: standard deviations of the initial weights of the two layers.
-        replicas: number of seeds of start and stream.
-        level, finetune_step_size, finetune_steps: of `matched_forgetting`.
-        schedules: names in `SCHEDULES`.
+    `loss` and `sharpness` after pretraining on tokens, `forgetting` and `angle` of `matched_forgetting` at `level`.
+    `batch`, `noise_std` as in `pretrain_on_tokens`; `scales` are those of the initial weights of the two layers.
     """
     start_key, stream_key = jax.random.split(key)
     size = len(target)
     start = network.sample_network(start_key, (size, size, size), *scales, replicas=(replicas,))
+    forget = partial(matched_forgetting, level=level, step_size=finetune_step_size, steps=finetune_steps)
     rows = []
     cases = [(schedule, step_size) for schedule in schedules for step_size in step_sizes]
     for schedule, step_size in progress(cases, "schedules", len(cases)):
         rates = SCHEDULES[schedule](step_size, steps)
         end = pretrain_on_tokens(stream_key, target, start, rates, batch=batch, noise_std=noise_std)
-        forgetting, angle = matched_forgetting(
-            end, target, task, level=level, step_size=finetune_step_size, steps=finetune_steps
-        )
-        rows.append((network.loss(end, target), sharpness(end, target), forgetting, angle))
+        rows.append((network.loss(end, target), sharpness(end, target), *forget(end, target, task)))
     columns = np.array(rows).reshape(len(schedules), len(step_sizes), 4, replicas)
-    dims = ("schedule", "step_size", "replica")
+    dims, names = ("schedule", "step_size", "replica"), ("loss", "sharpness", "forgetting", "angle")
     settings = {"steps": steps, "batch": batch, "noise_std": noise_std, "level": level, "scales": scales, "size": size}
-    return xr.Dataset(
-        {name: (dims, columns[:, :, i]) for i, name in enumerate(("loss", "sharpness", "forgetting", "angle"))},
-        {"schedule": list(schedules), "step_size": step_sizes},
-        settings,
-    )
+    variables = {name: (dims, columns[:, :, index]) for index, name in enumerate(names)}
+    return xr.Dataset(variables, {"schedule": list(schedules), "step_size": step_sizes}, settings)

@@ -6,7 +6,9 @@ turned by an angle, with Gaussian noise added to the few fine-tuning labels. Eve
 noise-free images.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,9 @@ from jax import Array
 from linfit import Diagonal, MinNorm, Parabola, Ridge, fine_tune, leave_one_out
 from linfit.internal.checks import count, non_negative
 from linfit.selection import default_penalties
-from sims.estimate import mean_and_error, progress
+from sims.estimate import means_and_errors, progress
 
-__all__ = ["CLASSES", "Split", "digits_along_tau", "digits_split", "leave_one_out_penalty"]
+__all__ = ["digits_along_tau", "digits_split"]
 
 CLASSES = 10
 BANDWIDTH = 2.0
@@ -77,31 +79,38 @@ def digits_split(key: Array, p: int = 2048, n: int = 150, n_pretrain: int = 700,
     images, classes = _load_digits()
     n, n_pretrain = count("n", n, minimum=2), count("n_pretrain", n_pretrain, minimum=2)
     if n + n_pretrain + 2 > len(images):
-        raise ValueError(
-            f"n + n_pretrain must leave images for testing: at most {len(images) - 2}, got {n + n_pretrain}"
-        )
+        most = len(images) - 2
+        raise ValueError(f"n + n_pretrain must leave images for testing: at most {most}, got {n + n_pretrain}")
     order_key, feature_key = jax.random.split(key)
     order = np.asarray(jax.random.permutation(order_key, len(images)))
     turned = np.clip(scipy.ndimage.rotate(images, angle, axes=(1, 2), reshape=False, order=1), 0, 1)
     targets = jnp.asarray(np.eye(CLASSES)[classes])
-    upright_features = _random_fourier_features(feature_key, images, p)
-    turned_features = _random_fourier_features(feature_key, turned, p)
+    upright, turned = (_random_fourier_features(feature_key, pixels, p) for pixels in (images, turned))
     middle = n + n_pretrain + (len(images) - n - n_pretrain) // 2
     finetune, pretrain, pretrain_test, finetune_test = np.split(order, [n, n + n_pretrain, middle])
-    return Split(
-        (upright_features[pretrain], targets[pretrain]),
-        (upright_features[pretrain_test], targets[pretrain_test]),
-        (turned_features[finetune], targets[finetune]),
-        (turned_features[finetune_test], targets[finetune_test]),
-    )
+    parts = ((upright, pretrain), (upright, pretrain_test), (turned, finetune), (turned, finetune_test))
+    return Split(*((features[chosen], targets[chosen]) for features, chosen in parts))
 
 
-def leave_one_out_penalty(X: Array, targets: Array, theta_1: Array | None = None) -> float:
-    """The ridge penalty of least leave-one-out error, fitted from θ₁ (p, classes), zero if not given."""
+def over_splits(measure: Callable[..., dict[str, np.ndarray]], key: Array, splits: int) -> dict[str, np.ndarray]:
+    """measure(fold_in(key, i)) for i = 0 … splits − 1, every entry stacked in front."""
+    indices = progress(range(count("splits", splits, minimum=2)), "digits")
+    runs = [measure(jax.random.fold_in(key, index)) for index in indices]
+    return {name: np.stack([run[name] for run in runs]) for name in runs[0]}
+
+
+def _leave_one_out_penalty(X: Array, targets: Array, theta_1: Array) -> float:
+    """The ridge penalty of least leave-one-out error, fitted from θ₁ (p, classes)."""
     penalties = default_penalties(X)
-    start = jnp.zeros((X.shape[1], targets.shape[1])) if theta_1 is None else theta_1
-    errors = jnp.mean(leave_one_out(X, targets, start, penalties, 1.0) ** 2, axis=(-2, -1))
+    errors = jnp.mean(leave_one_out(X, targets, theta_1, penalties, 1.0) ** 2, axis=(-2, -1))
     return float(penalties[int(jnp.argmin(errors))])
+
+
+def ridge_from_zero(X: Array, classes: Array, others: Array | None = None) -> Array:
+    """Ridge from zero weights on class indicators (and other outputs), the penalty by leave-one-out on the classes."""
+    targets = classes if others is None else jnp.concatenate([classes, others], axis=1)
+    zero = jnp.zeros((X.shape[1], targets.shape[1]), X.dtype)
+    return fine_tune(X, targets, zero, Ridge(_leave_one_out_penalty(X, classes, zero[:, : classes.shape[1]])))
 
 
 def _error_along_tau(data: tuple[Array, Array], theta_1: Array, theta: Array, tau: Array) -> Array:
@@ -119,38 +128,38 @@ def _accuracy_along_tau(data: tuple[Array, Array], theta_1: Array, theta: Array,
     return jnp.stack([jnp.mean((start + t * moved).argmax(-1) == right) for t in tau])
 
 
-def _measure_split(key: Array, noise_levels: np.ndarray, tau: Array, **sizes: int) -> dict[str, np.ndarray]:
+def _measure_split(key: Array, noise_levels: np.ndarray, tau: Array, **sizes: Any) -> dict[str, np.ndarray]:
     """One split and one noise draw: test errors along τ for min-norm and ridge, and the leave-one-out choices.
 
     Arrays (noise level, filter, …); the label noise is the same draw scaled to each level.
     """
     split_key, noise_key = jax.random.split(key)
     split = digits_split(split_key, **sizes)
-    X_pre, y_pre = split.pretrain
-    zero = jnp.zeros((X_pre.shape[1], CLASSES))
-    theta_1 = fine_tune(X_pre, y_pre, zero, Ridge(leave_one_out_penalty(X_pre, y_pre)))
-    X, targets = split.finetune
+    theta_1, (X, targets) = ridge_from_zero(*split.pretrain), split.finetune
     noise = jax.random.normal(noise_key, targets.shape)
-    results: dict[str, list] = {name: [] for name in ("finetune", "pretrain", "accuracy", "loo", "loo_tau", "test_tau")}
+    rows: list[dict[str, Array]] = []
     for level in noise_levels:
         y = targets + level * noise
-        penalty = leave_one_out_penalty(X, y, theta_1)
+        penalty = _leave_one_out_penalty(X, y, theta_1)
         for filter, loo_penalty in ((MinNorm(), 0.0), (Ridge(penalty), penalty)):
-            theta = fine_tune(X, y, theta_1, filter)
+            path = (theta_1, fine_tune(X, y, theta_1, filter), tau)
             loo = jnp.sum(leave_one_out(X, y, theta_1, loo_penalty, tau) ** 2, axis=-1).mean(-1)
-            finetune = _error_along_tau(split.finetune_test, theta_1, theta, tau)
-            results["finetune"].append(finetune)
-            results["pretrain"].append(_error_along_tau(split.pretrain_test, theta_1, theta, tau))
-            results["accuracy"].append(_accuracy_along_tau(split.finetune_test, theta_1, theta, tau))
-            results["loo"].append(loo)
-            results["loo_tau"].append(tau[jnp.argmin(loo)])
-            results["test_tau"].append(tau[jnp.argmin(finetune)])
-    return {
-        name: np.asarray(values).reshape(len(noise_levels), 2, *np.shape(values[0])) for name, values in results.items()
-    }
+            finetune = _error_along_tau(split.finetune_test, *path)
+            rows.append(
+                {
+                    "finetune": finetune,
+                    "pretrain": _error_along_tau(split.pretrain_test, *path),
+                    "accuracy": _accuracy_along_tau(split.finetune_test, *path),
+                    "loo": loo,
+                    "loo_tau": tau[jnp.argmin(loo)],
+                    "test_tau": tau[jnp.argmin(finetune)],
+                }
+            )
+    shape = (len(noise_levels), 2)
+    return {name: np.stack([row[name] for row in rows]).reshape(*shape, *np.shape(rows[0][name])) for name in rows[0]}
 
 
-def digits_along_tau(key: Array, noise_levels: np.ndarray, tau: np.ndarray, splits: int, **sizes: int) -> xr.Dataset:
+def digits_along_tau(key: Array, noise_levels: np.ndarray, tau: np.ndarray, splits: int, **sizes: Any) -> xr.Dataset:
     """Both test errors along τ on the digits, averaged over random splits, features and noise.
 
     Args:
@@ -167,17 +176,10 @@ def digits_along_tau(key: Array, noise_levels: np.ndarray, tau: np.ndarray, spli
     test error at the former less that at the latter.
     """
     levels = np.asarray(non_negative("noise_levels", noise_levels, ndim=1))
-    runs = [
-        _measure_split(jax.random.fold_in(key, i), levels, jnp.asarray(tau), **sizes)
-        for i in progress(range(count("splits", splits, minimum=2)), "digits")
-    ]
-    samples = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
+    samples = over_splits(partial(_measure_split, noise_levels=levels, tau=jnp.asarray(tau), **sizes), key, splits)
     chosen = np.argmin(samples["loo"], axis=-1)[..., None]
     at_choice = np.take_along_axis(samples["finetune"], chosen, axis=-1)[..., 0]
     samples["loo_regret"] = at_choice - samples["finetune"].min(axis=-1)
-    variables: dict[str, xr.Variable] = {}
-    for name, values in samples.items():
-        dims = ("noise_std", "filter", "tau")[: values.ndim - 1]
-        variables |= mean_and_error(values, dims, name)
+    variables = means_and_errors(samples, ("noise_std", "filter", "tau"))
     coordinates = {"noise_std": levels, "filter": ["min-norm", "ridge"], "tau": tau}
     return xr.Dataset(variables, coordinates, {"splits": splits, "data": "scikit-learn digits", **sizes})

@@ -4,7 +4,7 @@ Nothing here uses the formulas of `theory.s3ft` to produce an estimate; on the s
 that measured and expected can be compared in standard errors. θ₁* = 0, so θ₁ = u and θ₂* = δ.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,27 +13,15 @@ import numpy as np
 import xarray as xr
 from jax import Array
 
-from linfit import Filter, MinNorm, Ridge, fine_tune, interpolate, s3ft_targets, sample_design, spectra
+from linfit import Filter, MinNorm, fine_tune, interpolate, s3ft_targets, sample_design, spectra
 from linfit.covariance import Covariance
 from linfit.internal.checks import count, non_negative
 from linfit.targets import Source, Targets, content_within, noisy
-from sims.estimate import means_and_errors, progress, replicate, standardised_gap
-from sims.real_data import CLASSES, Split, digits_split, leave_one_out_penalty
+from sims.estimate import means_and_errors, replicate, standard_error, standardised_gap
+from sims.real_data import CLASSES, Split, digits_split, over_splits, ridge_from_zero
 from theory.s3ft import SUPERVISED, Expectation, Procedure, VectorProblem, conditional
 
-__all__ = [
-    "VARIANTS",
-    "content_and_style_problem",
-    "digits",
-    "expected_on",
-    "measure_once",
-    "measured_coefficients",
-    "monte_carlo",
-    "rejection_only",
-    "sample_targets",
-    "settings_of",
-    "variant",
-]
+__all__ = ["VARIANTS", "content_and_style_problem", "expected_on", "monte_carlo", "sample_targets", "variant"]
 
 
 def content_and_style_problem(
@@ -76,9 +64,9 @@ def content_and_style_problem(
     spectrum = spectra.power_law(p, decay)
     latent = jax.random.normal(key, (k + styles, p), spectrum.dtype)  # a row per output: more outputs, the same first
     whitened, _ = jnp.linalg.qr((spectrum ** ((1 + alignment) / 2) * latent).T)
-    signal = jnp.concatenate([jnp.full(k, content_signal), jnp.full(styles, style_signal)])
-    shift = whitened / jnp.sqrt(spectrum)[:, None] * jnp.sqrt(signal)
     is_content = jnp.arange(k + styles) < k
+    signal = jnp.where(is_content, content_signal, style_signal).astype(spectrum.dtype)
+    shift = whitened / jnp.sqrt(spectrum)[:, None] * jnp.sqrt(signal)
     return VectorProblem(spectrum, spectrum, shift, is_content, noise_std, style_noise_std)
 
 
@@ -128,11 +116,9 @@ def variant(name: str, procedure: Procedure) -> Procedure:
 
 def settings_of(*procedures: Procedure) -> Procedure:
     """Every field as an array (settings,), the settings of one procedure after those of the other."""
-    flat = [
-        Procedure(*jnp.broadcast_arrays(*(jnp.atleast_1d(jnp.asarray(field, float)) for field in procedure)))
-        for procedure in procedures
-    ]
-    return jax.tree.map(lambda *fields: jnp.concatenate(fields), *flat)
+    fields = [[jnp.atleast_1d(jnp.asarray(field, float)) for field in procedure] for procedure in procedures]
+    flat = [Procedure(*jnp.broadcast_arrays(*procedure)) for procedure in fields]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *flat)
 
 
 def _every_variant(procedure: Procedure) -> Procedure:
@@ -141,35 +127,28 @@ def _every_variant(procedure: Procedure) -> Procedure:
     return jax.tree.map(lambda *fields: jnp.stack(jnp.broadcast_arrays(*fields)), *procedures)
 
 
-def _risks(theta: Array, problem: VectorProblem) -> dict[str, Array]:
-    """Content risk, style risk, the two drifts and R_pre of weights (…, p, m)."""
-
-    def squared(error: Array, covariance: Covariance) -> Array:
-        return covariance.squared_norm(jnp.swapaxes(error, -1, -2)).sum(axis=-1)
-
-    P, finetune = problem.content, problem.finetune_covariance
-    missed, moved = theta - problem.shift, theta - problem.pretrain_error
-    return {
-        "content_risk": squared(missed @ P, finetune),
-        "style_risk": squared(missed - missed @ P, finetune),
-        "content_drift": squared(moved @ P, finetune),
-        "style_drift": squared(moved - moved @ P, finetune),
-        "forgetting": squared(theta, problem.pretrain_covariance),
-    }
-
-
 def measure_once(
     key: Array, X: Array, problem: VectorProblem, procedure: Procedure, filter: Filter
 ) -> dict[str, Array]:
-    """One draw on a given design, for every setting of a procedure, all seeing the same draw: (settings,) each."""
-    targets = jax.vmap(lambda setting: sample_targets(key, X, problem, setting))(procedure)
+    """Shares and risks (settings,) of one draw on a given design, the same for every setting of a procedure."""
+    targets = jax.vmap(partial(sample_targets, key, X, problem))(procedure)
     settings, n, m = targets.values.shape
     columns = jnp.moveaxis(targets.values, 0, 1).reshape(n, settings * m)
-    start = jnp.tile(problem.pretrain_error, (1, settings))
-    theta = fine_tune(X, columns, start, filter)
-    weights = jnp.moveaxis(theta.reshape(-1, settings, m), 1, 0)
+    weights = fine_tune(X, columns, jnp.tile(problem.pretrain_error, (1, settings)), filter)
+    theta = jnp.moveaxis(weights.reshape(-1, settings, m), 1, 0)
+
+    def squared(error: Array, covariance: Covariance = problem.finetune_covariance) -> Array:
+        return covariance.squared_norm(jnp.swapaxes(error, -1, -2)).sum(axis=-1)
+
+    P, missed, moved = problem.content, theta - problem.shift, theta - problem.pretrain_error
     shares = {kind.name.lower(): jnp.mean(targets.source == kind, axis=1) for kind in Source}
-    return shares | _risks(weights, problem)
+    return shares | {
+        "content_risk": squared(missed @ P),
+        "style_risk": squared(missed - missed @ P),
+        "content_drift": squared(moved @ P),
+        "style_drift": squared(moved - moved @ P),
+        "forgetting": squared(theta, problem.pretrain_covariance),
+    }
 
 
 def expected_on(stack: Array, problem: VectorProblem, procedure: Procedure, filter: Filter) -> xr.Dataset:
@@ -240,18 +219,16 @@ def monte_carlo(
 
     measured = replicate(every_design, key, replicates, "S3FT")
     exact = _on_designs(stack, problem, settings, filter)
-    dims = ("procedure", "setting")
-    variables: dict[str, tuple[tuple[str, str], np.ndarray]] = {}
+    variables: dict[str, tuple] = {}
     for name, lines in exact.items():
-        samples = measured[name].reshape(-1, *lines.shape[1:])
-        paired = np.tile(lines, (replicates, 1, 1))
-        error = (samples - paired).std(axis=0, ddof=1) / len(samples) ** 0.5
-        variables |= {
-            name: (dims, samples.mean(axis=0)),
-            f"{name}_error": (dims, error),
-            f"{name}_exact": (dims, lines.mean(axis=0)),
-            f"{name}_z": (dims, standardised_gap(samples, paired)),
+        samples, paired = measured[name].reshape(-1, *lines.shape[1:]), np.tile(lines, (replicates, 1, 1))
+        values = {
+            name: samples.mean(axis=0),
+            f"{name}_error": standard_error(samples - paired),
+            f"{name}_exact": lines.mean(axis=0),
+            f"{name}_z": standardised_gap(samples, paired),
         }
+        variables |= {entry: (("procedure", "setting"), value) for entry, value in values.items()}
     attributes = {"n": stack.shape[1], "p": stack.shape[2], "designs": len(stack), "replicates": replicates}
     return xr.Dataset(variables, {"procedure": list(VARIANTS), **_fields(procedure)}, attributes)
 
@@ -259,57 +236,16 @@ def monte_carlo(
 def measured_coefficients(
     key: Array, problem: VectorProblem, n: int, procedure: Procedure, *, replicates: int
 ) -> xr.Dataset:
-    """Least squares on n ≫ p samples, as coefficients along ΔP and Δ(I−P): what the population formulas predict.
+    """Least squares on n ≫ p samples as coefficients tr Δ̂ᵀΣ₂Δ / tr ΔᵀΣ₂Δ (setting,), with `…_error` over replicates.
 
-    Dimensions (setting,): "content" and "style" of S3FT, and "rejection", the content coefficient of training on the
-    accepted own answers alone, each with `…_error` over the replicates. A coefficient is tr Δ̂ᵀΣ₂Δ / tr ΔᵀΣ₂Δ of what
-    was learned, content and style apart; NaN for a style there is none of.
+    `content` and `style` (NaN if there is none) of S3FT; `rejection`, of content, on the accepted own answers alone.
     """
     content, style = problem.gaps
+    settings = settings_of(procedure)
 
     def along(step: Array, gap: Array) -> Array:
         image = problem.finetune_covariance.apply(gap.T).T
         return jnp.sum(step * image) / jnp.sum(gap * image)
-
-    def measure(X: Array, targets: Targets, accepted: Array) -> dict[str, Array]:
-        residual, start = targets.values - X @ problem.pretrain_error, jnp.zeros_like(problem.shift)
-        step = fine_tune(X, residual, start, MinNorm())
-        own = fine_tune(X, residual, start, MinNorm(), accepted)
-        return {"content": along(step, content), "style": along(step, style), "rejection": along(own, content)}
-
-    return _over_settings(key, problem, n, procedure, replicates, measure)
-
-
-def rejection_only(
-    key: Array, problem: VectorProblem, n: int, procedure: Procedure, filter: Filter, *, replicates: int
-) -> xr.Dataset:
-    """Training on the accepted own answers alone, at any n: risks with standard errors, dimension (setting,).
-
-    Without sampling it is exactly the pretrained model: there is nothing in the targets that it does not say already.
-    Means over independent draws, a design to each.
-
-    >>> import jax
-    >>> from linfit import MinNorm
-    >>> from sims.s3ft import content_and_style_problem, rejection_only
-    >>> from theory.s3ft import Procedure
-    >>> problem = content_and_style_problem(jax.random.key(0), 20, 2, 1)
-    >>> data = rejection_only(jax.random.key(1), problem, 10, Procedure(1.0), MinNorm(), replicates=3)
-    >>> float(data.forgetting.item()), data.content_risk.values.round(6)
-    (0.0, array([2.]))
-    """
-
-    def measure(X: Array, targets: Targets, accepted: Array) -> dict[str, Array]:
-        theta = fine_tune(X, targets.values, problem.pretrain_error, filter, accepted)
-        return {"own": accepted.mean()} | _risks(theta, problem)
-
-    return _over_settings(key, problem, n, procedure, replicates, measure)
-
-
-def _over_settings(
-    key: Array, problem: VectorProblem, n: int, procedure: Procedure, replicates: int, measure: Callable[..., Any]
-) -> xr.Dataset:
-    """Means of measure(X, targets, accepted own answers) over draws, all settings on the same draw."""
-    settings = settings_of(procedure)
 
     def one(replicate_key: Array) -> dict:
         design_key, target_key = jax.random.split(replicate_key)
@@ -317,7 +253,11 @@ def _over_settings(
 
         def at(setting: Procedure) -> dict[str, Array]:
             targets = sample_targets(target_key, X, problem, setting)
-            return measure(X, targets, (targets.source == Source.OWN).astype(X.dtype))
+            accepted = (targets.source == Source.OWN).astype(X.dtype)
+            residual, start = targets.values - X @ problem.pretrain_error, jnp.zeros_like(problem.shift)
+            step = fine_tune(X, residual, start, MinNorm())
+            own = fine_tune(X, residual, start, MinNorm(), accepted)
+            return {"content": along(step, content), "style": along(step, style), "rejection": along(own, content)}
 
         return jax.lax.map(at, settings)
 
@@ -329,11 +269,9 @@ def _over_settings(
 _STYLE_SCALE = 0.3
 """Standard deviation of a style output of the digits, that of a class indicator."""
 
-_DIGITS_METHODS = ("pretrained", *VARIANTS, "SFT + ensemble")
-
 
 def _digits_once(
-    key: Array, noise_std: float, style_dimensions: tuple[int, ...], rates: tuple[float, float], **sizes: int
+    key: Array, noise_std: float, style_dimensions: tuple[int, ...], rates: tuple[float, float], **sizes: Any
 ) -> dict[str, np.ndarray]:
     """One split of the digits, every method: arrays (style dimensions, methods).
 
@@ -349,9 +287,7 @@ def _digits_once(
     own_style, gold_style = _STYLE_SCALE * jax.random.normal(style_key, shape, X.dtype)
     gold = jnp.concatenate([classes, X @ gold_style], axis=1)
     gold = gold + noise_std * jax.random.normal(noise_key, gold.shape, X.dtype)
-    y_pre = jnp.concatenate([classes_pre, X_pre @ own_style], axis=1)
-    start = jnp.zeros((X.shape[1], y_pre.shape[1]), X.dtype)
-    theta_1 = fine_tune(X_pre, y_pre, start, Ridge(leave_one_out_penalty(X_pre, classes_pre)))
+    theta_1 = ridge_from_zero(X_pre, classes_pre, X_pre @ own_style)
 
     def same_class(answers: Array, _: Array) -> Array:
         return answers[:, :CLASSES].argmax(1) == classes.argmax(1)
@@ -359,24 +295,21 @@ def _digits_once(
     own = X @ theta_1
     reworded = jnp.concatenate([gold[:, :CLASSES], own[:, CLASSES:]], axis=1)
     judge = noisy(judge_key, same_class, *rates)
-    targets = [
-        s3ft_targets(own, gold, jnp.zeros(len(X), bool)),
-        s3ft_targets(own, gold, judge, reworded),
-        s3ft_targets(own, gold, judge),
-    ]
+    supervised = s3ft_targets(own, gold, jnp.zeros(len(X), bool))
+    targets = [supervised, s3ft_targets(own, gold, judge, reworded), s3ft_targets(own, gold, judge)]
     tuned = [fine_tune(X, chosen.values, theta_1, MinNorm()) for chosen in targets]
     weights = [theta_1, *tuned, interpolate(theta_1, tuned[0], 0.5)]
-    rows = [_on_test_images(split, theta, theta_1, own_style, np.array(style_dimensions)) for theta in weights]
-    table = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
-    unknown = dict.fromkeys(targets[0].shares(), np.nan)
-    shares = [unknown, *(chosen.shares() for chosen in targets), targets[0].shares()]
-    return table | {name: np.tile([share[name] for share in shares], (len(style_dimensions), 1)) for name in unknown}
+    shares = [chosen.shares() for chosen in targets]
+    unknown = dict.fromkeys(shares[0], np.nan)
+    rows = [
+        _on_test_images(split, theta, theta_1, own_style, np.array(style_dimensions)) | share
+        for theta, share in zip(weights, [unknown, *shares, shares[0]])
+    ]
+    return {name: np.stack([np.broadcast_to(row[name], len(style_dimensions)) for row in rows], 1) for name in rows[0]}
 
 
-def _on_test_images(
-    split: Split, theta: Array, theta_1: Array, own_style: Array, style_dimensions: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Measurements with the first of the style outputs, (style dimensions,)."""
+def _on_test_images(split: Split, theta: Array, theta_1: Array, own_style: Array, styles: np.ndarray) -> dict:
+    """Measurements with the first `styles` of the style outputs, (style dimensions,) or one for all."""
     (X, classes), (X_pre, classes_pre) = split.finetune_test, split.pretrain_test
     answers, general = np.asarray(X @ theta), np.asarray(X_pre @ theta)
     learned = np.concatenate([classes_pre, X_pre @ own_style], axis=1)
@@ -385,16 +318,14 @@ def _on_test_images(
         """Of the first 0, 1, … outputs together, mean over images."""
         return np.concatenate([[0.0], np.cumsum(np.mean(error**2, axis=0))])
 
-    def accuracy(outputs: np.ndarray, targets: Array) -> np.ndarray:
-        right = outputs[:, :CLASSES].argmax(1) == np.asarray(targets).argmax(1)
-        return np.full(len(style_dimensions), right.mean())
+    def accuracy(outputs: np.ndarray, targets: Array) -> float:
+        return (outputs[:, :CLASSES].argmax(1) == np.asarray(targets).argmax(1)).mean()
 
-    moved = (answers - np.asarray(X @ theta_1))[:, CLASSES:]
     return {
         "accuracy": accuracy(answers, classes),
-        "content_risk": np.full(len(style_dimensions), squared(answers[:, :CLASSES] - classes)[-1]),
-        "style_drift": squared(moved)[style_dimensions],
-        "forgetting": squared(general - learned)[CLASSES + style_dimensions],
+        "content_risk": squared(answers[:, :CLASSES] - classes)[-1],
+        "style_drift": squared((answers - np.asarray(X @ theta_1))[:, CLASSES:])[styles],
+        "forgetting": squared(general - learned)[CLASSES + styles],
         "pretrain_accuracy": accuracy(general, classes_pre),
     }
 
@@ -407,30 +338,18 @@ def digits(
     *,
     false_accept: float = 0.0,
     false_reject: float = 0.0,
-    **sizes: int,
+    **sizes: Any,
 ) -> xr.Dataset:
-    """S3FT on the digits with nuisance outputs, averaged over random splits, features, styles and noise.
+    """S3FT on the digits with nuisance outputs, (style_dimension, procedure), with standard errors over splits.
 
-    Args:
-        key: of everything random.
-        noise_std: of the Gaussian noise on all gold answers of fine-tuning.
-        style_dimensions: numbers of nuisance outputs; fewer are the first of the same ones.
-        splits: random splits, at least 2.
-        false_accept, false_reject: error rates of the judge.
-        sizes: p, n, n_pretrain or angle of the split, as in `sims.real_data.digits_split`.
-
-    Dimensions (style_dimension, procedure). With standard errors over splits, on held-out images with clean labels:
-    `accuracy` and `content_risk` (squared error of the class indicators) on the turned digits, `style_drift` from the
-    pretrained model's answers there, `forgetting` (squared error of all outputs, classes and pretraining style) and
+    On held-out images with clean labels: `accuracy` and `content_risk` (squared error of the class indicators) on the
+    turned digits, `style_drift` from the pretrained answers there, `forgetting` (squared error of all outputs) and
     `pretrain_accuracy` on the upright ones; the shares `own`, `paraphrase`, `gold` of the training targets.
     """
-    level = float(non_negative("noise_std", noise_std, ndim=0))
-    runs = [
-        _digits_once(jax.random.fold_in(key, i), level, style_dimensions, (false_accept, false_reject), **sizes)
-        for i in progress(range(count("splits", splits, minimum=2)), "digits")
-    ]
-    samples = {name: np.stack([run[name] for run in runs]) for name in runs[0]}
-    variables = means_and_errors(samples, ("style_dimension", "procedure"))
-    coordinates = {"style_dimension": list(style_dimensions), "procedure": list(_DIGITS_METHODS)}
+    level, rates = float(non_negative("noise_std", noise_std, ndim=0)), (false_accept, false_reject)
+    measure = partial(_digits_once, noise_std=level, style_dimensions=style_dimensions, rates=rates, **sizes)
+    variables = means_and_errors(over_splits(measure, key, splits), ("style_dimension", "procedure"))
+    methods = ["pretrained", *VARIANTS, "SFT + ensemble"]
     attributes = {"splits": splits, "noise_std": level, "false_accept": false_accept, "false_reject": false_reject}
+    coordinates = {"style_dimension": list(style_dimensions), "procedure": methods}
     return xr.Dataset(variables, coordinates, attributes | sizes)

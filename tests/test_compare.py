@@ -19,13 +19,8 @@ SMALL = aligned_problem(
 
 @pytest.fixture(scope="module")
 def given():
-    problem = aligned_problem(
-        spectra.power_law(P),
-        alignment=0.3,
-        noise_std=0.3**0.5,
-        pretrain_spectrum=spectra.power_law(P, 0.5),
-        pretrain_risk=0.2,
-    )
+    pretrained = {"pretrain_spectrum": spectra.power_law(P, 0.5), "pretrain_risk": 0.2}
+    problem = aligned_problem(spectra.power_law(P), alignment=0.3, noise_std=0.3**0.5, **pretrained)
     return methods.sample_given(jax.random.key(7), problem, N)[0]
 
 
@@ -93,23 +88,19 @@ def test_ridge_and_its_ensemble(given):
 
 
 def test_early_stopping_flow_and_s3ft_by_stepping(given):
-    X, r = np.asarray(given.X), np.asarray(given.y - given.X @ given.theta_1)
-    time = 1.7
-    expected = flow_by_steps(X, r, time / unit(X))
-    np.testing.assert_allclose(
-        fitted("early stopping", given, jnp.array(time)) - given.theta_1, expected, rtol=1e-3, atol=1e-4
-    )
-    weights = np.exp(-(r**2) / np.median(r**2))
-    expected = flow_by_steps(X, r, time / unit(X), weights)
-    np.testing.assert_allclose(fitted("FLOW", given, jnp.array(time)) - given.theta_1, expected, rtol=1e-3, atol=1e-4)
-    both = fitted("FLOW + ensemble", given, jnp.array(time), jnp.array([0.0, 0.5, 1.0])) - given.theta_1
-    np.testing.assert_allclose(both, np.array([0, 0.5, 1])[:, None] * expected, rtol=1e-3, atol=1e-4)
+    X, r, time = np.asarray(given.X), np.asarray(given.residual), jnp.array(1.7)
+
+    def check(name, expected, *hyperparameters):
+        moved = fitted(name, given, *hyperparameters) - given.theta_1
+        np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-4)
+
+    check("early stopping", flow_by_steps(X, r, 1.7 / unit(X)), time)
+    weighted = flow_by_steps(X, r, 1.7 / unit(X), np.exp(-(r**2) / np.median(r**2)))
+    check("FLOW", weighted, time)
+    check("FLOW + ensemble", np.array([0, 0.5, 1])[:, None] * weighted, time, jnp.array([0.0, 0.5, 1.0]))
     kept = np.where(abs(r) <= 1.5 * np.median(abs(r)), 0, r)
     assert 0 < (kept == 0).sum() < N
-    expected = flow_by_steps(X, kept, time / unit(X))
-    np.testing.assert_allclose(
-        fitted("S3FT", given, 1.5, jnp.array(time)) - given.theta_1, expected, rtol=1e-3, atol=1e-4
-    )
+    check("S3FT", flow_by_steps(X, kept, 1.7 / unit(X)), 1.5, time)
 
 
 @pytest.mark.parametrize("fraction", [0.25, 1.0])
@@ -186,7 +177,7 @@ def test_low_rank_finds_the_best_factors(given, patient, rank, relative):
 
 def test_low_rank_is_the_nuclear_norm_where_rank_does_not_bind(given, patient):
     """min over factors of (‖A‖²+‖B‖²)/2 is ‖BA‖_*: against proximal gradient on that convex problem."""
-    X, r = np.asarray(given.X), np.asarray(given.y - given.X @ given.theta_1)
+    X, r = np.asarray(given.X), np.asarray(given.residual)
     penalty = 0.3 * np.linalg.norm(as_matrix(X.T @ r / N), 2)
     moved, rate = np.zeros(P), N / np.linalg.norm(X, 2) ** 2
     for _ in range(5_000):
@@ -299,14 +290,9 @@ def test_distances_average_to_that_of_the_mean_risks(samples):
     risks = np.stack([samples.risks[name][:, 0] for name in samples.risks], axis=1)
     per_task = ranking._distances(SMALL, samples.shifts, risks)
     assert (per_task >= -1e-9).all()
-    second = samples.shifts.T @ samples.shifts / len(samples.shifts)
-    drawn = TwoTaskProblem(
-        np.diag(SMALL.pretrain_covariance.diagonal()),
-        np.diag(SMALL.finetune_covariance.diagonal()),
-        RandomShift(second),
-        1.0,
-    )
-    mean = risks.mean(axis=0)
+    second, mean = samples.shifts.T @ samples.shifts / len(samples.shifts), risks.mean(axis=0)
+    matrices = (np.diag(covariance.diagonal()) for covariance in (SMALL.pretrain_covariance, SMALL.finetune_covariance))
+    drawn = TwoTaskProblem(*matrices, RandomShift(second), 1.0)
     np.testing.assert_allclose(per_task.mean(axis=0), distance(drawn, mean[:, 0], mean[:, 1]), rtol=1e-5)
 
 
@@ -317,27 +303,25 @@ def test_seeds_reproduce_and_tasks_do_not_depend_on_their_number(samples):
     assert (fewer.risks["ridge"] != other.risks["ridge"]).all()
 
 
-BAD = [
-    (lambda: sims.compare(jax.random.key(0), SMALL, 0), "n must be at least 1"),
-    (lambda: sims.compare(jax.random.key(0), SMALL, N, tasks=1), "tasks"),
-    (lambda: sims.compare(jax.random.key(0), SMALL, N, validation=0), "validation"),
-    (lambda: sims.compare(jax.random.key(0), SMALL, N, names=("LoRA",)), "names must be among"),
-    (lambda: sims.compare(jax.random.key(0), SMALL, N, names=()), "names"),
-    (lambda: sims.compare(jax.random.key(0), SMALL, N, weight=-1.0), "weight"),
-    (
-        lambda: sims.compare(jax.random.key(0), SMALL, N, names=("min-norm",), law="cauchy", tasks=2, validation=1),
-        "law",
-    ),
-    (lambda: sims.equivalent_coefficients(jax.random.key(0), SMALL, 10, {"FLOW": 1.0}, replicates=1), "replicates"),
-    (lambda: sims.equivalent_coefficients(jax.random.key(0), SMALL, 10, {"FLOW": 1.0}, replicates=2, rows=9), "rows"),
-    (lambda: sims.equivalent_coefficients(jax.random.key(0), SMALL, 10, {"LoRA": 1.0}, replicates=2), "knobs"),
-]
-
-
-@pytest.mark.parametrize(("call", "message"), BAD)
-def test_bad_input(call, message):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 0}, "n must be at least 1"),
+        ({"tasks": 1}, "tasks"),
+        ({"validation": 0}, "validation"),
+        ({"names": ("LoRA",)}, "names must be among"),
+        ({"names": ()}, "names"),
+        ({"weight": -1.0}, "weight"),
+        ({"names": ("min-norm",), "law": "cauchy", "tasks": 2, "validation": 1}, "law"),
+        ({"knobs": {"FLOW": 1.0}, "replicates": 1}, "replicates"),
+        ({"knobs": {"FLOW": 1.0}, "replicates": 2, "rows": 9}, "rows"),
+        ({"knobs": {"LoRA": 1.0}, "replicates": 2}, "knobs"),
+    ],
+)
+def test_bad_input(change, message):
+    call = sims.equivalent_coefficients if "knobs" in change else sims.compare
     with pytest.raises(ValueError, match=message):
-        call()
+        call(jax.random.key(0), SMALL, **({"n": N} | change))
 
 
 def test_ranking_needs_tasks_to_test_on(samples):
@@ -374,9 +358,8 @@ def test_no_method_is_below_the_frontier_on_random_problems(seed):
         assert excess.min() > 1 - 1e-9, (index, excess.min())
         assert (np.asarray(distance(problem, points[:, 0], points[:, 1])) >= -1e-9 * points[:, 1].max()).all()
         caught["smaller risks"] += (0.5 * excess).min() < 1
-        swapped = TwoTaskProblem(
-            problem.finetune_covariance, problem.pretrain_covariance, problem.shift, 1.0, problem.pretrain_error
-        )
+        covariances = (problem.finetune_covariance, problem.pretrain_covariance)
+        swapped = TwoTaskProblem(*covariances, problem.shift, 1.0, problem.pretrain_error)
         wrong = np.asarray(sum(w * r for w, r in zip((1, kappa), pareto(swapped, kappa), strict=True)))
         caught["swapped"] += ((points[:, :1] + kappa * points[:, 1:]) / wrong).min() < 1
     assert all(count > 20 for count in caught.values()), caught

@@ -60,17 +60,15 @@ def test_task_forms_equal_the_iteration_and_a_linear_solve(name, n, rtol):
     forms = task_forms(task, problem, weights)
     step_size = 0.5 * n / float(np.linalg.norm(task.X, 2)) ** 2
     X, W = np.asarray(task.X), np.diag(weights)
-    ridge = np.linalg.solve(
-        X.T @ W @ X / n + 0.2 * np.eye(problem.p), X.T @ W @ np.asarray(task.y - task.X @ task.theta_1) / n
-    )
+    residual = np.asarray(task.y - task.X @ task.theta_1)
+    ridge = np.linalg.solve(X.T @ W @ X / n + 0.2 * np.eye(problem.p), X.T @ W @ residual / n)
     descended = gradient_descent(*task[:3], step_size=step_size, steps=7, sample_weights=weights)
     pairs = [(GradientDescent(step_size, 7), descended), (Ridge(0.2), task.theta_1 + ridge)]
-    for filter, theta in pairs:
-        for tau in (1.0, 0.4):
-            moved = task.theta_1 + tau * (theta - task.theta_1)
-            risks = excess_risks(moved, problem, np.zeros(problem.p), task.theta_2_star)
-            for form, risk in zip(forms, risks):
-                np.testing.assert_allclose(form(filter, tau).total, risk, rtol=rtol)
+    for (filter, theta), tau in itertools.product(pairs, (1.0, 0.4)):
+        moved = task.theta_1 + tau * (theta - task.theta_1)
+        risks = excess_risks(moved, problem, np.zeros(problem.p), task.theta_2_star)
+        for form, risk in zip(forms, risks):
+            np.testing.assert_allclose(form(filter, tau).total, risk, rtol=rtol)
 
 
 @pytest.mark.slow
@@ -116,11 +114,9 @@ def test_monte_carlo_equals_one_task_at_a_time():
     problem, key = aligned_problem(spectra.power_law(12), noise_std=0.4**0.5, pretrain_risk=0.1), jax.random.key(5)
     filter = Several((GradientFlow(TIMES[:2]), Ridge(0.1)))
     weightings = {"hard": sims.tilted(-1.0), "unweighted": sims.tilted(0.0), "FLOW": sims.tilted(1.0)}
-    data = sims.monte_carlo(key, problem, 30, weightings, filter, np.arange(3), 2)
-    tau = 0.7
-    data = data.sel(deviation="gaussian")
+    data = sims.monte_carlo(key, problem, 30, weightings, filter, np.arange(3), 2).sel(deviation="gaussian")
+    tau, squares = 0.7, 0.0
     along = sims.along_tau(data, tau)
-    squares = 0.0
     for index in range(2):
         task = sample(jax.random.fold_in(key, index), problem, 30)
         squares += task.theta_2_star**2 / 2
@@ -143,7 +139,7 @@ def test_best_averages_are_the_least_of_a_grid(generator):
     fields = generator.uniform(0.5, 2, (2, 2, 5))
     parabolas = Pair(*(Parabola(jnp.full(5, 1.0), *jnp.asarray(field), jnp.zeros(5)) for field in fields))
     weights = np.array([0.0, 0.3, 2.0])
-    best, tau = sims.best_averages(parabolas, weights), np.linspace(0, 1, 1001)[:, None]
+    best, tau = sims._best_averages(parabolas, weights), np.linspace(0, 1, 1001)[:, None]
     finetune, pretrain = (parabola(tau).total for parabola in parabolas)
     for index, kappa in enumerate(weights):
         least = float((finetune + kappa * pretrain).min())
@@ -154,21 +150,15 @@ def test_best_averages_are_the_least_of_a_grid(generator):
 def test_flow_helps_on_the_task_itself_with_outliers_and_costs_without_them(seed):
     """n > p: the least mean R_ft along training, a paired comparison in standard errors, on both sides."""
     problem = aligned_problem(spectra.power_law(40), alignment=0.5, noise_std=2.0**0.5)
-    data = sims.monte_carlo(
-        jax.random.key(seed), problem, 160, {"unweighted": sims.tilted(0.0), "FLOW": sims.tilted(0.25)},
-        GradientFlow(TIMES), TIMES, 64, deviations=("gaussian", "outliers"),
-    )  # fmt: skip
-    differences = {}
-    for deviation in ("gaussian", "outliers"):
-        finetune = sims.along_tau(data.sel(risk="finetune", deviation=deviation))
-        best = [
-            finetune.sel(weighting=name).isel(filter=finetune.sel(weighting=name).mean("replicate").argmin("filter"))
-            for name in ("unweighted", "FLOW")
-        ]
-        mean, error = sims.estimate(best[1] - best[0])
-        differences[deviation] = float(mean / error)
-    assert differences["gaussian"] > 4
-    assert differences["outliers"] < -4
+    weightings, deviations = {"unweighted": sims.tilted(0.0), "FLOW": sims.tilted(0.25)}, ("gaussian", "outliers")
+    flow, key = GradientFlow(TIMES), jax.random.key(seed)
+    data = sims.monte_carlo(key, problem, 160, weightings, flow, TIMES, 64, deviations=deviations)
+    finetune = sims.along_tau(data.sel(risk="finetune"))
+    best = finetune.isel(filter=finetune.mean("replicate").argmin("filter"))
+    mean, error = sims.estimate(best.sel(weighting="FLOW") - best.sel(weighting="unweighted"))
+    gaussian, outliers = (mean / error).values
+    assert gaussian > 4
+    assert outliers < -4
 
 
 def z_scores(samples, expected):
@@ -194,9 +184,8 @@ def test_fixed_point_bends_where_the_noise_is_not_gaussian(seed):
 @pytest.mark.slow
 def test_sampled_moments_equal_theory(seed):
     noise_std = 0.8
-    covariance = np.array([[1.0, 0.4], [0.4, 0.6]])
+    covariance, temperatures = np.array([[1.0, 0.4], [0.4, 0.6]]), np.array([0.3, 2.0])
     problem = TwoTaskProblem(covariance, covariance, FixedShift([1.0, -0.5]), noise_std)
-    temperatures = np.array([0.3, 2.0])
     second, cross = sims.sample_moments(jax.random.key(seed), problem, 20_000, temperatures, 20)
     for index, temperature in enumerate(temperatures):
         weighted = theory.weighted_covariance(covariance, [1.0, -0.5], noise_std, temperature)
@@ -222,8 +211,8 @@ def test_sampled_iterates_follow_the_theorem(seed):
     rho, beta, steps, replicates = 0.6, 0.4, 6, 12
     problem = theory.two_task_problem(rho, p=3)
     temperatures = np.array([np.inf, float(theory.temperature_from_beta(beta, rho))])
-    sizes = 1 / np.asarray(theory.mean_weight(1.0, temperatures))
-    paths = sims.sample_iterates(jax.random.key(seed), problem, 10_000, temperatures, sizes, steps, replicates)
+    runs = list(zip(temperatures, 1 / np.asarray(theory.mean_weight(1.0, temperatures))))
+    paths = sims._sample_iterates(jax.random.key(seed), problem, 10_000, runs, steps, replicates)
     around = paths[..., :2] + np.array([1.0, 0.0])  # θ₂* = −ē
     grid = np.arange(steps + 1)
     exact = np.stack([theory.unweighted_iterates(rho, grid), theory.flow_iterates(rho, beta, grid)])
@@ -235,7 +224,7 @@ def test_sampled_iterates_follow_the_theorem(seed):
 def test_wrong_labels_are_as_many_as_asked_and_all_wrong():
     targets = jnp.eye(10)[jnp.arange(50) % 10]
     for share in (0.0, 0.3, 1.0):
-        y = sims.wrong_labels(jax.random.key(0), targets, share)
+        y = sims._wrong_labels(jax.random.key(0), targets, share)
         np.testing.assert_array_equal(y.sum(axis=1), 1)
         assert int((y.argmax(1) != targets.argmax(1)).sum()) == round(share * 50)
 
@@ -247,12 +236,12 @@ def test_digits_flow_forgives_wrong_labels_and_neglects_the_hardest():
     data = sims.digits_along_training(jax.random.key(0), times, np.array([0.0, 0.3]), 2, p=512, angle=20.0)
     right, wrong = (data.isel(share=index) for index in (0, 1))
     least = wrong.finetune.min("time")
-    gain = float(least.sel(weighting="unweighted") - least.sel(weighting="FLOW"))
-    assert gain > 2 * float(wrong.finetune_error.isel(time=slice(0, 14)).max())
+    gain = least.sel(weighting="unweighted") - least.sel(weighting="FLOW")
+    assert gain > 2 * wrong.finetune_error.isel(time=slice(0, 14)).max()
     early = right.sel(time=100.0, method="nearest")
-    hardest = early.hardest_accuracy
-    assert float(hardest.sel(weighting="FLOW")) < float(hardest.sel(weighting="unweighted")) - 0.1
-    assert float(early.pretrain.sel(weighting="FLOW")) < float(early.pretrain.sel(weighting="unweighted"))
+    flow, unweighted = (early.sel(weighting=name) for name in ("FLOW", "unweighted"))
+    assert flow.hardest_accuracy < unweighted.hardest_accuracy - 0.1
+    assert flow.pretrain < unweighted.pretrain
 
 
 KEY, BED = jax.random.key(0), aligned_problem(spectra.power_law(3))

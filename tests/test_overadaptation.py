@@ -13,13 +13,13 @@ from theory.optimum import minimise_over_logarithm
 from theory.overadaptation import best_of_each_method, overadaptation_condition
 
 
-def one_form(problem, n=10, seed=0):
-    return risk_forms(sample_design(jax.random.key(seed), problem.finetune_covariance, n), problem)
+def one_form(problem, n):
+    return risk_forms(sample_design(jax.random.key(0), problem.finetune_covariance, n), problem).finetune
 
 
 def test_condition_is_equivalent_to_tau_below_one_on_both_sides():
     """Noise just above and just below the threshold of a head-aligned shift."""
-    form = one_form(aligned_problem(spectra.power_law(60), alignment=1.0, noise_std=1.0), n=20).finetune
+    form = one_form(aligned_problem(spectra.power_law(60), alignment=1.0, noise_std=1.0), n=20)
     condition = overadaptation_condition(form)
     threshold = float(jnp.sqrt(condition.missed_signal / condition.fitted_noise))
     assert condition.missed_signal > 0
@@ -30,15 +30,14 @@ def test_condition_is_equivalent_to_tau_below_one_on_both_sides():
 
 
 def test_optima_agree_with_scipy_and_respect_the_oracle():
-    form = one_form(
-        aligned_problem(spectra.power_law(120), alignment=-0.4, noise_std=0.4**0.5, pretrain_risk=0.05), n=30
-    ).finetune
+    problem = aligned_problem(spectra.power_law(120), alignment=-0.4, noise_std=0.4**0.5, pretrain_risk=0.05)
+    form = one_form(problem, n=30)
     best = best_of_each_method(form)
+    search = {"bounds": (-12, 12), "method": "bounded", "options": {"xatol": 1e-10}}
     for name, family in (("ridge", Ridge), ("early stopping", GradientFlow)):
         reference = scipy.optimize.minimize_scalar(
-            lambda log, family=family: float(form(family(np.exp(log))).total), bounds=(-12, 12), method="bounded",
-            options={"xatol": 1e-10},
-        )  # fmt: skip
+            lambda log, family=family: float(form(family(np.exp(log))).total), **search
+        )
         np.testing.assert_allclose(best[name].risk, reference.fun, rtol=1e-9)
         np.testing.assert_allclose(np.log(best[name].hyperparameter), reference.x, atol=2e-3)
         ensemble = best[f"{name} + ensemble"]
@@ -50,9 +49,10 @@ def test_optima_agree_with_scipy_and_respect_the_oracle():
 
 
 def test_minimisation_finds_the_deeper_of_two_valleys_and_the_ends_of_the_range():
-    deeper = minimise_over_logarithm(
-        lambda x: jnp.minimum((jnp.log(x) + 3) ** 2 + 0.1, (jnp.log(x) - 4) ** 2), 1e-4, 1e4
-    )
+    def valleys(x):
+        return jnp.minimum((jnp.log(x) + 3) ** 2 + 0.1, (jnp.log(x) - 4) ** 2)
+
+    deeper = minimise_over_logarithm(valleys, 1e-4, 1e4)
     np.testing.assert_allclose(np.log(deeper.argument), 4, atol=1e-4)
     np.testing.assert_allclose(minimise_over_logarithm(lambda x: x, 1e-3, 1e3).argument, 1e-3, rtol=1e-2)
     np.testing.assert_allclose(minimise_over_logarithm(lambda x: -x, 1e-3, 1e3).argument, 1e3, rtol=1e-2)
@@ -69,13 +69,11 @@ PUBLISHED = {
 @pytest.mark.slow
 def test_published_phase_numbers_reproduce():
     """Averaged over 16 designs; one design varies by about 1% around it, so the published ones must be that close."""
-    stack = sample_designs(jax.random.key(0), aligned_problem(spectra.power_law(2000)).finetune_covariance, 200, 16)
+    spectrum = spectra.power_law(2000)
+    stack = sample_designs(jax.random.key(0), spectrum, 200, 16)
     for alignment, numbers in PUBLISHED.items():
-        best = best_of_each_method(
-            risk_forms(
-                stack, aligned_problem(spectra.power_law(2000), alignment=alignment, noise_std=0.1**0.5)
-            ).finetune
-        )
+        problem = aligned_problem(spectrum, alignment=alignment, noise_std=0.1**0.5)
+        best = best_of_each_method(risk_forms(stack, problem).finetune)
         for name, published in numbers.items():
             np.testing.assert_allclose(best[name].risk, published, rtol=0.01)
     # who wins where
@@ -108,13 +106,11 @@ def test_nothing_on_the_plane_is_below_the_oracle_frontier():
 
 @pytest.mark.parametrize("law", ["gaussian", pytest.param("student", marks=pytest.mark.slow)])
 def test_monte_carlo_agrees_with_exact_risk(law, seed):
-    problem = aligned_problem(
+    spectrum, pretrained = (
         spectra.power_law(60),
-        alignment=-0.5,
-        noise_std=0.5**0.5,
-        pretrain_risk=0.1,
-        pretrain_spectrum=spectra.power_law(60, 0.5),
+        {"pretrain_risk": 0.1, "pretrain_spectrum": spectra.power_law(60, 0.5)},
     )
+    problem = aligned_problem(spectrum, alignment=-0.5, noise_std=0.5**0.5, **pretrained)
     filters = {"min-norm": MinNorm(), "flow": GradientFlow(5.0)}
     data = monte_carlo(jax.random.key(seed), problem, 20, filters, jnp.array([0.0, 0.4, 1.0]), 300, law)
     for name in ("finetune", "finetune_bias", "finetune_variance", "pretrain"):

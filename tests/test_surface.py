@@ -80,11 +80,17 @@ def test_the_public_surface_is_small():
 
 
 def imports(tree: ast.Module):
-    """(module, name) of everything that is imported from this project, anywhere in the code."""
+    """(module, name) of everything that is imported from this project, or taken from a module that is."""
+    modules = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in FLOORS:
             for alias in node.names:
                 yield node.module, alias.name
+                if f"{node.module}.{alias.name}" in MODULES:
+                    modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield modules[node.value.id], node.attr
 
 
 def test_no_module_uses_the_private_names_of_another():

@@ -1,29 +1,20 @@
 """Sixteen ways to fine-tune on one plane: tuned alike, measured on the same tasks, with their distance to the frontier.
 
 - `methods`: the methods, and the grids their hyperparameters are chosen from;
-- `ranking`: tuning, risks with standard errors, distances to the Pareto frontier (docs, E2);
-- `problems`: the six problems they are compared on;
+- `ranking`: problems, tuning, risks with standard errors, distances to the Pareto frontier (docs, E2);
 - `ensembles`: methods that end where an ensemble does, measured (docs, E1).
 """
 
-from sims.compare.ensembles import ENSEMBLES, equivalent_coefficients, knob_at, population_paths, spread_problem
-from sims.compare.methods import METHODS, Method
-from sims.compare.problems import compared_problem, compared_problems
-from sims.compare.ranking import Samples, compare, frontier, measure, rank
+from sims.compare.ensembles import ENSEMBLES, equivalent_coefficients, knob_at
+from sims.compare.ensembles import population_paths as population_paths
+from sims.compare.ensembles import spread_problem as spread_problem
+from sims.compare.methods import METHODS
+from sims.compare.ranking import Samples as Samples
+from sims.compare.ranking import compare, compared_problem, frontier, measure, rank
+from sims.compare.ranking import compared_problems as compared_problems
 
+# what figures need besides stands above `as` itself
 __all__ = [
-    "ENSEMBLES",
-    "METHODS",
-    "Method",
-    "Samples",
-    "compare",
-    "compared_problem",
-    "compared_problems",
-    "equivalent_coefficients",
-    "frontier",
-    "knob_at",
-    "measure",
-    "population_paths",
+    "ENSEMBLES", "METHODS", "compare", "compared_problem", "equivalent_coefficients", "frontier", "knob_at", "measure",
     "rank",
-    "spread_problem",
-]
+]  # fmt: skip

@@ -12,24 +12,14 @@ import scipy.optimize
 import xarray as xr
 from jax import Array
 
-from linfit import (
-    FixedShift,
-    GradientFlow,
-    MinNorm,
-    TwoTaskProblem,
-    fine_tune,
-    flow_weights,
-    s3ft_targets,
-    sample_task,
-    spectra,
-)
-from linfit.design import Task
+from linfit import FixedShift, GradientFlow, MinNorm, TwoTaskProblem, fine_tune, flow_weights, s3ft_targets, spectra
+from linfit.design import Task, sample_task
 from linfit.internal.checks import ArrayLike, count
 from sims.estimate import means_and_errors
 from theory import flow, s3ft
 from theory.frontier import clipping_coefficient, trimming_ratio, weighting_coefficient
 
-__all__ = ["ENSEMBLES", "equivalent_coefficients", "knob_at", "population_paths", "spread_problem"]
+__all__ = ["ENSEMBLES", "equivalent_coefficients", "knob_at"]
 
 
 class _Ensemble(NamedTuple):
@@ -123,14 +113,13 @@ def equivalent_coefficients(
     >>> bool((abs(data.tau - 0.5) < 4 * data.tau_error).all())
     True
     """
-    at = np.stack([np.atleast_1d(np.asarray(value, float)) for value in knobs.values()])
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count("replicates", replicates, minimum=2)))
     if unknown := [name for name in knobs if name not in ENSEMBLES]:
         raise ValueError(f"knobs must be of {', '.join(ENSEMBLES)}; got {', '.join(unknown)}")
     n = count("n", n)
-    rows = count("rows", n if rows is None else rows, minimum=n)
-    tasks = _sample_tasks(problem, keys, rows, law)
-    samples = jax.device_get(_fit(problem, tasks, jnp.asarray(at), jnp.asarray(n), tuple(knobs)))
+    tasks = _sample_tasks(problem, keys, count("rows", n if rows is None else rows, minimum=n), law)
+    at = jnp.stack([jnp.atleast_1d(jnp.asarray(value, float)) for value in knobs.values()])
+    samples = jax.device_get(_fit(problem, tasks, at, jnp.asarray(n), tuple(knobs)))
     attributes = {"n": n, "replicates": replicates, "law": law}
     return xr.Dataset(means_and_errors(samples, ("estimator", "setting")), {"estimator": list(knobs)}, attributes)
 
@@ -160,11 +149,10 @@ def _fit(problem: TwoTaskProblem, tasks: Task, knobs: Array, n: Array, names: tu
 
 
 def population_paths(p: int, times: np.ndarray) -> xr.Dataset:
-    """Gradient flow of population losses stopped at `times`: `path` (line, coordinate, time).
+    """Gradient flow of population losses: `path` (line, coordinate, time), ‖δ‖²_Σ = 1, σ² = ½.
 
     Coordinates: `tau`, the coefficient reached, and `angle` to the segment from θ₁ to θ₂* in degrees, in the metric Σ.
-    Lines: unweighted (and Huber, whose path is the same in slower time) and FLOW at the median temperature, with
-    Σ = diag(1/j) and flat; ‖δ‖²_Σ = 1, σ² = ½.
+    Lines: unweighted (and Huber, in slower time) and FLOW at the median temperature, with Σ = diag(1/j) and flat.
     """
     lines = {}
     for name, spectrum in (("diag(1/j)", spectra.power_law(p)), ("flat", spectra.isotropic(p))):

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from linfit import (
+    Filter,
     GradientFlow,
     MinNorm,
     Ridge,
@@ -49,9 +50,7 @@ class Given(NamedTuple):
     X: Array
     """Fine-tuning design (n, p)."""
     y: Array
-    """Its labels (n,)."""
     theta_1: Array
-    """Pretrained weights (p,)."""
     replay_X: Array
     """Pretraining samples (n, p), for replay only."""
     replay_y: Array
@@ -82,53 +81,32 @@ def _unit(rows: Array) -> Array:
     return jnp.vdot(rows, rows) / rows.shape[0] ** 2
 
 
-def _pretrained(given: Given) -> Array:
-    """No fine-tuning at all."""
-    return given.theta_1
-
-
-def _min_norm(given: Given) -> Array:
-    """Fine-tuning until the data are interpolated."""
-    return fine_tune(given.X, given.y, given.theta_1, MinNorm())
+def _filtered(given: Given, filter: Filter) -> Array:
+    """Unweighted fine-tuning by a spectral filter; τ·filter is its ensemble (1−τ)θ₁ + τθ̂."""
+    return fine_tune(given.X, given.y, given.theta_1, filter)
 
 
 def _early_stopping(given: Given, time: Array) -> Array:
     """Gradient flow, stopped at a time."""
-    return fine_tune(given.X, given.y, given.theta_1, GradientFlow(time / _unit(given.X)))
+    return _filtered(given, GradientFlow(time / _unit(given.X)))
 
 
-def _ridge(given: Given, penalty: Array) -> Array:
-    """Penalty λ‖θ−θ₁‖²."""
-    return fine_tune(given.X, given.y, given.theta_1, Ridge(penalty * _unit(given.X)))
+def _ridge(given: Given, penalty: Array, tau: Array | float = 1.0) -> Array:
+    """Penalty λ‖θ−θ₁‖², and its ensemble."""
+    return _filtered(given, tau * Ridge(penalty * _unit(given.X)))
 
 
-def _min_norm_ensemble(given: Given, tau: Array) -> Array:
-    """(1−τ)θ₁ + τθ̂ of min-norm."""
-    return fine_tune(given.X, given.y, given.theta_1, tau * MinNorm())
-
-
-def _ridge_ensemble(given: Given, penalty: Array, tau: Array) -> Array:
-    """(1−τ)θ₁ + τθ̂ of ridge."""
-    return fine_tune(given.X, given.y, given.theta_1, tau * Ridge(penalty * _unit(given.X)))
-
-
-def _flow(given: Given, time: Array) -> Array:
+def _flow(given: Given, time: Array, tau: Array | float = 1.0) -> Array:
     """Weights e^{−ℓ/T} at the median temperature, stopped early: run to interpolation weights would not matter."""
     weights = flow_weights(given.residual**2)
-    return fine_tune(given.X, given.y, given.theta_1, GradientFlow(time / _unit(given.X)), weights)
-
-
-def _flow_ensemble(given: Given, time: Array, tau: Array) -> Array:
-    """(1−τ)θ₁ + τθ̂ of FLOW."""
-    theta = _flow(given, time)
-    return given.theta_1 + tau[:, None] * (theta - given.theta_1)
+    filter = GradientFlow(time / _unit(given.X))
+    return fine_tune(given.X, given.y, given.theta_1, tau * filter, weights)
 
 
 def _s3ft(given: Given, threshold: Array, time: Array) -> Array:
     """Own answers where they miss by at most `threshold` times the median miss, gold elsewhere; stopped early."""
     tolerance = threshold * jnp.median(abs(given.residual))
-    own = given.X @ given.theta_1
-    targets = s3ft_targets(own, given.y, lambda answers, gold: abs(answers - gold) <= tolerance)
+    targets = s3ft_targets(given.X @ given.theta_1, given.y, abs(given.residual) <= tolerance)
     return fine_tune(given.X, targets.values, given.theta_1, GradientFlow(time / _unit(given.X)))
 
 
@@ -215,7 +193,7 @@ def _emulated(given: Given, size: Array, tau: Array) -> Array:
     """The change of a small model, with a random share `size` of the features, τ times, added to the large one."""
     p = given.X.shape[1]
     features = given.X * (jax.random.permutation(given.key, p) < size * p)
-    return given.theta_1 + tau[:, None] * (fine_tune(features, given.y, given.theta_1, MinNorm()) - given.theta_1)
+    return fine_tune(features, given.y, given.theta_1, tau * MinNorm())
 
 
 def _several_anchors(given: Given, number: Array, penalty: Array) -> Array:
@@ -225,14 +203,14 @@ def _several_anchors(given: Given, number: Array, penalty: Array) -> Array:
 
 
 METHODS: dict[str, Method] = {
-    "pretrained": Method(_pretrained, {}),
-    "min-norm": Method(_min_norm, {}),
+    "pretrained": Method(lambda given: given.theta_1, {}),
+    "min-norm": Method(lambda given: _filtered(given, MinNorm()), {}),
     "early stopping": Method(_early_stopping, {"time": TIMES}),
     "ridge": Method(_ridge, {"penalty": PENALTIES}),
-    "min-norm + ensemble": Method(_min_norm_ensemble, {"tau": TAUS}),
-    "ridge + ensemble": Method(_ridge_ensemble, {"penalty": PENALTIES, "tau": TAUS}),
+    "min-norm + ensemble": Method(lambda given, tau: _filtered(given, tau * MinNorm()), {"tau": TAUS}),
+    "ridge + ensemble": Method(_ridge, {"penalty": PENALTIES, "tau": TAUS}),
     "FLOW": Method(_flow, {"time": FLOW_TIMES}),
-    "FLOW + ensemble": Method(_flow_ensemble, {"time": FLOW_TIMES[::2], "tau": TAUS}),
+    "FLOW + ensemble": Method(_flow, {"time": FLOW_TIMES[::2], "tau": TAUS}),
     "S3FT": Method(_s3ft, {"threshold": np.array([0.25, 0.5, 1.0, 1.5, 2.0]), "time": TIMES}),
     "replay": Method(_replay, {"fraction": np.array([0.25, 0.5, 1.0]), "penalty": PENALTIES}, refactors=True),
     "EWC": Method(_ewc, {"penalty": PENALTIES}),
@@ -242,7 +220,7 @@ METHODS: dict[str, Method] = {
     "emulated": Method(_emulated, {"size": np.array([0.125, 0.25, 0.5, 0.75]), "tau": TAUS}, refactors=True),
     "several anchors": Method(_several_anchors, {"number": np.array([2, 4, 8]), "penalty": PENALTIES}),
 }
-"""Every method by name; what it does is said at its function."""
+"""Every method by name; an ensemble averages with θ₁."""
 
 
 def over_grid(method: Method, given: Given) -> Array:

@@ -1,5 +1,6 @@
 """Methods tuned by R_ft + κR_pre on validation tasks, and measured on other tasks of the same problem."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,13 +13,37 @@ import numpy as np
 import xarray as xr
 from jax import Array
 
-from linfit import Empirical, FixedShift, Pair, RandomShift, TwoTaskProblem, excess_risks
+from linfit import Empirical, FixedShift, Pair, RandomShift, TwoTaskProblem, aligned_problem, excess_risks, spectra
 from linfit.internal.checks import ArrayLike, count, non_negative
 from sims.compare.methods import METHODS, over_grid, sample_given
 from sims.estimate import means_and_errors, progress
 from theory.frontier import pareto, weight_at
 
-__all__ = ["Samples", "compare", "frontier", "measure", "rank"]
+__all__ = ["compare", "compared_problem", "frontier", "measure", "rank"]
+
+
+def compared_problem(p: int, alignment: float, noise_std: float) -> TwoTaskProblem:
+    """Σ₂ = diag(1/j), Σ₁ ∝ diag(j^−½) of the same trace, Ω ∝ Σ₂^alignment with tr ΩΣ₂ = 1, R_pre(θ₁) = 0.1 (ours).
+
+    Pretraining was broader than the new task: small directions of Σ₂ matter more to it.
+
+    >>> from sims.compare import compared_problem
+    >>> compared_problem(30, alignment=0.0, noise_std=0.2).p
+    30
+    """
+    finetune = spectra.power_law(p)
+    pretrain = spectra.power_law(p, 0.5, trace=finetune.sum())
+    return aligned_problem(
+        finetune, alignment=alignment, noise_std=noise_std, pretrain_spectrum=pretrain, pretrain_risk=0.1
+    )
+
+
+def compared_problems(p: int) -> dict[str, TwoTaskProblem]:
+    """Six: the shift in the tail, isotropic, or along the head of the spectrum; low noise (σ² = 0.05) and high (1)."""
+    shifts = {"tail shift": -1.0, "isotropic shift": 0.0, "head shift": 1.0}
+    noises = {"low noise": 0.05**0.5, "high noise": 1.0}
+    pairs = itertools.product(shifts, noises)
+    return {f"{shift}, {noise}": compared_problem(p, shifts[shift], noises[noise]) for shift, noise in pairs}
 
 
 @eqx.filter_jit
@@ -38,6 +63,7 @@ def _measure(problem: TwoTaskProblem, keys: Array, n: int, names: tuple[str, ...
     return jax.lax.map(one, keys)
 
 
+_ALL = tuple(METHODS)
 _CHUNK = 16
 """Tasks measured between two signs of life; every call compiles for this many."""
 
@@ -53,26 +79,17 @@ class Samples(NamedTuple):
 
 
 def measure(
-    key: Array,
-    problem: TwoTaskProblem,
-    n: int,
-    tasks: int,
-    names: Sequence[str] = tuple(METHODS),
-    law: str = "gaussian",
+    key: Array, problem: TwoTaskProblem, n: int, tasks: int, names: Sequence[str] = _ALL, law: str = "gaussian"
 ) -> Samples:
-    """Fine-tune `tasks` tasks by every named method. Task i depends on `fold_in(key, i)` alone.
-
-    Raises ValueError for an unknown name or fewer than 1 sample or task.
-    """
+    """Fine-tune tasks by every named method, task i by `fold_in(key, i)`. Raises ValueError for an unknown name."""
     n, tasks = count("n", n), count("tasks", tasks)
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise ValueError(f"names must be among {', '.join(METHODS)}; got {', '.join(unknown) or 'none'}")
     indices = jnp.arange(-(-tasks // _CHUNK) * _CHUNK).reshape(-1, _CHUNK)
-    parts = [
-        jax.device_get(_measure(problem, jax.vmap(partial(jax.random.fold_in, key))(chunk), n, tuple(names), law))
-        for chunk in progress(indices, "comparing methods", len(indices))
-    ]
+    keys = jax.vmap(jax.vmap(partial(jax.random.fold_in, key)))(indices)
+    chunks = progress(keys, "comparing methods", len(keys))
+    parts = [jax.device_get(_measure(problem, chunk, n, tuple(names), law)) for chunk in chunks]
     # What comes out of `jit` has its names sorted; here they are in the order asked for.
     measured = {name: np.concatenate([part[name] for part in parts])[:tasks] for name in names}
     return Samples(problem, measured, np.concatenate([part[""] for part in parts])[:tasks])
@@ -86,7 +103,7 @@ def compare(
     weight: float = 1.0,
     tasks: int = 64,
     validation: int = 32,
-    names: Sequence[str] = tuple(METHODS),
+    names: Sequence[str] = _ALL,
     law: str = "gaussian",
 ) -> xr.Dataset:
     """Every method on one problem, tuned alike, with standard errors and its distance to the frontier.
@@ -132,10 +149,9 @@ def rank(samples: Samples, weight: float = 1.0, validation: int = 32) -> xr.Data
     The first `validation` tasks tune, the others test. Raises ValueError unless that leaves 2 of them, or for κ < 0.
     """
     costs = np.array([1.0, float(non_negative("weight", weight, ndim=0))])
-    if not 1 <= validation <= len(samples.shifts) - 2:
-        raise ValueError(
-            f"validation must leave at least 2 of {len(samples.shifts)} tasks for testing, got {validation}"
-        )
+    tasks = len(samples.shifts)
+    if not 1 <= validation <= tasks - 2:
+        raise ValueError(f"validation must leave at least 2 of {tasks} tasks for testing, got {validation}")
     chosen = {name: int(np.argmin((risks[:validation] @ costs).mean(axis=0))) for name, risks in samples.risks.items()}
     tested = np.stack([risks[validation:, chosen[name]] for name, risks in samples.risks.items()], axis=1)
     order = np.argsort((tested @ costs).mean(axis=0), kind="stable")
@@ -150,14 +166,17 @@ def rank(samples: Samples, weight: float = 1.0, validation: int = 32) -> xr.Data
     }
     variables = means_and_errors(quantities, ("estimator",))
     variables["setting"] = xr.Variable("estimator", [_setting(name, chosen[name]) for name in methods])
-    return xr.Dataset(
-        variables, {"estimator": methods}, {"weight": costs[1], "tasks": len(tested), "validation": validation}
-    )
+    attributes = {"weight": costs[1], "tasks": len(tested), "validation": validation}
+    return xr.Dataset(variables, {"estimator": methods}, attributes)
+
+
+def _with_shifts(problem: TwoTaskProblem, shifts: ArrayLike) -> TwoTaskProblem:
+    return replace(problem, shift=RandomShift(Empirical(shifts)))
 
 
 def frontier(samples: Samples, weights: ArrayLike, validation: int = 32) -> xr.Dataset:
     """The Pareto frontier of the shifts of the test tasks at every κ of `weights`: `finetune` and `pretrain`."""
-    points = pareto(replace(samples.problem, shift=RandomShift(Empirical(samples.shifts[validation:]))), weights)
+    points = pareto(_with_shifts(samples.problem, samples.shifts[validation:]), weights)
     values = {name: ("kappa", np.asarray(value)) for name, value in points._asdict().items()}
     return xr.Dataset(values, {"kappa": np.asarray(weights)})
 
@@ -180,7 +199,7 @@ def _setting(name: str, point: int) -> str:
 def _distances(problem: TwoTaskProblem, shifts: ArrayLike, risks: np.ndarray) -> np.ndarray:
     """(tasks, methods), for shifts (tasks, p) and risks (tasks, methods, 2)."""
     shifts = jnp.asarray(shifts)
-    kappa = weight_at(replace(problem, shift=RandomShift(Empirical(shifts))), risks[..., 0].mean(axis=0))
+    kappa = weight_at(_with_shifts(problem, shifts), risks[..., 0].mean(axis=0))
     at_ends = np.isinf(kappa) | (np.asarray(kappa) == 0)
     excess = risks - np.stack(_least(problem, shifts, kappa), axis=-1)
     per_kappa = np.where(at_ends, 0, 1 / np.where(at_ends, 1, kappa))
