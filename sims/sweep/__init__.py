@@ -9,25 +9,17 @@ An `Experiment` is a pure function of a key and parameters with a description of
 Importing this package, or `experiments`, loads neither JAX nor numpy; the other names are loaded when they are used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+# isort: skip_file
+from typing import TYPE_CHECKING
 
-from sims.sweep.experiments import Experiment, Output
+from linfit.internal.lazy import attach
+from sims.sweep.experiments import Experiment as Experiment, Output as Output
 
-if TYPE_CHECKING:
-    from sims.sweep import executors
-    from sims.sweep.driver import Watcher, run
-    from sims.sweep.plan import sweep_over
-    from sims.sweep.store import read
+if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads
+    from sims.sweep import executors as executors
+    from sims.sweep.driver import Watcher as Watcher, run as run
+    from sims.sweep.plan import sweep_over as sweep_over
+    from sims.sweep.store import read as read
 
-__all__ = ["Experiment", "Output", "Watcher", "executors", "read", "run", "sweep_over"]
-
-_MODULE_OF = {"Watcher": "driver", "read": "store", "run": "driver", "sweep_over": "plan"}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "executors":
-        return import_module("sims.sweep.executors")
-    if name in _MODULE_OF:
-        return getattr(import_module(f"sims.sweep.{_MODULE_OF[name]}"), name)
-    raise AttributeError(f"module 'sims.sweep' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = attach(__name__, __file__)
+__all__ += ["Experiment", "Output"]
