@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from figures.style import FORGETTING, TASK, Picture, bars, canvas, panel_letters, readable_ticks, seed_of
+from figures.style import COLOURS, FORGETTING, TASK, Picture, bars, canvas, panel_letters, readable_ticks, seed_of
 from sims import compare as sims
 from sims.compare import ENSEMBLES, METHODS, Samples
 from theory.frontier import smoothing_coefficient
@@ -28,8 +28,12 @@ _QUICK = Setting(n=30, p=90, tasks=8, validation=8, features=10, ratios=(4, 10, 
 _MORE_DATA = "something left of pretraining"
 _GROUPS = {
     "the two ends": ("#000000", "o", ("pretrained", "min-norm")),
-    "how far to move": ("#0072B2", "s", ("early stopping", "ridge", "L1 to init", "low rank", "random sub-nets")),
-    "averaging": ("#CC79A7", "D", ("min-norm + ensemble", "ridge + ensemble", "FLOW + ensemble", "emulated")),
+    "how far to move": (
+        COLOURS["ridge"],
+        "s",
+        ("early stopping", "ridge", "L1 to init", "low rank", "random sub-nets"),
+    ),
+    "averaging": (COLOURS["ensemble"], "D", ("min-norm + ensemble", "ridge + ensemble", "FLOW + ensemble", "emulated")),
     "other weights or targets": ("#009E73", "^", ("FLOW", "S3FT")),
     _MORE_DATA: ("#D55E00", "P", ("replay", "EWC", "several anchors")),
 }

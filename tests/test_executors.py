@@ -64,7 +64,7 @@ class Killer(Watcher):
     """Kills a worker some time after a given number of tasks."""
 
     def __init__(self, pids, after, delay):
-        self.pids, self.left, self.delay = pids, after, delay
+        self.pids, self.left, self.delay, self.killed = pids, after, delay, set[int]()
 
     def started(self, *_):
         if self.left == 0:
@@ -75,7 +75,9 @@ class Killer(Watcher):
 
     def _kill(self):
         if pids := [pid for pid in self.pids() if pid]:
-            os.kill(random.choice(pids), signal.SIGKILL)
+            victim = random.choice(pids)
+            os.kill(victim, signal.SIGKILL)
+            self.killed.add(victim)
 
 
 @pytest.mark.slow
@@ -96,7 +98,7 @@ def test_killing_workers_loses_nothing(tmp_path, generator, like_a_worker):
             outcome = run(sweep, store, executor=executor, watcher=killer)
             assert (outcome.tasks, outcome.left, outcome.failures) == (12, 0, [])
             assert numbers(store) == expected
-            seen |= set(pids())
+            seen |= set(pids()) | killer.killed
     assert len(seen) >= 12  # the kills did hit: the dead were replaced
 
 

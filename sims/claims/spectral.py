@@ -177,9 +177,11 @@ def _left_out(problem: TwoTaskProblem, X: Array, y: Array, penalty: Array, tau: 
     n = X.shape[1]
     one_less = Ridge(n * penalty / (n - 1))
 
-    def one(X: Array, y: Array) -> Sides:
+    def one(design: tuple[Array, Array]) -> Sides:
+        X, y = design
         residuals = leave_one_out(X, y, jnp.zeros(problem.p), penalty, tau)
         return risk_forms(X[:-1], problem).finetune(one_less, tau).total, jnp.mean(residuals**2)
 
-    exact, estimate = jax.vmap(one)(X, y)
+    # Not vmap: two eigendecompositions of batches in one program can starve each other of XLA's threads.
+    exact, estimate = jax.lax.map(one, (X, y))
     return exact + problem.noise_std**2, estimate

@@ -33,7 +33,10 @@ Answers = Iterator[tuple[Task, Result | str]]
 Executor = Callable[[Sweep, Sequence[Task]], Answers]
 
 RETRIES = 3
-"""How often a task is tried again after its worker has died, by every executor; then it is given up and reported."""
+"""How often a task is tried again after its worker has died; then it is given up and reported.
+
+A scheduler that runs already keeps its own count, Dask's `distributed.scheduler.allowed-failures`.
+"""
 
 PATIENCE = 60.0  # seconds without any local worker after which they are started anew
 TICK = 5.0  # seconds between two looks at the workers while nothing arrives
