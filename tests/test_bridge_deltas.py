@@ -176,6 +176,7 @@ def test_inspection_of_known_deltas(tmp_path, generator):
     np.testing.assert_allclose(delta_singular_values(base, tuned, "h.0.w")[:4], [4, 3, 2, 1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_inspection_of_several_real_runs(families):
     base, tuned = families["llama"]
     inspection = inspect(base, tuned)

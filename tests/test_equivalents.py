@@ -134,6 +134,7 @@ def test_a_million_eigenvalues():
     np.testing.assert_allclose(kappa * (1 - first / 1000), [0, 1e-3], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_degrees_of_freedom_and_the_derivative_of_kappa():
     """df₁ = n(1 − λ/κ) and dκ/dλ = 1/(1 − df₂/n); the derivative with respect to n is that of D1."""
     s, n, penalty = spectra.power_law(150), 60.0, 0.01

@@ -48,20 +48,19 @@ def test_every_package_states_its_public_names(package):
 
 def test_what_no_other_file_uses_starts_with_an_underscore():
     loaded_by_name = {"pictures", "curves", "replicate"}  # of a figure, of a page of the explorer
-    texts = {path: path.read_text() for path in [*FILES, *(ROOT / "tests").glob("*.py")]}
+    texts = {path: set(re.findall(r"\w+", path.read_text())) for path in [*FILES, *(ROOT / "tests").glob("*.py")]}
     for path in FILES:
         module = module_of(path)
         if module in public_modules() or module.startswith("sims.claims."):  # claims are collected
             continue
-        others = "\n".join(text for other, text in texts.items() if other != path)
         for name in functions(module) - loaded_by_name:
-            assert re.search(rf"\b{name}\b", others), f"{module}.{name}: start it with an underscore"
+            used = any(name in words for other, words in texts.items() if other != path)
+            assert used, f"{module}.{name}: start it with an underscore"
 
 
 def test_public_modules_list_their_functions():
     for module in public_modules() - PACKAGES:
-        others = [tree for other, tree in MODULES.items() if other != module]
-        used = {name for tree in others for source, name in imports(tree) if source == module}
+        used = {name for other in set(MODULES) - {module} for source, name in imports(other) if source == module}
         missing = functions(module) - set(stated(module)) - used
         assert not missing, f"{module}: add to __all__ or start with an underscore: {missing}"
 
@@ -76,23 +75,25 @@ def test_the_public_surface_is_small():
     assert len(names) <= MOST_NAMES, len(names)
 
 
-def imports(tree: ast.Module):
+@cache
+def imports(module: str) -> tuple[tuple[str, str], ...]:
     """(module, name) of everything that is imported from this project, or taken from a module that is."""
-    modules = {}
-    for node in ast.walk(tree):
+    nodes, names, modules = list(ast.walk(MODULES[module])), [], {}
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in FLOORS:
             for alias in node.names:
-                yield node.module, alias.name
+                names.append((node.module, alias.name))
                 if f"{node.module}.{alias.name}" in MODULES:
                     modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            yield modules[node.value.id], node.attr
+            names.append((modules[node.value.id], node.attr))
+    return tuple(names)
 
 
 def test_no_module_uses_the_private_names_of_another():
-    for module, tree in MODULES.items():
-        for source, name in imports(tree):
+    for module in MODULES:
+        for source, name in imports(module):
             assert name[0] != "_", f"{module} imports the private {source}.{name}"
 
 
