@@ -16,8 +16,9 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads: a pub
     from linfit.covariance import Dense as Dense, Diagonal as Diagonal, Empirical as Empirical
     from linfit.design import column_blocks as column_blocks, sample_design as sample_design
     from linfit.design import sample_designs as sample_designs, sample_task as sample_task
-    from linfit.filters import Filter as Filter, GradientDescent as GradientDescent, GradientFlow as GradientFlow
-    from linfit.filters import MinNorm as MinNorm, Ridge as Ridge
+    from linfit.filters import Combination as Combination, Filter as Filter, GradientDescent as GradientDescent
+    from linfit.filters import GradientFlow as GradientFlow, MinNorm as MinNorm, Ridge as Ridge
+    from linfit.filters import SelfDistillation as SelfDistillation, SharpnessAware as SharpnessAware
     from linfit.problem import FixedShift as FixedShift, Pair as Pair, RandomShift as RandomShift
     from linfit.problem import TwoTaskProblem as TwoTaskProblem, aligned_problem as aligned_problem
     from linfit.reduction import risk_forms as risk_forms
