@@ -11,7 +11,8 @@ from linfit.internal.lazy import attach
 if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads: a public name stands here and nowhere else
     from linfit import bridge as bridge, covariance as covariance, design as design, filters as filters
     from linfit import network as network, problem as problem, reduction as reduction, risk as risk
-    from linfit import selection as selection, solve as solve, spectra as spectra, targets as targets
+    from linfit import robust as robust, selection as selection, solve as solve, spectra as spectra
+    from linfit import targets as targets
     from linfit import weighting as weighting
     from linfit.covariance import Dense as Dense, Diagonal as Diagonal, Empirical as Empirical
     from linfit.design import column_blocks as column_blocks, sample_design as sample_design

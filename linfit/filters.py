@@ -205,8 +205,8 @@ class SelfDistillation(Filter):
         g = [(1−ξ) + ξ s/(s+λ)]/(s+λ) = g_λ + ξλ ∂g_λ/∂λ,      g_λ = 1/(s+λ)
 
     `penalty` λ ≥ 0 in the units of s, `mix` ξ any finite number: 0 is the teacher, 1 a student that sees nothing but
-    the teacher's answers, a negative one moves away from them. They broadcast. `theory.distillation.optimal_mix` has the
-    best ξ. Raises ValueError if λ is negative or NaN, or ξ is not finite.
+    the teacher's answers, a negative one moves away from them. They broadcast. `theory.distillation.optimal_mix` has
+    the best ξ. Raises ValueError if λ is negative or NaN, or ξ is not finite.
 
     >>> from linfit import SelfDistillation
     >>> SelfDistillation(1.0, [0.0, 1.0, -1.0])(jnp.array([1.0, 3.0]))

@@ -1,3 +1,13 @@
 """What is predicted: closed forms and their optima. Formulas only: nothing is sampled or measured here."""
 
-__all__ = ["equivalents", "flow", "frontier", "overadaptation", "overtraining", "s3ft"]
+__all__ = [
+    "distillation",
+    "dropout",
+    "equivalents",
+    "flow",
+    "frontier",
+    "overadaptation",
+    "overtraining",
+    "robust",
+    "s3ft",
+]
