@@ -12,8 +12,9 @@ singular values a of A the best network has
 
     s_i = max(a_i − μ, 0),      μ = (ν/h) Σ_i s_i = max over r of ν(a₁+…+a_r)/(h + νr):
 
-soft thresholding, weak features first (ours from this penalty). An aligned network, one unit for each feature, stays
-aligned and has instead the penalty (ν/2)Σs_i²: it ends at s = a/(1+ν) = (1−q)a, as if averaged with W = 0 (ours).
+soft thresholding, weak features first (ours from this penalty). An aligned network, one unit for each feature, has
+instead the penalty (ν/2)Σs_i² and rests at s = a/(1+ν) = (1−q)a, as if averaged with W = 0 (ours): where the penalty
+can be shared out better this is a saddle, which any disturbance leaves.
 
 A layer d that is dropped as a whole: E‖y − zXd‖² = ‖y − Xd‖² + ν‖Xd‖² is least at (1−q) times the fit, and gradient
 flow on it is the filter (1−q)·flow at time t/(1−q): an ensemble (ours). With a keep rate 1/γ(t) that changes on the
