@@ -501,7 +501,7 @@ def t2_calibrated(
     heavy_tails: float,
     **values: Any,
 ) -> Sides:
-    """Sources of targets, the judge as in the table of the docs; `reworded`: of what could be paraphrased, the share."""
+    """Sources of targets, the judge as in the table of the docs; `reworded`: of what could be, the share."""
     _, answers, gold = _answers(normal, **values)
     gold = gold * np.exp(heavy_tails * normal(len(gold)) - heavy_tails**2)[:, None]
     k, std = values["rank"], (1 + values["noise_std"] ** 2) ** 0.5
