@@ -217,15 +217,15 @@ def _caption_planes(data: xr.Dataset) -> str:
     return (
         "Every method at its own best hyperparameters in the plane of both risks (lower left is better). Line: the Pareto frontier "
         "of the same shifts, what weights could reach that knew both covariances and the shift; nothing can be in the shade below "
-        f"it. Methods with a risk 1.8 times the median, or less than 1/1.8 of it, stand in the lists. {_tuning(data, 'R_ft + R_pre')} Bars ± one standard error over {data.tasks} tasks, mostly smaller than the points. "
+        f"it. Methods with a risk beyond 1.5 times the median, or below 1/1.5 of it, stand in the lists. {_tuning(data, 'R_ft + R_pre')} Bars ± one standard error over {data.tasks} tasks, mostly smaller than the points. "
         f"{_problem_text(data)} Seed {data.seed}."
     )
 
 
 def _near(data: xr.Dataset) -> np.ndarray:
-    """Which methods have both risks within a factor of 1.8 of the median."""
+    """Which methods have both risks within a factor of 1.5 of the median."""
     ratios = np.stack([data[name] / data[name].median() for name in ("finetune", "pretrain")])
-    return np.all(abs(np.log(ratios)) < np.log(1.8), axis=0)
+    return np.all(abs(np.log(ratios)) < np.log(1.5), axis=0)
 
 
 def _name_points(axis: Axes, data: xr.Dataset, outside: xr.Dataset) -> None:
