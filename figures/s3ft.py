@@ -489,10 +489,7 @@ def _draw_own_distribution(data: xr.Dataset) -> Figure:
     for name in ("gold", "paraphrase", "own"):
         axes[0].stairs(data[f"{name}_density"], data.edge, fill=True, alpha=0.45, color=_SOURCES[name], label=name)
         axes[0].axvline(float(data[f"{name}_expected"]), color=_SOURCES[name], linewidth=1.2, linestyle="--")
-    top = np.sort(data.own_density.values)[-1]
-    axes[0].set(
-        xlabel="log-probability under the model, own answers at 0 [nats]", ylabel="density", ylim=(0, 1.05 * top)
-    )
+    axes[0].set(xlabel="log-probability, own answers at 0 [nats]", ylabel="density", yscale="log", ylim=(3e-4, 0.6))
     axes[0].legend(loc="upper left")
     places = np.arange(data.benchmark.size)[::-1]
     left = np.zeros(len(places))

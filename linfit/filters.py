@@ -191,12 +191,13 @@ class Combination(Filter):
         same_size("weights (last axis)", size, "the number of filters", len(self.filters))
 
     def __call__(self, eigenvalues: ArrayLike) -> Array:
-        terms = [Ensemble(filter, self.weights[..., index])(eigenvalues) for index, filter in enumerate(self.filters)]
-        total = terms[0]
-        for term in terms[1:]:
-            broadcastable("hyperparameters", term.shape, "those of the other filters and weights", total.shape)
-            total = total + term
-        return total
+        values = [filter(eigenvalues) for filter in self.filters]
+        shape = self.weights.shape[:-1]
+        for g in values:
+            broadcastable("hyperparameters", g.shape[:-1], "those of the other filters and weights", shape)
+            shape = np.broadcast_shapes(shape, g.shape[:-1])
+        terms = [self.weights[..., index, None].astype(g.dtype) * g for index, g in enumerate(values)]
+        return sum(terms[1:], terms[0])
 
 
 class SelfDistillation(Filter):

@@ -103,6 +103,47 @@ def test_early_stopping_flow_and_s3ft_by_stepping(given):
     check("S3FT", flow_by_steps(X, kept, 1.7 / unit(X)), 1.5, time)
 
 
+def test_smooth_weights_sharpness_and_layer_dropping_by_stepping(given):
+    X, r, time = np.asarray(given.X), np.asarray(given.residual), 1.3
+    smooth = flow_by_steps(X, r, time / unit(X), 1 / (1 + r**2 / np.median(r**2)))
+    sharp, dropped, steps = np.zeros(P), np.zeros(P), 4_000
+    for _ in range(steps):
+        ascended = sharp + 0.4 / unit(X) * X.T @ (X @ sharp - r) / N
+        sharp = sharp - time / unit(X) / steps * X.T @ (X @ ascended - r) / N
+        # kept half of the time at twice the size: the mean of the gradients zXᵀ(zXd − r) over z = 0 and z = 2
+        dropped = dropped - time / unit(X) / steps * X.T @ (2 * X @ dropped - r) / N
+    for name, hyperparameters, expected in (
+        ("smooth weights", (jnp.array(time),), smooth),
+        ("sharpness-aware", (0.4, jnp.array(time)), sharp),
+        ("layer dropping", (0.5, jnp.array(time)), dropped),
+    ):
+        moved = fitted(name, given, *hyperparameters) - given.theta_1
+        np.testing.assert_allclose(moved, expected, rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+def test_self_distillation_and_dropout_by_normal_equations(given):
+    X, y, theta_1 = (np.asarray(part) for part in (given.X, given.y, given.theta_1))
+    teacher = ridge_towards(X, y, theta_1, 0.5 * unit(X))
+    student = ridge_towards(X, 1.5 * y - 0.5 * X @ teacher, theta_1, 0.5 * unit(X))
+    np.testing.assert_allclose(fitted("self-distillation", given, -0.5, jnp.array(0.5)), student, rtol=1e-8)
+    expected = ridge_towards(X, y, theta_1, 0.25, np.mean(X**2, axis=0))  # q/(1−q) at q = 0.2
+    np.testing.assert_allclose(fitted("dropout", given, jnp.array(0.2)), expected, rtol=1e-7)
+
+
+def test_adversarial_by_search(given):
+    """The loss at the worst inputs, minimised by a general-purpose method from the weights found and from others."""
+    X, r = np.asarray(given.X), np.asarray(given.residual)
+    radius = 0.4 * np.linalg.norm(X.T @ r) / abs(r).sum()
+
+    def loss(moved):
+        return np.mean((abs(r - X @ moved) + radius * np.linalg.norm(moved)) ** 2)
+
+    moved = np.asarray(fitted("adversarial", given, jnp.array(0.4)) - given.theta_1)
+    found = scipy.optimize.minimize(loss, moved + 0.01, method="L-BFGS-B", options={"maxfun": 20_000})
+    assert loss(moved) < found.fun * (1 + 1e-4)
+    assert loss(moved) < 0.9 * loss(np.full(P, 1e-9))
+
+
 @pytest.mark.parametrize("fraction", [0.25, 1.0])
 def test_replay_is_stacked_least_squares(given, fraction):
     kept = round(fraction * N)

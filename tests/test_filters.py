@@ -9,7 +9,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from linfit import Filter, GradientDescent, GradientFlow, MinNorm, Ridge
+from linfit import Combination, Filter, GradientDescent, GradientFlow, MinNorm, Ridge, SelfDistillation, SharpnessAware
 from linfit.filters import Tabulated
 
 mpmath.mp.dps = 400  # 1 − (1−1e-300)^k needs them
@@ -40,6 +40,21 @@ FAMILIES = {
         lambda step_size: GradientDescent(step_size, 6),
         [1e-9, 0.125, 0.5, 1.0, 1.75],
         lambda s, step: geometric(s, step, 6),
+    ),
+    "distillation-penalty": Family(
+        lambda penalty: SelfDistillation(penalty, -0.75),
+        [1e-8, 0.03, 0.7, 40.0],
+        lambda s, penalty: (1 + mpmath.mpf(0.75) * penalty / (s + penalty)) / (s + penalty),
+    ),
+    "distillation-mix": Family(
+        lambda mix: SelfDistillation(0.25, mix),
+        [-3.0, 0.0, 0.5, 0.75],
+        lambda s, mix: (1 - mix * mpmath.mpf(0.25) / (s + 0.25)) / (s + 0.25),
+    ),
+    "sharpness-radius": Family(
+        lambda radius: SharpnessAware(0.75, radius),
+        [0.0, 1e-9, 0.5, 20.0],
+        lambda s, rho: mpmath.mpf(0.75) if s == 0 else -mpmath.expm1(-mpmath.mpf(0.75) * s * (1 + rho * s)) / s,
     ),
 }
 EIGENVALUES = [0.0, 1e-300, 1e-30, 1e-12, 1e-7, 1e-3, 0.3, 0.9999999, 1.0, 1.125]
@@ -183,6 +198,10 @@ FILTERS = [
     lambda number: GradientFlow(number(2)),
     lambda number: GradientDescent(number(1), number(3)),
     lambda number: number(1) * Ridge(number(2)),
+    lambda number: SelfDistillation(number(1), number(2)),
+    lambda number: SharpnessAware(number(1), number(2)),
+    lambda number: Combination((MinNorm(), Ridge(number(1))), [number(1), number(3)]),
+    lambda number: MinNorm() + GradientFlow(number(1)),
 ]
 
 
@@ -206,3 +225,60 @@ def test_a_tabulated_filter_is_its_values():
     np.testing.assert_array_equal(np.asarray(table), [1.0, 0.25])
     np.testing.assert_array_equal((2 * table)(np.ones(2)), [2.0, 0.5])
     assert table.shape == (2,)
+
+
+S = (0.0, 0.4, 1.1)
+
+
+@pytest.mark.numerical
+def test_sums_are_sums_of_values(rtol):
+    parts = (MinNorm(), Ridge([0.1, 0.9]), 0.3 * GradientFlow(2.0))
+    by_hand = sum(np.asarray(part(S)) for part in parts)
+    for total in (sum(parts), parts[0] + (parts[1] + parts[2]), Combination(parts, np.ones(3))):
+        assert isinstance(total, Filter)
+        np.testing.assert_allclose(total(S), by_hand, rtol=rtol)
+    np.testing.assert_allclose((2 * (parts[0] + parts[1]))(S), 2 * (parts[0](S) + parts[1](S)), rtol=rtol)
+
+
+def test_weights_and_hyperparameters_of_combinations_broadcast():
+    weights = np.arange(6.0).reshape(3, 1, 2)
+    g = Combination((Ridge([0.1, 0.9]), MinNorm()), weights)(S)
+    assert g.shape == (3, 2, 3)
+    np.testing.assert_allclose(g[2, 1], 4 * Ridge(0.9)(S) + 5 * MinNorm()(S), rtol=1e-14)
+    assert Combination((Ridge(1.0),), [2.0])(S).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Combination((MinNorm(), Ridge(1.0)), [1.0]), "weights .* must match the number of filters"),
+        (lambda: Combination((MinNorm(),), 1.0), "weights .* must match the number of filters"),
+        (lambda: Combination((MinNorm(), 2.0), [1.0, 1.0]), "filters must be linfit filters"),
+        (lambda: Combination((MinNorm(),), [np.nan]), "weights must be finite"),
+        (lambda: Combination((Ridge([1.0, 2.0]), Ridge([1.0, 2.0, 3.0])), [1.0, 1.0])(S), "must broadcast"),
+        (lambda: SelfDistillation(-1.0, 0.0), "penalty must be non-negative"),
+        (lambda: SelfDistillation(1.0, np.inf), "mix must be finite"),
+        (lambda: SelfDistillation([1.0, 2.0], [1.0, 2.0, 3.0]), "mix must broadcast"),
+        (lambda: SharpnessAware(1.0, -1.0), "radius must be non-negative"),
+        (lambda: SharpnessAware(np.nan, 1.0), "time must be non-negative"),
+    ],
+)
+def test_bad_combinations(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_only_filters_can_be_added():
+    for other in (1.0, None, np.ones(3)):
+        with pytest.raises(TypeError):
+            MinNorm() + other
+        with pytest.raises(TypeError):
+            other + MinNorm()
+
+
+@pytest.mark.numerical
+def test_limits_of_distillation_and_sharpness(rtol):
+    np.testing.assert_allclose(SelfDistillation(0.3, 0.0)(S), Ridge(0.3)(S), rtol=rtol)
+    np.testing.assert_array_equal(SelfDistillation([0.0, np.inf], 5.0)(S), Ridge([0.0, np.inf])(S))
+    np.testing.assert_array_equal(SharpnessAware(2.0, 0.0)(S), GradientFlow(2.0)(S))
+    np.testing.assert_array_equal(SharpnessAware(np.inf, 3.0)(S), MinNorm()(S))

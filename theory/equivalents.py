@@ -510,7 +510,7 @@ def _combination(population: _Population, filter: Combination | Ensemble) -> _Te
         own = _shape(member)
         # which of the member's T rows each of ours is
         rows = np.broadcast_to(np.arange(math.prod(own)).reshape(own), shape).ravel()
-        weight = jnp.broadcast_to(weights[..., index], shape).ravel()
+        weight = jnp.broadcast_to(weights[..., index], shape).ravel().astype(population.n.dtype)
         for ridges, active in _terms(population, member):
             scaled = jnp.where(active[rows], weight, 0)[:, None] * ridges.weights[rows]
             parts.append(rational.Ridges(ridges.penalties, scaled, ridges.group[rows]))
