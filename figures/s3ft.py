@@ -265,7 +265,9 @@ def _trade_off(stack: Array, problem: VectorProblem, filter: Filter, setting: Se
     strict = _BASE._replace(tolerance=0.5 * _RESIDUAL_STD)
     averaged = [sims.expected_on(stack, problem, strict, float(t) * filter).isel(setting=0) for t in tau]
     along_tau = xr.concat(averaged, xr.Variable("tau", tau))
-    variables = {
+    rewritten = sims.expected_on(stack, problem, Procedure(0.0, _SUCCESS), filter).sel(procedure="S3FT").isel(setting=0)
+    variables = {f"{name}_sdft": float(rewritten[name]) for name in ("forgetting", "content_risk")}
+    variables |= {
         f"{name}_along_{along}": (("procedure", along), data[name].transpose("procedure", ...).values)
         for along, data in (("tolerance", path), ("tau", along_tau))
         for name in ("forgetting", "content_risk")
@@ -286,6 +288,9 @@ def _draw_trade_off(data: xr.Dataset) -> Figure:
         point = float(end.forgetting_along_tau), float(end.content_risk_along_tau)
         axis.plot(*point, "o", color=_LINES[name])
         axis.annotate(name, point, (5, 4), textcoords="offset points", fontsize=7)
+    point = float(data.forgetting_sdft), float(data.content_risk_sdft)
+    axis.plot(*point, "o", color="#8C6D31")
+    axis.annotate("SDFT", point, (0, -11), textcoords="offset points", fontsize=7, ha="center")
     axis.set(xlabel=f"{FORGETTING}, all outputs", ylabel="task: content risk")
     axis.legend(loc="upper right")
     return figure
@@ -295,6 +300,7 @@ def _caption_trade_off(data: xr.Dataset) -> str:
     return (
         "Forgetting against the task (lower left is better). Averaging SFT with the pretrained model (pink) shrinks content and style alike; S3FT "
         f"leaves style where it was. The two add up: S3FT with a strict judge (tolerance 0.5 √v), then averaged (dashed), forgets least of these at any task risk it reaches. "
+        "SDFT rewrites every gold answer in the model's own words: the task risk of SFT, and only the style that paraphrases fail to keep. "
         f"Ridge with the Bayes penalty of SFT; exact expectation over {data.designs} designs. {_BASE_TEXT}. {_context(data)}"
     )
 
