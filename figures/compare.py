@@ -194,7 +194,7 @@ def _draw_planes(data: xr.Dataset) -> Figure:
         for name in chosen.estimator.values[inside]:
             point, (colour, marker) = chosen.sel(estimator=name), _STYLE[name]
             both = (point.pretrain, point.finetune, point.finetune_error, point.pretrain_error)
-            looks = {"elinewidth": 0.6, "ecolor": (*to_rgb(colour), 0.3), "markeredgecolor": "white"}
+            looks: dict[str, Any] = {"elinewidth": 0.6, "ecolor": (*to_rgb(colour), 0.3), "markeredgecolor": "white"}
             axis.errorbar(*both, fmt=marker, color=colour, markersize=5, markeredgewidth=0.4, **looks)
         axis.set(xscale="log", yscale="log", title=problem)
         for quantity, limit in (("pretrain", axis.set_xlim), ("finetune", axis.set_ylim)):

@@ -266,7 +266,7 @@ def _trade_off(stack: Array, problem: VectorProblem, filter: Filter, setting: Se
     averaged = [sims.expected_on(stack, problem, strict, float(t) * filter).isel(setting=0) for t in tau]
     along_tau = xr.concat(averaged, xr.Variable("tau", tau))
     rewritten = sims.expected_on(stack, problem, Procedure(0.0, _SUCCESS), filter).sel(procedure="S3FT").isel(setting=0)
-    variables = {f"{name}_sdft": float(rewritten[name]) for name in ("forgetting", "content_risk")}
+    variables: dict[str, Any] = {f"{name}_sdft": float(rewritten[name]) for name in ("forgetting", "content_risk")}
     variables |= {
         f"{name}_along_{along}": (("procedure", along), data[name].transpose("procedure", ...).values)
         for along, data in (("tolerance", path), ("tau", along_tau))

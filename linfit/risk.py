@@ -254,7 +254,7 @@ def _stacked(filters: Sequence[Filter] | Filter | ArrayLike) -> Filter | ArrayLi
         if not filters:
             raise ValueError("filters must hold at least one filter, got none")
         return Several(tuple(filters))
-    return filters  # type: ignore[return-value]
+    return filters
 
 
 # R(a) − R(g*) = ‖Gᵀa − g*‖²_H. With H = FᵀF this is least squares, F Gᵀa ≈ F⁻ᵀb, which loses half as many digits to

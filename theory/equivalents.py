@@ -452,8 +452,11 @@ def _terms(population: _Population, filter: Filter) -> list[_Term]:
         terms = [_combination(population, filter)]
     elif isinstance(filter, SelfDistillation | GradientFlow | GradientDescent):
         rows = jnp.broadcast_arrays(*jax.tree.leaves(filter))
-        family = {SelfDistillation: _distillation, GradientFlow: _gradient_flow}.get(type(filter))
-        terms = (family or partial(_gradient_descent, population))(*(row.ravel().astype(dtype) for row in rows))
+        flat = [row.ravel().astype(dtype) for row in rows]
+        if isinstance(filter, GradientDescent):
+            terms = _gradient_descent(population, *flat)
+        else:
+            terms = _gradient_flow(*flat) if isinstance(filter, GradientFlow) else _distillation(*flat)
     else:
         known = "MinNorm, Ridge, GradientFlow, GradientDescent, SelfDistillation, or sums and multiples of them"
         raise ValueError(f"filter must be {known}: no equivalent for {type(filter).__name__}")

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.integrate
 import scipy.linalg
@@ -376,7 +377,7 @@ def c5(normal: Normal, rate: float, rows: int, units: int, columns: int, togethe
         kept = np.array(mask)
         mean += loss(kept) * (1 - rate) ** kept.sum() * rate ** (units - kept.sum())
     shared = (1 - rate) * loss(np.ones(units)) + rate * loss(np.zeros(units))
-    penalty = float(dropout.hidden_penalty(TwoLayer(w1, w2), rate))
+    penalty = float(dropout.hidden_penalty(TwoLayer(jnp.asarray(w1), jnp.asarray(w2)), rate))
     return np.sum((w1 @ w2 - A) ** 2) / 2 + penalty, (1 - together) * mean + together * shared
 
 
@@ -485,10 +486,10 @@ def _answers(
     R"F_k = \frac{\mathrm{own}-a}{1-f-a},\quad q = \frac{\mathrm{paraphrase}}{(1-a)(1-f)(1-F_k)}",
     parameters=ANSWERS
     | {
-        "own": Parameter(low=0.3, high=0.7),
+        "own": Parameter(low=0.3, high=0.65),
         "reworded": Parameter(low=0.1, high=1.0),
         "false_accept": Parameter(low=0.0, high=0.25),
-        "false_reject": Parameter(low=0.0, high=0.1),
+        "false_reject": Parameter(low=0.1, high=0.25),
         "heavy_tails": Parameter(highest=0.8),
     },
 )
