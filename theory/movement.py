@@ -1,14 +1,15 @@
 """How far one fine-tuning moves each coordinate: its mean and its variance, without sampling a design (docs, P1; ours).
 
 In the eigenbasis of Σ = diag(s), n samples y = Xθ* + ε and a filter g(s) = Re Σ_a w_a/(s+λ_a) (`theory.rational`) move
-coordinate j of the weights, which misses its optimum by Δ_j, by f_jΔ_j on average, and by a fluctuation around it,
+coordinate j of the weights, which misses its optimum by Δ_j, by f_jΔ_j on average and by a fluctuation of variance Var_j,
 
-    f_j = Re Σ_a w_a s_j r_ja,     Var_j = Σ_ab w_a w_b s_j r_ja r_jb (σ² + κ_aκ_b Σ_i E Δ_i² s_i r_ia r_ib) / (n(1−γ_ab)),
-    r_ja = 1/(s_j+κ_a),            γ_ab = (1/n) Σ_i s_i² r_ia r_ib,
+    f_j = Re Σ_a w_a s_j r_ja,
+    Var_j = Σ_ab w_a w_b s_j r_ja r_jb · (σ² + κ_aκ_b Σ_i E Δ_i² s_i r_ia r_ib) / (n(1−γ_ab)),
+    r_ja = 1/(s_j+κ_a),      γ_ab = (1/n) Σ_i s_i² r_ia r_ib,
 
-κ_a = κ(λ_a) of D1, the double sum over complex nodes and their conjugates. That is D2 with M = e_jeⱼᵀ, one coordinate as
-its own test covariance: a of D2 is then s_j r_ja r_jb/(n(1−γ_ab)). Everything else is made of these two p-vectors:
-pipelines of many stages, merges of many runs. Independent designs enter through f alone wherever they meet.
+κ_a = κ(λ_a) of D1, the double sum over complex nodes and their conjugates. That is D2 with M = e_jeⱼᵀ, one coordinate
+as its own test covariance: a of D2 is then s_j r_ja r_jb/(n(1−γ_ab)). All else is made of these two p-vectors: pipelines
+of many stages, merges of many runs. Two independent designs meet in f alone.
 """
 
 from collections.abc import Callable
@@ -40,8 +41,8 @@ class Nodes(NamedTuple):
 def nodes(filter: Filter, dtype: jnp.dtype) -> Nodes:
     """The ridges that a filter is a sum of. MinNorm, Ridge, GradientFlow, GradientDescent, and τ times one of them.
 
-    Traced hyperparameters get the nodes of every case (few or many steps, an infinite time), those in vain with weight 0.
-    Raises ValueError for another filter.
+    Traced hyperparameters get the nodes of every case (few or many steps, an infinite time), those in vain with weight
+    0. Raises ValueError for another filter.
 
     >>> from linfit import Ridge
     >>> nodes(0.5 * Ridge([1.0, 2.0]), jnp.float64).weights
@@ -196,8 +197,8 @@ def movement(filter: Filter | Nodes, spectrum: ArrayLike, n: ArrayLike) -> Movem
         n: samples, any real number > 0.
 
     Asymptotic: n and p large, designs like Gaussian ones; relative error O(1/n). Costs N passes over the spectrum for N
-    nodes (1 for ridge). Differentiable in everything. Raises ValueError as `nodes` and `effective_regularization`, and if
-    gradient descent diverges.
+    nodes (1 for ridge). Differentiable in everything. Raises ValueError as `nodes` and `effective_regularization`, and
+    if gradient descent diverges.
 
     >>> from linfit import MinNorm
     >>> movement(MinNorm(), jnp.ones(4), 1).fraction   # n/p
