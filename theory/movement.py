@@ -1,15 +1,15 @@
 """How far one fine-tuning moves each coordinate: its mean and its variance, without sampling a design (docs, P1; ours).
 
 In the eigenbasis of Σ = diag(s), n samples y = Xθ* + ε and a filter g(s) = Re Σ_a w_a/(s+λ_a) (`theory.rational`) move
-coordinate j of the weights, which misses its optimum by Δ_j, by f_jΔ_j on average and by a fluctuation of variance Var_j,
+coordinate j, which misses its optimum by Δ_j, by f_jΔ_j on average and by a fluctuation of variance Var_j:
 
     f_j = Re Σ_a w_a s_j r_ja,
     Var_j = Σ_ab w_a w_b s_j r_ja r_jb · (σ² + κ_aκ_b Σ_i E Δ_i² s_i r_ia r_ib) / (n(1−γ_ab)),
     r_ja = 1/(s_j+κ_a),      γ_ab = (1/n) Σ_i s_i² r_ia r_ib,
 
 κ_a = κ(λ_a) of D1, the double sum over complex nodes and their conjugates. That is D2 with M = e_jeⱼᵀ, one coordinate
-as its own test covariance: a of D2 is then s_j r_ja r_jb/(n(1−γ_ab)). All else is made of these two p-vectors: pipelines
-of many stages, merges of many runs. Two independent designs meet in f alone.
+as its own test covariance: a of D2 is then s_j r_ja r_jb/(n(1−γ_ab)). Pipelines of many stages and merges of many runs
+are made of these two p-vectors. Two independent designs meet in f alone.
 """
 
 from collections.abc import Callable
@@ -51,9 +51,13 @@ def nodes(filter: Filter, dtype: jnp.dtype) -> Nodes:
     """
     if isinstance(filter, Ensemble):
         inner = nodes(filter.filter, dtype)
-        tau = filter.tau.astype(dtype)[..., None]
-        penalties = jnp.broadcast_to(inner.penalties, (*tau.shape[:-1], 1)) if tau.ndim > 1 else inner.penalties
-        return Nodes(penalties, tau * inner.weights)
+        weights = filter.tau.astype(dtype)[..., None] * inner.weights
+        return Nodes(jnp.broadcast_to(inner.penalties, weights.shape), weights)
+    if hasattr(filter, "filters") and hasattr(filter, "weights"):
+        terms = [nodes(filter.weights[..., k] * term, dtype) for k, term in enumerate(filter.filters)]
+        shape = np.broadcast_shapes(*(term.weights.shape[:-1] for term in terms))
+        parts = zip(*([jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in term] for term in terms), strict=True)
+        return Nodes(*(jnp.concatenate(part, axis=-1) for part in parts))
     if isinstance(filter, MinNorm):
         return Nodes(jnp.zeros(1, dtype), jnp.ones(1, dtype))
     if isinstance(filter, Ridge):
@@ -222,9 +226,13 @@ def movement(filter: Filter | Nodes, spectrum: ArrayLike, n: ArrayLike) -> Movem
 
 def require_stable(filter: Filter, spectrum: Array, n: Array) -> None:
     """Raise ValueError if gradient descent diverges on designs of this size."""
-    if isinstance(filter, Ensemble):
-        require_stable(filter.filter, spectrum, n)
-    elif isinstance(filter, GradientDescent) and is_concrete(filter, spectrum, n):
+    for part in (getattr(filter, "filter", None), *getattr(filter, "filters", ())):
+        if part is not None:
+            require_stable(part, spectrum, n)
+    if not isinstance(filter, GradientDescent) or not is_concrete(filter, spectrum, n):
+        return
+    bound = (spectrum.max() ** 0.5 + (spectrum.sum() / n) ** 0.5) ** 2  # the edge with every eigenvalue at the top
+    if float(filter.step_size.max() * bound) >= 2:
         limit = float(2 / spectral_edge(spectrum, n))
-        if (np.asarray(filter.step_size) >= limit).any():
+        if float(filter.step_size.max()) >= limit:
             raise ValueError(f"step_size must be below 2/s_max = {limit:.6g} on this data, got {filter.step_size}")
