@@ -1,8 +1,8 @@
 """Several stages of fine-tuning on given designs: the exact risk of every task after every stage (docs, P1; ours).
 
-Derivation. The weights start at 0 and every stage adds a combination of its rows, so with all designs stacked, Z (N, p),
-and all labels y (N,), θ_k = ZᵀL_k y for a matrix L_k (N, N). Let E select the rows of stage k, X = EZ, and
-G = U diag(g(s)) Uᵀ/n its filter, XXᵀ/n = U diag(s) Uᵀ. Then
+Derivation. The weights start at 0 and every stage adds a combination of its rows. So with all designs stacked, Z (N, p),
+and all labels y (N,), θ_k = ZᵀL_k y for a matrix L_k (N, N). Let E select the rows of stage k, X = EZ, and G its filter,
+G = U diag(g(s)) Uᵀ/n, XXᵀ/n = U diag(s) Uᵀ. Then
 
     L_k = (1−τ)L_a + τ[L_{k−1} + EᵀG(E − X Zᵀ L_{k−1})],      L_{−1} = 0,
 
@@ -66,16 +66,16 @@ def exact_risks(
     shape = (len(tests), len(tests), Z.shape[1])
     if targets.shape != shape or tests.shape != shape[1:]:
         raise ValueError(f"targets and tests must be {shape} and {shape[1:]}, got {targets.shape} and {tests.shape}")
-    task = np.arange(len(rows)) if task is None else np.asarray(task)
+    tasks = list(stages) if task is None else list(task)
     sources = [k - 1 for k in stages] if average_with is None else list(average_with)
-    for name, given in (("task", task), ("average_with", sources)):
+    for name, given in (("task", tasks), ("average_with", sources)):
         same_size(name, len(given), "the number of designs", len(rows))
-    if max(task) >= len(tests) or any(not -1 <= source < k for k, source in enumerate(sources)):
-        raise ValueError(f"task must be below {len(tests)} and average_with an earlier stage, got {task} and {sources}")
+    if max(tasks) >= len(tests) or any(not -1 <= source < k for k, source in enumerate(sources)):
+        raise ValueError(f"task must be < {len(tests)} and average_with an earlier stage, got {tasks} and {sources}")
     sizes, numbers = np.array([len(X) for X in rows]), {"noise_std": noise_std, "tau": tau}
     noise_std, tau = (jnp.broadcast_to(real_array(*pair), len(rows)) for pair in numbers.items())
     solutions = _solutions(Z, sizes, filters, tau, sources)
-    return _risks(Z, solutions, targets, tests, np.repeat(task, sizes), jnp.repeat(noise_std**2, sizes))
+    return _risks(Z, solutions, targets, tests, np.repeat(tasks, sizes), jnp.repeat(noise_std**2, sizes))
 
 
 def _solutions(Z: Array, sizes: np.ndarray, filters: Sequence[Filter], tau: Array, sources: list[int]) -> list[Array]:

@@ -84,10 +84,10 @@ def _flow(time: Array) -> Nodes:
 def _descent(steps: Array, step_size: Array) -> Nodes:
     """Few steps on a circle, many on the contour of gradient flow."""
     k, eta = steps.ravel(), step_size.ravel()
-    few = rational.few_steps_ridges(jnp.minimum(k, rational.FEW_STEPS), eta, jnp.arange(k.size))
+    circle = rational.few_steps_ridges(jnp.minimum(k, rational.FEW_STEPS), eta, jnp.arange(k.size))
     more = jnp.maximum(k, rational.FEW_STEPS)
-    many = rational.descent_ridges(more, rational.plan(more, eta, concrete=False))
-    few, many = _shaped(few, steps.shape), _shaped(many, steps.shape)
+    contour = rational.descent_ridges(more, rational.plan(more, eta, concrete=False))
+    few, many = _shaped(circle, steps.shape), _shaped(contour, steps.shape)
     return _either(steps <= rational.FEW_STEPS, _scaled(few, steps > 0), many)
 
 
@@ -177,8 +177,7 @@ def _conjugated(kappa: Array, weights: Array) -> tuple[Array, Array, Array]:
     if not jnp.iscomplexobj(kappa):
         return kappa, weights, identity
     to_real = jnp.block([[identity, identity], [1j * identity, -1j * identity]])
-    both = (jnp.concatenate([x, x.conj()]) for x in (kappa, weights / 2))
-    return *both, to_real
+    return jnp.concatenate([kappa, kappa.conj()]), jnp.concatenate([weights, weights.conj()]) / 2, to_real
 
 
 def _in_blocks(function: Callable[..., Array], count: int, *vectors: Array) -> Array:

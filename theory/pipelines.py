@@ -9,8 +9,8 @@ a any earlier stage, k−1 unless said otherwise. Pretraining is stage 0.
 Derivation. All covariances share an eigenbasis and all designs are independent. By D1 and D2 the fine-tuned weights
 are, coordinate by coordinate, (1−f)θ_{k−1} + fθ*_k plus a fluctuation that nothing earlier is correlated with, of
 variance Var (`theory.movement`), where E Δ² = E(θ*_k − θ_{k−1})². So θ_k is a known linear combination of earlier
-weights and optima plus independent noise, and the second moments among {current weights, stages averaged with later,
-optima} follow from each other: a row of new products is the same combination of the old rows. On task b, M its spectrum,
+weights and optima plus independent noise, and the second moments among current weights, weights averaged with later and
+optima follow from each other: a row of new products is the same combination of the old rows. On task b, M its spectrum,
 
     R_b = Σ_j M_j E(θ_k − θ*_b)_j².
 
@@ -114,12 +114,12 @@ def _indices(name: str, given: Indices, minimum: int) -> tuple[int, ...] | None:
 class _Run(NamedTuple):
     """Stages whose filters have as many nodes, so that one scan serves them; leading axis (K,)."""
 
-    spectrum: Array
-    """(K, p), or (p,) if all share it."""
+    spectrum: Array | None
+    """(K, p), or (p,) if all share it; None where it is not repeated."""
+    nodes: Nodes
     n: Array
     noise_std: Array
     tau: Array
-    nodes: Nodes
     task: Array
     source: Array
     """Slot of the weights that are averaged with: 0 those of the stage before."""
@@ -266,7 +266,7 @@ def _runs(stages: list[Stage], dtype: jnp.dtype) -> tuple[list[_Run], int]:
         numbers = (jnp.broadcast_to(x.astype(dtype), (count,)) for x in (stage.n, stage.noise_std, stage.tau))
         filters = Nodes(*(jnp.broadcast_to(x, (count, x.shape[-1])) for x in ridges))
         integers = (jnp.asarray(x[first : first + count]) for x in (tasks, sources, stores))
-        parts.append(_Run(stage.spectrum.astype(dtype), *numbers, filters, *integers))
+        parts.append(_Run(stage.spectrum.astype(dtype), filters, *numbers, *integers))
         first += count
     groups = groupby(parts, key=lambda run: (run.nodes.weights.shape[-1], run.nodes.weights.dtype))
     return [_merged(list(group)) for _, group in groups], slots
@@ -276,9 +276,10 @@ def _merged(runs: list[_Run]) -> _Run:
     """Runs one after the other as one; their spectra are not repeated if all are the same."""
     if len(runs) == 1:
         return runs[0]
-    spectrum = runs[0].spectrum
-    if not all(_same(spectrum, run.spectrum) for run in runs):
-        spectrum = _joined(*(jnp.broadcast_to(run.spectrum, (run.n.size, spectrum.shape[-1])) for run in runs))
+    spectra = [run.spectrum for run in runs if run.spectrum is not None]
+    spectrum, p = spectra[0], spectra[0].shape[-1]
+    if not all(_same(spectrum, other) for other in spectra):
+        spectrum = _joined(*(jnp.broadcast_to(s, (run.n.size, p)) for s, run in zip(spectra, runs, strict=True)))
     return jax.tree.map(_joined, *(run._replace(spectrum=None) for run in runs))._replace(spectrum=spectrum)
 
 
@@ -300,10 +301,11 @@ def _scan(run: _Run, targets: Array, tests: Array, rows: Array) -> tuple[Array, 
     Rows (2, A, A+T, p) are second moments of the weights in A slots with those weights and with the optima; of bias
     first, then of variance, where the optima are 0.
     """
-    shared = run.spectrum if run.spectrum.ndim == 1 else None
+    shared = run.spectrum is not None and run.spectrum.ndim == 1
 
     def step(rows: Array, stage: _Run) -> tuple[Array, Array]:
-        moved = movement(stage.nodes, stage.spectrum if shared is None else shared, stage.n)
+        spectrum = run.spectrum if stage.spectrum is None else stage.spectrum
+        moved = movement(stage.nodes, spectrum, stage.n)  # type: ignore[arg-type]
 
         def part(rows: Array, signal: Array) -> tuple[Array, Array]:
             rows = _advanced(rows, signal * targets[stage.task], (1 - signal) * stage.noise_std, stage, moved)
@@ -312,7 +314,7 @@ def _scan(run: _Run, targets: Array, tests: Array, rows: Array) -> tuple[Array, 
 
         return jax.vmap(part)(rows, jnp.array([1, 0], rows.dtype))
 
-    return jax.lax.scan(jax.checkpoint(step), rows, run if shared is None else run._replace(spectrum=None))
+    return jax.lax.scan(jax.checkpoint(step), rows, run._replace(spectrum=None) if shared else run)
 
 
 def _advanced(rows: Array, optimum: Array, noise_std: Array, stage: _Run, moved: Movement) -> Array:
@@ -337,7 +339,7 @@ class Optimum(NamedTuple):
     """Σ weights · risks."""
     risks: Array
     """(K, T)."""
-    converged: Array
+    converged: bool
 
 
 def optimal(
@@ -382,13 +384,15 @@ def optimal(
     if not float(scale) > 0:
         raise ValueError("weights must be positive somewhere where there is a risk, got Σ weights · risks = 0")
     tolerance = float(jnp.finfo(tests.dtype).eps) ** 0.5
-    solver = optimistix.BFGS(rtol=tolerance, atol=tolerance)
-    solution = optimistix.minimise(
-        lambda free, fixed: objective(free, fixed) / scale, solver, free, fixed, max_steps=max_steps, throw=False
-    )
+    solver: optimistix.AbstractMinimiser = optimistix.BFGS(rtol=tolerance, atol=tolerance)
+
+    def relative(free: list, fixed: tuple) -> Array:
+        return objective(free, fixed) / scale
+
+    solution: optimistix.Solution = optimistix.minimise(relative, solver, free, fixed, max_steps=max_steps, throw=False)
     best = [_with(stage, *values) for stage, values in zip(stages, solution.value, strict=True)]
     risk = risks(best, targets, tests)
-    converged = solution.result == optimistix.RESULTS.successful
+    converged = bool(solution.result == optimistix.RESULTS.successful)
     return Optimum(best, objective(solution.value, fixed), risk, converged)
 
 
