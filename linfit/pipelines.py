@@ -1,8 +1,8 @@
 """Several stages of fine-tuning on given designs: the exact risk of every task after every stage (docs, P1; ours).
 
-Derivation. The weights start at 0 and every stage adds a combination of its rows. So with all designs stacked, Z (N, p),
-and all labels y (N,), θ_k = ZᵀL_k y for a matrix L_k (N, N). Let E select the rows of stage k, X = EZ, and G its filter,
-G = U diag(g(s)) Uᵀ/n, XXᵀ/n = U diag(s) Uᵀ. Then
+Derivation. The weights start at 0 and every stage adds a combination of its rows. So with all designs stacked, Z
+(N, p), and all labels y (N,), θ_k = ZᵀL_k y for a matrix L_k (N, N). Let E select the rows of stage k, X = EZ, and G be
+its filter, G = U diag(g(s)) Uᵀ/n, XXᵀ/n = U diag(s) Uᵀ. Then
 
     L_k = (1−τ)L_a + τ[L_{k−1} + EᵀG(E − X Zᵀ L_{k−1})],      L_{−1} = 0,
 

@@ -128,11 +128,15 @@ class Movement(eqx.Module):
         >>> movement(MinNorm(), jnp.ones(4), 2).variance(jnp.zeros(4), 1.0)   # σ²/(p − n), over p/n coordinates
         Array([0.25, 0.25, 0.25, 0.25], dtype=float64)
         """
+        s, second_moment = self.spectrum, jnp.asarray(second_moment, self.spectrum.dtype)
+        return self._variance(jnp.broadcast_to(second_moment, s.shape), jnp.asarray(noise_std, s.dtype))
+
+    @jax.jit
+    def _variance(self, second_moment: Array, noise_std: Array) -> Array:
         s, kappa, weights = self.spectrum, self._kappa, self._weights
-        second_moment = jnp.broadcast_to(jnp.asarray(second_moment, s.dtype), s.shape)
         missed, overlap = self._double(second_moment * s), self._double(s**2) / self.n
         kappa, weights, to_real = _conjugated(kappa, weights)
-        numerator = jnp.asarray(noise_std, s.dtype) ** 2 + kappa[:, None] * kappa * missed
+        numerator = noise_std**2 + kappa[:, None] * kappa * missed
         empty = numerator == 0  # κ = 0 without noise; at rank = n the denominator is 0 too
         pairs = (
             weights[:, None] * weights * jnp.where(empty, 0, numerator / (self.n * jnp.where(empty, 1, 1 - overlap)))
@@ -212,8 +216,12 @@ def movement(filter: Filter | Nodes, spectrum: ArrayLike, n: ArrayLike) -> Movem
     if isinstance(filter, Filter):
         require_stable(filter, spectrum, n)
         filter = nodes(filter, spectrum.dtype)
-    penalties, weights = filter
-    kappa = effective_regularization(penalties, spectrum, n)
+    return _movement(filter, spectrum, n)
+
+
+@jax.jit
+def _movement(filter: Nodes, spectrum: Array, n: Array) -> Movement:
+    weights, kappa = filter.weights, effective_regularization(filter.penalties, spectrum, n)
     linear = jnp.concatenate([weights.real, -weights.imag]) if jnp.iscomplexobj(kappa) else weights
 
     def block(s: Array) -> Array:

@@ -34,7 +34,7 @@ from linfit.internal.checks import ArrayLike, Maybe, is_concrete, non_negative, 
 from linfit.risk import Risk
 from theory.movement import Movement, Nodes, movement, nodes, require_stable
 
-__all__ = ["Optimum", "Stage", "bias_and_variance", "optimal", "risks"]
+__all__ = ["Optimum", "Stage", "best_source_size", "bias_and_variance", "optimal", "risks", "transfer"]
 
 Indices = int | Sequence[int] | None
 
@@ -416,3 +416,53 @@ def _with(stage: Stage, logarithms: list[Array], tau: Array) -> Stage:
         lambda part: type(part)(jnp.exp(next(values))) if _is_free(part) else part, stage.filter, is_leaf=_is_free
     )
     return eqx.tree_at(lambda stage: (stage.filter, stage.tau), stage, (filter, tau))
+
+
+# Isotropic min-norm, exactly. Projectors Π of Gaussian rows have E Π = (n/p)I, so the error after the source, which is
+# (I − Π_q)(−β) + Π_qδ + noise, has two orthogonal parts of mean squares (p−n_q)/p·‖β‖² and n_q/p·‖δ‖², and the target
+# keeps the share (p−n)/p of any error. Noise adds σ² E tr (XXᵀ)⁻¹ = σ²n/(p−n−1) (inverse Wishart).
+def transfer(
+    p: ArrayLike,
+    source_n: ArrayLike,
+    n: ArrayLike,
+    *,
+    signal: ArrayLike = 1.0,
+    shift: ArrayLike = 0.0,
+    source_noise_std: ArrayLike = 0.0,
+    noise_std: ArrayLike = 0.0,
+) -> Risk:
+    """Risk on the target after isotropic min-norm on a source, then on the target (paper 2510.15337; docs, P1).
+
+        bias² = (p−n)/p·[(p−n_q)/p·‖β‖² + (n_q/p)·‖δ‖²],
+        variance = (p−n)/p·σ_q² n_q/(p−n_q−1) + σ² n/(p−n−1)
+
+    Exact at every size. Arguments broadcast; ValueError unless p > n + 1 and p > n_q + 1. `signal` is ‖β‖² of the
+    target's optimum, `shift` is ‖δ‖², δ the difference of the two optima; n_q = 0 is no transfer.
+
+    >>> risk = transfer(100, jnp.array([0, 40]), 20, shift=0.25, source_noise_std=0.5)
+    >>> risk.total.round(3)
+    Array([0.8  , 0.696], dtype=float64)
+    """
+    p, source_n, n = positive("p", p), non_negative("source_n", source_n), non_negative("n", n)
+    if is_concrete(p, source_n, n) and not (np.maximum(np.asarray(source_n), np.asarray(n)) + 1 < np.asarray(p)).all():
+        raise ValueError(f"source_n and n must be below p − 1, got {source_n} and {n} with p = {p}")
+    kept, learned = (p - n) / p, source_n / p
+    bias = kept * ((1 - learned) * jnp.asarray(signal) + learned * jnp.asarray(shift))
+    source = kept * jnp.asarray(source_noise_std) ** 2 * source_n / (p - source_n - 1)
+    return Risk(*jnp.broadcast_arrays(bias, source + jnp.asarray(noise_std) ** 2 * n / (p - n - 1)))
+
+
+def best_source_size(p: ArrayLike, signal_to_noise: ArrayLike, shift_to_signal: ArrayLike) -> Array:
+    """Source samples n_q of least risk in `transfer`, 0 where none help (paper 2510.15337; docs, P1).
+
+        n_q* = p − 1 − √(p(p−1)/(SNR(1−SSR))),     SNR = ‖β‖²/σ_q²,  SSR = ‖δ‖²/‖β‖²
+
+    A real number; more source data than this overtrain. It does not depend on the target's n and noise.
+
+    >>> best_source_size(100, jnp.array([4.0, 4.0, 0.5]), jnp.array([0.0, 1.5, 0.0])).round(2)
+    Array([49.25,  0.  ,  0.  ], dtype=float64)
+    """
+    p, snr = positive("p", p), positive("signal_to_noise", signal_to_noise)
+    gain = snr * (1 - non_negative("shift_to_signal", shift_to_signal))
+    best = p - 1 - jnp.sqrt(p * (p - 1) / jnp.where(gain > 0, gain, 1))
+    return jnp.where(gain > 0, jnp.maximum(best, 0), 0)
