@@ -134,7 +134,7 @@ def _designs(normal: Normal, recipe: Recipe, shared: float, rotation: float, tai
     R"c_b \leftarrow (1-\varphi)c_b + \varphi T_{kb}",
     parameters=RECIPE
     | {"shared": Parameter(highest=1.0), "rotation": Parameter(highest=1.0), "tail": Parameter(highest=1.0)},
-    tolerance=2.0,
+    tolerance=3.0,
     sizes=SIZES,
 )
 def p1(normal: Normal, shared: float, rotation: float, tail: float, **values: Any) -> Sides:
