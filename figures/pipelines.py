@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace as Setting
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,15 +80,15 @@ def _along_stages(key: Array, setting: Setting) -> xr.Dataset:
 def _draw_stages(data: xr.Dataset) -> Figure:
     _, axes = canvas(3, width=7.0, height=2.5)
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, data.sizes["task"]))
+    limits = 0.95 * float((data.risk - data.risk_error).min()), 1.05 * float((data.risk + data.risk_error).max())
     for axis, tau in zip(axes, data.averaging.values, strict=False):
         panel = data.sel(averaging=tau)
         for task, colour in zip(panel.task.values, colours, strict=True):
             row = panel.sel(task=task)
             axis.plot(row.stage, row.predicted, color=colour, linewidth=1.0)
             bars(axis, row, "risk", color=colour, markersize=2.5, linewidth=0.8)
-        axis.set(xlabel="stage", title=Rf"$\tau = {tau:.2g}$ from stage 2 on", xticks=panel.stage.values)
+        axis.set(xlabel="stage", title=Rf"$\tau = {tau:.2g}$", xticks=panel.stage.values, ylim=limits)
     axes[0].set_ylabel("risk of each task")
-    axes[1].set_ylim(axes[0].get_ylim())
     scale = mpl.cm.ScalarMappable(mpl.colors.BoundaryNorm(np.arange(0.5, len(colours) + 1), len(colours)),
                                   mpl.colors.ListedColormap(colours))  # fmt: skip
     axes[0].figure.colorbar(scale, ax=axes[1], ticks=data.task.values, label="task, in the order of training")
@@ -97,7 +98,7 @@ def _draw_stages(data: xr.Dataset) -> Figure:
     for (name, line), (colour, marker) in zip(lines.items(), looks, strict=True):
         axes[2].plot(line.stage[1:], line[1:], color=colour, marker=marker, label=name)
     axes[2].set(xlabel="number of stages", ylabel="mean risk of the tasks seen", xticks=data.stage.values[1:])
-    axes[2].set_title(R"least over $\tau$")
+    axes[2].set_title(R"best $\tau$")
     axes[2].legend()
     axes[2].set_ylim(0, 1.35 * axes[2].get_ylim()[1])
     return panel_letters(axes)
@@ -122,7 +123,7 @@ def _by_order(setting: Setting) -> xr.Dataset:
     """Predicted final risks (order, similarity, task) of three tasks with different spectra, and risks of two."""
     p, similarity = setting.p, np.linspace(-0.45, 1.0, setting.similarities)
     falling = spectra.power_law(p, 1.0, trace=float(p))
-    rows = {"A": falling, "B": spectra.isotropic(p), "C": falling[::-1]}
+    rows = {"A": falling, "B": spectra.isotropic(p), "C": spectra.power_law(p, 0.5, trace=float(p))}
     tests = jnp.stack(list(rows.values()))
 
     def final(order: str, at: Array) -> Array:
@@ -144,7 +145,7 @@ def _draw_order(data: xr.Dataset) -> Figure:
     _, axes = canvas(2, width=7.0, height=2.7)
     shades, styles = dict(zip("ABC", ("#D55E00", "#0072B2", "#009E73"), strict=True)), ("-", "--")
     for index, order in enumerate(data.order.values):
-        looks = {"color": shades[order[-1]], "linestyle": styles[index % 2]}
+        looks: dict[str, Any] = {"color": shades[order[-1]], "linestyle": styles[index % 2]}
         axes[1].plot(data.similarity, data.final.sel(order=order).mean("task"), label="→".join(order), **looks)
         risen = data.first.sel(order=order, stage=2) - data.first.sel(order=order, stage=1)
         looks = {"color": shades[order[0]], "linestyle": styles[index % 2]}
@@ -160,14 +161,15 @@ def _draw_order(data: xr.Dataset) -> Figure:
 
 
 def _caption_order(data: xr.Dataset) -> str:
-    spread = data.final.mean("task").isel(similarity=int(abs(data.similarity).argmin()))
-    best, worst = (str(data.order.values[int(at)]) for at in (spread.argmin(), spread.argmax()))
+    middle = int(np.argmin(abs(data.similarity.values)))
+    means = data.final.mean("task").isel(similarity=middle).values
+    best, worst = (str(data.order.values[at]) for at in (np.argmin(means), np.argmax(means)))
     rise = (data.first.sel(stage=2) - data.first.sel(stage=1)).isel(similarity=-1)
-    words = ", ".join(f"{order[:2]} {float(value):+.2f}" for order, value in zip(data.order.values, rise, strict=True))
+    words = ", ".join(f"{value:+.2f} ({'→'.join(order[:2])})" for order, value in zip(data.order.values, rise.values))
     return (
-        "Three tasks of one size of signal but different spectra, A ∝ 1/j, B flat, C ∝ 1/j backwards, fitted one after another by "
+        "Three tasks of one size of signal but different spectra, A ∝ 1/j, B flat, C ∝ j^(−1/2), fitted one after another by "
         "min-norm; predicted. (a) What the second stage adds to the risk of the first task. (b) Mean risk of all three after the "
-        f"third stage, by order. Near correlation {float(data.similarity[int(abs(data.similarity).argmin())]):.2g} the best order is "
+        f"third stage, by order. Near correlation {float(data.similarity[middle]):.2g} the best order is "
         f"{'→'.join(best)}, the worst {'→'.join(worst)}. With one common optimum the second stage changes the first task's risk by {words}. "
         f"σ = {data.noise_std:g}, n = {data.n}, p = {data.p}."
     )
@@ -200,21 +202,21 @@ def _by_source(key: Array, setting: Setting) -> xr.Dataset:
     some = jnp.asarray(sizes[sizes > 0], float)
     others = [np.asarray(jax.vmap(lambda size, r=r: recipe(size, *r))(some)) for r in recipes.values()]
     variables = {
-        "exact": (("shift", "size"), np.stack(exact)),
-        "best": ("shift", [float(best_source_size(p, 4.0, shift)) for shift in SHIFTS]),
-        "risk": (("shift", "point"), rows[0]),
-        "risk_error": (("shift", "point"), rows[1]),
+        "exact": (("ratio", "size"), np.stack(exact)),
+        "best": ("ratio", [float(best_source_size(p, 4.0, shift)) for shift in SHIFTS]),
+        "risk": (("ratio", "point"), rows[0]),
+        "risk_error": (("ratio", "point"), rows[1]),
         "other": (("recipe", "positive"), np.stack(others)),
     }
-    coordinates = {"shift": list(SHIFTS), "size": sizes, "point": points, "recipe": list(recipes)}
+    coordinates = {"ratio": list(SHIFTS), "size": sizes, "point": points, "recipe": list(recipes)}
     attributes = {"n": n, "p": p, "noise_std": NOISE_STD, "replicates": setting.replicates}
     return xr.Dataset(variables, coordinates | {"positive": np.asarray(some)}, attributes)
 
 
 def _draw_source(data: xr.Dataset) -> Figure:
     _, axes = canvas(2, width=7.0, height=2.7)
-    for shift, colour in zip(data.shift.values, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
-        row = data.sel(shift=shift)
+    for shift, colour in zip(data.ratio.values, ("#0072B2", "#E69F00", "#D55E00"), strict=True):
+        row = data.sel(ratio=shift)
         axes[0].plot(data["size"], row.exact, color=colour, label=Rf"$\mathrm{{SSR}} = {shift:g}$")
         bars(axes[0], row.drop_dims("size"), "risk", color=colour)
         axes[0].axvline(float(row.best), color=colour, linestyle=":", linewidth=0.9)
@@ -230,7 +232,7 @@ def _draw_source(data: xr.Dataset) -> Figure:
 
 def _caption_source(data: xr.Dataset) -> str:
     z = float((abs(data.risk - data.exact.sel(size=data.point)) / data.risk_error).max())
-    pairs = zip(data.shift.values, data.best.values, strict=True)
+    pairs = zip(data.ratio.values, data.best.values, strict=True)
     bests = ", ".join(f"{best:.0f} at SSR {shift:g}" for shift, best in pairs)
     return (
         "Risk on the target after a source of n_q samples and then the target's own, against n_q. (a) Isotropic min-norm in both: exact "
