@@ -55,7 +55,7 @@ def test_simulation_from_raw_data(seed, stages):
 
 def test_exact_risks_average_to_the_prediction(generator):
     sources, taus, noise = [-1, -1, 0, 2], [1.0, 0.6, 1.3, 0.5], [0.5, 0.3, 0.7, 0.2]
-    filters, sizes, rows = [Ridge(0.05), MinNorm(), GradientFlow(5.0), Ridge(0.1)], [40, 30, 80, 25], [0, 1, 0, 2]
+    filters, sizes, rows = [Ridge(0.05), MinNorm(), GradientFlow(5.0), Ridge(0.1)], [40, 15, 80, 25], [0, 1, 0, 2]
     tests = jnp.stack([FALLING, HALF, FLAT])
     root = generator.standard_normal((3, 3))
     targets, tasks = similar_targets(root @ root.T, generator.uniform(0.2, 1, P) / P), [0, 1, 0, 2]
@@ -118,7 +118,9 @@ def test_limits():
     close(risks([nothing, STAGES[1]], OPPOSED)[0], jnp.stack([FALLING @ OPPOSED[0, 0], HALF @ OPPOSED[1, 1]]))
     for filter in (GradientFlow(jnp.inf), Ridge(0.0), GradientFlow([jnp.inf])):
         close(risks([Stage(HALF, 50, 0.5, filter)], ALONE), risks([Stage(HALF, 50, 0.5, MinNorm())], ALONE))
-    assert np.isinf(risks(Stage(HALF, 30, 0.5, MinNorm()), ALONE)[0, 0])  # as many samples as directions
+    peak = Stage(HALF, 30, 0.5, MinNorm(), task=[0, 0])  # as many samples as directions
+    assert np.isinf(risks(peak, ALONE)).all()
+    assert np.isfinite(bias_and_variance(peak, ALONE).bias).all()
     close(risks(Stage(HALF, 30, 0.0, MinNorm()), ALONE), 0.0 + np.zeros((1, 1)))
     assert not np.asarray(movement(Ridge(0.1), HALF, 7).variance(1.0, 1.0))[1::2].any()
 
@@ -172,31 +174,34 @@ def test_the_best_of_one_isotropic_task_is_bayes():
     np.testing.assert_allclose(best.stages[0].tau, 1.0, atol=2e-2)
 
 
-def test_the_best_of_two_tasks_is_a_minimum(generator):
+@pytest.mark.slow
+def test_the_best_of_two_tasks_is_a_minimum():
     weights = jnp.array([1.0, 0.5])
-    best = optimal(STAGES, OPPOSED, weights)
+    best = optimal(STAGES, OPPOSED, weights, hold_tau=True)
     assert best.converged
     assert best.value < risks(STAGES, OPPOSED)[-1] @ weights
     ridge, minimum = best.stages
-    for factor, shift in np.exp(0.2 * generator.standard_normal((4, 2))):
-        near = [Stage(FALLING, 40, 0.5, Ridge(factor * ridge.filter.penalty), ridge.tau),
-                Stage(HALF, 20, 0.3, MinNorm(), shift * minimum.tau)]  # fmt: skip
+    assert minimum.tau == STAGES[1].tau
+    for factor in (0.7, 0.95, 1.05, 1.4):
+        near = [Stage(FALLING, 40, 0.5, Ridge(factor * ridge.filter.penalty)), minimum]
         assert risks(near, OPPOSED)[-1] @ weights > best.value
-    every = optimal(STAGES, OPPOSED, jnp.ones((2, 2)))
+    free = optimal(STAGES, OPPOSED, weights, max_steps=20)
+    assert free.value < best.value
+    every = optimal(STAGES, OPPOSED, jnp.ones((2, 2)), hold_tau=True)
     assert float(every.value) == pytest.approx(float(every.risks.sum()))
 
 
 @pytest.mark.slow
 def test_the_best_fixed_penalty_grows_like_stages_over_their_logarithm():
-    lengths, factors = [16, 64, 256], np.geomspace(0.3, 3, 41)
-    best = []
-    for count in lengths:
-        grid = factors * 2 * count / np.log(count)
-        order = [0] * count
+    """2T/ln(4TE/v), E = 1 the error at the start, v = σ²p/n the noise of a stage at λ = 1, up to 1/ln T."""
+    gaps = []
+    for count in (16, 64, 256):
+        expected, order = 2 * count / np.log(4 * count / (P / 40)), [0] * count
+        grid = expected * np.geomspace(0.5, 2, 41)
         found = [float(risks(Stage(FLAT, 40, 1.0, Ridge([x] * count), task=order), ALONE)[-1, 0]) for x in grid]
-        assert 0 < np.argmin(found) < len(grid) - 1
-        best.append(grid[np.argmin(found)] * np.log(count) / count)
-    assert max(best) / min(best) < 1.4  # while T itself grows sixteenfold
+        gaps.append(abs(np.log(grid[np.argmin(found)] / expected)))
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert gaps[2] < 0.05
 
 
 def test_a_short_detour_costs_less_with_more_features():
@@ -212,10 +217,9 @@ def test_a_short_detour_costs_less_with_more_features():
 
 
 def test_transfer_helps_on_one_side_of_the_threshold():
-    p = 50
-    threshold = p * (p - 1) / (p - 2) ** 2
-    for snr, helps in ((1.01 * threshold, True), (0.99 * threshold, False)):
-        assert (float(best_source_size(p, snr, 0.0)) >= 1) == helps
+    p, threshold = 50, 50 / 48  # p/(p−2): a single sample
+    for snr, helps in ((1.001 * threshold, True), (0.999 * threshold, False)):
+        assert (float(best_source_size(p, snr, 0.0)) > 0.5) == helps
         variances = transfer(p, jnp.arange(0, 40), 5, source_noise_std=snr**-0.5).total
         assert bool(variances[1:].min() < variances[0]) == helps
 

@@ -145,7 +145,7 @@ class Movement(eqx.Module):
 
         def squares(s: Array) -> Array:
             functions = _functions(s, self._kappa)
-            return s * jnp.sum((functions @ real) * functions, axis=-1)
+            return jnp.where(s > 0, s * jnp.sum((functions @ real) * functions, axis=-1), 0)  # real may be infinite
 
         return _in_blocks(squares, self._kappa.size, s).ravel()[: s.size]
 

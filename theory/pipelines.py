@@ -147,7 +147,8 @@ def bias_and_variance(stages: Stage | Sequence[Stage], targets: ArrayLike, tests
     for run in runs:
         rows, result = _scan(run, targets, tests, rows)
         results.append(result)
-    return Risk(*jnp.moveaxis(jnp.concatenate(results), 1, 0))
+    bias, variance = jnp.moveaxis(jnp.concatenate(results), 1, 0)
+    return Risk(bias, jnp.where(jnp.isnan(variance), jnp.inf, variance))  # what was infinite stays so: ∞ − ∞, 0·∞
 
 
 def risks(stages: Stage | Sequence[Stage], targets: ArrayLike, tests: Maybe = None) -> Array:
@@ -343,18 +344,25 @@ class Optimum(NamedTuple):
 
 
 def optimal(
-    stages: Stage | Sequence[Stage], targets: ArrayLike, weights: ArrayLike, tests: Maybe = None, max_steps: int = 500
+    stages: Stage | Sequence[Stage],
+    targets: ArrayLike,
+    weights: ArrayLike,
+    tests: Maybe = None,
+    *,
+    hold_tau: bool = False,
+    max_steps: int = 200,
 ) -> Optimum:
     """Every stage's λ, t and τ at once, for the least Σ weights · risks (docs, P1; ours).
 
     By BFGS on log λ, log t and τ, from the values given: a local minimum. What is no Ridge or GradientFlow keeps its
-    hyperparameters, all stages get the best τ.
+    hyperparameters. Some minima lie at infinity: λ and τ may grow together towards a single long step of descent.
 
     Args:
         stages: as for `risks`; penalties and times positive and finite.
         targets: as for `risks`.
         weights: ≥ 0, of the tasks after the last stage (T,), or of every risk (K, T).
         tests: as for `risks`.
+        hold_tau: whether the τ stay as given.
         max_steps: of BFGS; `converged` is False if they were not enough.
 
     Raises ValueError as `risks`, for weights of another shape or all zero, and for penalties or times of 0 or ∞.
@@ -374,23 +382,23 @@ def optimal(
             f"weights must have shape (tasks,) or (stages, tasks), {total, len(targets)}, got {weights.shape}"
         )
 
-    def objective(free: list[tuple[list[Array], Array]], fixed: tuple) -> Array:
+    def objective(free: list[_Free], fixed: tuple) -> Array:
         stages, targets, tests, weights = fixed
-        risk = risks([_with(stage, *values) for stage, values in zip(stages, free, strict=True)], targets, tests)
+        risk = risks([_with(stage, values) for stage, values in zip(stages, free, strict=True)], targets, tests)
         return jnp.sum(weights * (risk if weights.ndim == 2 else risk[-1]))
 
-    free, fixed = [_free(stage) for stage in stages], (stages, targets, tests, weights)
+    free, fixed = [_free(stage, hold_tau) for stage in stages], (stages, targets, tests, weights)
     scale = objective(free, fixed)
     if not float(scale) > 0:
         raise ValueError("weights must be positive somewhere where there is a risk, got Σ weights · risks = 0")
-    tolerance = float(jnp.finfo(tests.dtype).eps) ** 0.5
+    tolerance = float(jnp.finfo(tests.dtype).eps) ** 0.375
     solver: optimistix.AbstractMinimiser = optimistix.BFGS(rtol=tolerance, atol=tolerance)
 
-    def relative(free: list, fixed: tuple) -> Array:
+    def relative(free: list[_Free], fixed: tuple) -> Array:
         return objective(free, fixed) / scale
 
     solution: optimistix.Solution = optimistix.minimise(relative, solver, free, fixed, max_steps=max_steps, throw=False)
-    best = [_with(stage, *values) for stage, values in zip(stages, solution.value, strict=True)]
+    best = [_with(stage, values) for stage, values in zip(stages, solution.value, strict=True)]
     risk = risks(best, targets, tests)
     converged = bool(solution.result == optimistix.RESULTS.successful)
     return Optimum(best, objective(solution.value, fixed), risk, converged)
@@ -400,18 +408,25 @@ def _is_free(filter: object) -> bool:
     return isinstance(filter, Ridge | GradientFlow)
 
 
-def _free(stage: Stage) -> tuple[list[Array], Array]:
-    """Logarithms of penalties and times, and τ."""
+class _Free(NamedTuple):
+    """Logarithms of the penalties and times of a stage, and τ, None if it stays."""
+
+    logarithms: list[Array]
+    tau: Array | None
+
+
+def _free(stage: Stage, hold_tau: bool) -> _Free:
     filters = [part for part in jax.tree.leaves(stage.filter, is_leaf=_is_free) if _is_free(part)]
     values = [jax.tree.leaves(filter)[0].astype(stage.spectrum.dtype) for filter in filters]
     for filter, value in zip(filters, values, strict=True):
         if not bool(((value > 0) & jnp.isfinite(value)).all()):
             raise ValueError(f"penalties and times to optimise must be positive and finite, got {filter}")
-    return [jnp.log(value) for value in values], stage.tau.astype(stage.spectrum.dtype)
+    tau = None if hold_tau else stage.tau.astype(stage.spectrum.dtype)
+    return _Free([jnp.log(value) for value in values], tau)
 
 
-def _with(stage: Stage, logarithms: list[Array], tau: Array) -> Stage:
-    values = iter(logarithms)
+def _with(stage: Stage, free: _Free) -> Stage:
+    values, tau = iter(free.logarithms), stage.tau if free.tau is None else free.tau
     filter = jax.tree.map(
         lambda part: type(part)(jnp.exp(next(values))) if _is_free(part) else part, stage.filter, is_leaf=_is_free
     )
