@@ -10,7 +10,7 @@ import scipy.optimize
 import xarray as xr
 from jax import Array
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -26,15 +26,13 @@ _QUICK = Setting(n=30, p=90, tasks=8, validation=8, features=10, ratios=(4, 10, 
 """Sizes of a run: features of the least-squares fits, and their samples per feature."""
 
 _MORE_DATA = "something left of pretraining"
+_HOW_FAR = "early stopping, ridge, L1 to init, low rank, random sub-nets, dropout, adversarial, sharpness-aware"
+_AVERAGING = "min-norm + ensemble, ridge + ensemble, FLOW + ensemble, emulated, layer dropping"
 _GROUPS = {
     "the two ends": ("#000000", "o", ("pretrained", "min-norm")),
-    "how far to move": (
-        COLOURS["ridge"],
-        "s",
-        ("early stopping", "ridge", "L1 to init", "low rank", "random sub-nets"),
-    ),
-    "averaging": (COLOURS["ensemble"], "D", ("min-norm + ensemble", "ridge + ensemble", "FLOW + ensemble", "emulated")),
-    "other weights or targets": ("#009E73", "^", ("FLOW", "S3FT")),
+    "how far to move": (COLOURS["ridge"], "s", tuple(_HOW_FAR.split(", "))),
+    "averaging": (COLOURS["ensemble"], "D", tuple(_AVERAGING.split(", "))),
+    "other weights or targets": ("#009E73", "^", ("FLOW", "S3FT", "smooth weights", "self-distillation")),
     _MORE_DATA: ("#D55E00", "P", ("replay", "EWC", "several anchors")),
 }
 """Methods of a kind share colour and marker; the last group sees more than the fine-tuning data and θ₁."""
@@ -186,22 +184,25 @@ def _planes(samples: dict[str, Samples], validation: int) -> xr.Dataset:
 
 
 def _draw_planes(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(2, height=4.3)
+    figure, axes = canvas(2, height=4.6)
     for axis, problem in zip(axes, data.problem.values, strict=True):
         chosen = data.sel(problem=problem)
         edge = chosen.frontier_pretrain, chosen.frontier_finetune
         axis.plot(*edge, color="#555555", linewidth=1.2)
         axis.fill_between(*edge, 1e-6, color="#555555", alpha=0.12, linewidth=0)
-        for name in data.estimator.values:
+        inside = _near(chosen)
+        for name in chosen.estimator.values[inside]:
             point, (colour, marker) = chosen.sel(estimator=name), _STYLE[name]
             both = (point.pretrain, point.finetune, point.finetune_error, point.pretrain_error)
-            axis.errorbar(*both, fmt=marker, color=colour, markersize=5, linewidth=0.8)
+            looks = {"elinewidth": 0.6, "ecolor": (*to_rgb(colour), 0.3), "markeredgecolor": "white"}
+            axis.errorbar(*both, fmt=marker, color=colour, markersize=5, markeredgewidth=0.4, **looks)
         axis.set(xscale="log", yscale="log", title=problem)
-        axis.set_xlim(0.5 * float(chosen.pretrain.min()), 1.5 * float(chosen.pretrain.max()))
-        axis.set_ylim(0.7 * float(chosen.finetune.min()), 1.2 * float(chosen.finetune.max()))
+        for quantity, limit in (("pretrain", axis.set_xlim), ("finetune", axis.set_ylim)):
+            shown, error = (chosen[name][inside] for name in (quantity, f"{quantity}_error"))
+            limit(0.93 * float((shown - error).min()), 1.07 * float((shown + error).max()))
         readable_ticks(axis.xaxis, axis.yaxis)
         axis.set_xlabel(FORGETTING)
-        _name_points(axis, chosen)
+        _name_points(axis, chosen.isel(estimator=inside), chosen.isel(estimator=~inside))
     axes[0].set_ylabel(TASK)
     handles = [
         Line2D([], [], color=colour, marker=marker, linestyle="none", label=group)
@@ -216,25 +217,37 @@ def _caption_planes(data: xr.Dataset) -> str:
     return (
         "Every method at its own best hyperparameters in the plane of both risks (lower left is better). Line: the Pareto frontier "
         "of the same shifts, what weights could reach that knew both covariances and the shift; nothing can be in the shade below "
-        f"it. {_tuning(data, 'R_ft + R_pre')} Bars ± one standard error over {data.tasks} tasks, mostly smaller than the points. "
+        f"it. Methods with a risk beyond 1.5 times the median, or below 1/1.5 of it, stand in the lists. {_tuning(data, 'R_ft + R_pre')} Bars ± one standard error over {data.tasks} tasks, mostly smaller than the points. "
         f"{_problem_text(data)} Seed {data.seed}."
     )
 
 
-def _name_points(axis: Axes, data: xr.Dataset) -> None:
-    """Names in a column at the right, in the order of the points' heights, each tied to its point."""
+def _near(data: xr.Dataset) -> np.ndarray:
+    """Which methods have both risks within a factor of 1.5 of the median."""
+    ratios = np.stack([data[name] / data[name].median() for name in ("finetune", "pretrain")])
+    return np.all(abs(np.log(ratios)) < np.log(1.5), axis=0)
+
+
+def _name_points(axis: Axes, data: xr.Dataset, outside: xr.Dataset) -> None:
+    """Names in a column at the right, in the order of the points' heights, each tied to its point; below it the others,
+    with their risks."""
     order = data.estimator.values[np.argsort(data.finetune.values, kind="stable")]
     low, high = np.log(axis.get_ylim())
     heights = (np.log(data.finetune.sel(estimator=order).values) - low) / (high - low)
-    gaps = 0.048 * np.arange(len(order))  # the nearest heights that leave room for every name
-    places = np.clip(scipy.optimize.isotonic_regression(heights - gaps).x, 0.01, 0.99 - gaps[-1]) + gaps
+    step, below = 0.043, outside.estimator.size + 1 if outside.estimator.size else 0
+    gaps = step * np.arange(len(order))  # the nearest heights that leave room for every name
+    places = np.clip(scipy.optimize.isotonic_regression(heights - gaps).x, step * below, 0.99 - gaps[-1]) + gaps
+    looks: dict[str, Any] = {"va": "center", "fontsize": 6.5, "annotation_clip": False, "textcoords": "axes fraction"}
     for place, name in zip(places, order, strict=True):
         point, colour = data.sel(estimator=name), _STYLE[name][0]
         at = (float(point.pretrain), float(point.finetune))
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.7, "relpos": (0, 0.5)}
-        looks: dict[str, Any] = {"va": "center", "fontsize": 6.5, "color": colour, "annotation_clip": False}
-        looks["arrowprops"] = arrow | {"shrinkA": 0, "shrinkB": 2}
-        axis.annotate(name, at, (1.03, place), textcoords="axes fraction", **looks)
+        axis.annotate(name, at, (1.05, place), color=colour, arrowprops=arrow | {"shrinkA": 0, "shrinkB": 2}, **looks)
+    for row, name in enumerate(outside.estimator.values[::-1]):
+        risks = ", ".join(f"{float(outside.sel(estimator=name)[risk]):.2f}" for risk in ("pretrain", "finetune"))
+        axis.annotate(f"{name}: {risks}", (1, 1), (1.05, step * row), color=_STYLE[name][0], **looks)
+    if below:
+        axis.annotate("outside, at:", (1, 1), (1.05, step * (below - 1)), color="#555555", **looks)
 
 
 def _tables(samples: dict[str, Samples], validation: int) -> xr.Dataset:
@@ -247,7 +260,7 @@ def _tables(samples: dict[str, Samples], validation: int) -> xr.Dataset:
 
 
 def _draw_tables(data: xr.Dataset) -> Figure:
-    _, axes = canvas(2, height=5.0)
+    _, axes = canvas(2, height=6.2)
     for axis, (goal, text) in zip(axes, _GOALS.items(), strict=True):
         _heat_map(axis, data.sel(goal=goal))
         axis.set_title(f"tuned for and judged by {text}", fontsize=7.5, pad=22)
@@ -260,27 +273,29 @@ def _caption_tables(data: xr.Dataset) -> str:
     winners = "; ".join(f"{problem}: {best.sel(problem=problem).item()}" for problem in data.problem.values)
     return (
         "Which method suits which problem. Each cell: the criterion, below it one standard error over "
-        f"{data.tasks} tasks, colour: relative to the best of its column (dark: best); rows by the mean logarithm of that ratio, best first. "
-        "† sees more than the fine-tuning data and one pretrained model: pretraining samples (replay), the diagonal of Σ₁ (EWC, "
-        "here all of Σ₁, which is diagonal), seven more pretrained models (several anchors). Among the others, "
+        f"{data.tasks} tasks, colour: relative to the best above the line in its column (dark: best; bold: that good or better); rows by the mean "
+        "logarithm of that ratio, best first. Below the line, †: sees more than the fine-tuning data and one pretrained model: pretraining samples (replay), the diagonal of Σ₁ (EWC, "
+        "here all of Σ₁, which is diagonal), seven more pretrained models (several anchors). Of those above it, "
         f"best for both risks are ({winners}). "
         f"{_tuning(data, 'the criterion')} {_problem_text(data)} Seed {data.seed}."
     )
 
 
 def _heat_map(axis: Axes, data: xr.Dataset) -> None:
-    ratio = data.criterion / data.criterion.min("estimator")
-    order = np.argsort(np.log(ratio).mean("problem").values, kind="stable")
+    extra = [name for name in data.estimator.values if name in _GROUPS[_MORE_DATA][2]]
+    apart = data.estimator.isin(extra)
+    ratio = data.criterion / data.criterion.where(~apart).min("estimator")
+    order = np.lexsort((np.log(ratio).mean("problem").values, apart.values))
     ratio, shown = ratio.isel(estimator=order).T.values, data.isel(estimator=order)
     axis.imshow(ratio, norm=LogNorm(1, 4), cmap="cividis", aspect="auto")
+    axis.axhline(len(ratio) - len(extra) - 0.5, color="white", linewidth=4)
     for (row, column), value in np.ndenumerate(ratio):
         cell = shown.isel(estimator=row, problem=column)
         risk, error = float(cell.criterion), float(cell.criterion_error)
         text = f"{risk:.{2 if risk >= 0.1 else 3}f}\n±{error:.1g}"
         looks: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 5, "linespacing": 0.95}
-        looks |= {"color": "white" if value < 1.9 else "black", "fontweight": "bold" if value == 1 else "normal"}
+        looks |= {"color": "white" if value < 1.9 else "black", "fontweight": "bold" if value <= 1 else "normal"}
         axis.text(column, row, text, **looks)
-    extra = _GROUPS[_MORE_DATA][2]
     labels = [f"{name} †" if name in extra else str(name) for name in shown.estimator.values]
     axis.set_yticks(range(len(labels)), labels=labels, fontsize=6.5)
     for tick, name in zip(axis.get_yticklabels(), shown.estimator.values, strict=True):

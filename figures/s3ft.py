@@ -72,7 +72,7 @@ _SHOWN_METHODS = ("S3FT", "S3FT without paraphrase")
 def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     """All figures of S3FT, one after the other."""
     setting = _QUICK if quick else _FULL
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(key, 6)
     problem = _vector_problem(keys[0], setting)
     stack = sample_designs(keys[1], problem.finetune_covariance, setting.n, setting.designs)
     filter = _bayes_ridge(problem, setting.n)
@@ -96,6 +96,9 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     yield picture("s3ft_sample_size", "S3FT over the number of samples", data, _draw_sample_size, _caption_sample_size)
     data = _coefficients(keys[3], setting)
     yield picture("s3ft_coefficients", "S3FT: where training ends", data, _draw_coefficients, _caption_coefficients)
+    data = _own_distribution(keys[5], problem, setting)
+    title = "S3FT: the model's own distribution"
+    yield picture("s3ft_own_distribution", title, data, _draw_own_distribution, _caption_own_distribution)
     sizes = {"p": setting.digits_p, "n_pretrain": setting.digits_pretrain}
     data = sims.digits(keys[4], 0.1, (0, 10, 40), setting.splits, false_accept=_ERROR, false_reject=_ERROR, **sizes)
     yield picture("s3ft_digits", "S3FT on the digits", data, _draw_digits, _caption_digits)
@@ -433,6 +436,94 @@ def _caption_coefficients(data: xr.Dataset) -> str:
         "(c) Training on own right answers alone moves content by sampling noise only, at most to s²/(s²+σ²), with a strict judge; k = 1. "
         f"Lines: formulas; points: least squares on {data.n} samples of {data.p} features, mean of {data.replicates} replicates ± one standard error, "
         f"σ² = v/2, a judge without error; the largest gap {data.largest_gap:.1f} standard errors over {data.gaps} values (with finitely many samples there is a bias of order p/n besides). Seed {data.seed}."
+    )
+
+
+_PUBLISHED = {"GSM8K": (0.495, 0.421, 0.084), "MBPP": (0.302, 0.324, 0.374), "NQ": (0.660, 0.256, 0.081)}
+"""Shares of own, paraphrased and gold targets in paper 2502.08130; those of NQ add up to .997."""
+_PUBLISHED_GAP = 84.32 - 36.64
+"""Mean log-probability of own answers above that of gold in its Fig 2, in nats."""
+
+
+def _own_distribution(key: Array, problem: VectorProblem, setting: Setting) -> xr.Dataset:
+    """Log-probabilities of answers, relative to the mean of own ones, and procedures of the published shares.
+
+    The sampling noise of own answers is such that gold lies as far from them, on average, as in the paper.
+    """
+    gold, outputs = float(theory.distances(problem, 0.0).gold), problem.content.shape[0]
+    spread = (gold / (2 * _PUBLISHED_GAP + outputs)) ** 0.5
+    rates = {"false_accept": _ERROR, "false_reject": _ERROR, "sampling_std": spread}
+    rows, answers = [], []
+    for shares in _PUBLISHED.values():
+        own, paraphrase, _ = np.array(shares) / sum(shares)
+        procedure = theory.calibrated(own, paraphrase, _CONTENT_RANK, _RESIDUAL_STD, **rates)
+        learned = theory.coefficients(procedure, _CONTENT_RANK, _RESIDUAL_STD)
+        knobs = float(procedure.tolerance) / _RESIDUAL_STD, float(procedure.paraphrase_success)  # type: ignore[arg-type]
+        rows.append([*knobs, *map(float, learned)])
+        answers.append(sims.own_probabilities(key, problem, 20 * setting.population, procedure))
+    first = answers[0]
+    variables: dict[str, Any] = {
+        "published": (("benchmark", "source"), np.array(list(_PUBLISHED.values()))),
+        "sampled": (
+            ("benchmark", "source"),
+            np.array([[(a.source == kind).mean() for kind in range(3)] for a in answers]),
+        ),
+        "calibrated": (("benchmark", "quantity"), np.array(rows)),
+    }
+    edges = np.linspace(-160, 15, 101)
+    for name in ("gold", "paraphrase", "own"):
+        relative = first[name].values - first.own_expected
+        variables[f"{name}_density"] = ("bin", np.histogram(relative, edges)[0] / relative.size / np.diff(edges))
+        variables[f"{name}_mean"], variables[f"{name}_expected"] = (
+            relative.mean(),
+            first.attrs[f"{name}_expected"] - first.own_expected,
+        )
+        variables[f"{name}_error"] = relative.std(ddof=1) / relative.size**0.5
+    coordinates = {"benchmark": list(_PUBLISHED), "source": list(_SOURCES), "edge": edges}
+    coordinates["quantity"] = ["tolerance", "success", "content", "style"]
+    return xr.Dataset(variables, coordinates, {"samples": first.sizes["sample"], "spread": spread, "k": _CONTENT_RANK})
+
+
+def _draw_own_distribution(data: xr.Dataset) -> Figure:
+    _, axes = canvas(2, height=2.7, gridspec_kw={"width_ratios": [1.1, 1]})
+    for name in ("gold", "paraphrase", "own"):
+        axes[0].stairs(data[f"{name}_density"], data.edge, fill=True, alpha=0.45, color=_SOURCES[name], label=name)
+        axes[0].axvline(float(data[f"{name}_expected"]), color=_SOURCES[name], linewidth=1.2, linestyle="--")
+    top = np.sort(data.own_density.values)[-1]
+    axes[0].set(
+        xlabel="log-probability under the model, own answers at 0 [nats]", ylabel="density", ylim=(0, 1.05 * top)
+    )
+    axes[0].legend(loc="upper left")
+    places = np.arange(data.benchmark.size)[::-1]
+    left = np.zeros(len(places))
+    for source in data.source.values:
+        width = data.published.sel(source=source).values
+        axes[1].barh(places, width, 0.42, left, color=_SOURCES[source])
+        left = left + width
+    edges = data.sampled.cumsum("source").isel(source=slice(2))
+    looks: dict[str, Any] = {"color": "black", "markerfacecolor": "white", "markersize": 3.5}
+    axes[1].plot(edges, np.repeat(places[:, None], 2, 1), "o", **looks)
+    for place, name in zip(places, data.benchmark.values, strict=True):
+        tolerance, success, content, style = data.calibrated.sel(benchmark=name).values
+        text = Rf"tolerance {tolerance:.2f}$\sqrt{{v}}$, success {success:.2f}; learned: content {content:.2f}, style {style:.2f}"
+        axes[1].text(0, place - 0.37, text, fontsize=6.5, va="center")
+    axes[1].set_yticks(places, labels=data.benchmark.values)
+    axes[1].set(xlabel="share of targets", xlim=(0, 1), ylim=(-0.6, len(places) - 0.6))
+    axes[1].set_title("own, paraphrased, gold", fontsize=8)
+    return panel_letters(axes)
+
+
+def _caption_own_distribution(data: xr.Dataset) -> str:
+    gaps = {
+        name: float(abs(data[f"{name}_mean"] - data[f"{name}_expected"]) / data[f"{name}_error"]) for name in _SOURCES
+    }
+    off = float(abs(data.sampled - data.published / data.published.sum("source")).max())
+    return (
+        "How far targets lie from the model's own distribution N(xᵀθ₁, s²), after Fig 2 of paper 2502.08130, linear form ours. (a) Log-probability of gold, paraphrased and own answers, every sample; "
+        f"dashed: expected means. s = {data.spread:.2f} is chosen so that gold lies as far below own answers as in the paper's figure (means −84.32 and −36.64); paraphrases, at {float(data.paraphrase_mean):.0f} against {float(data.gold_mean):.0f} of gold, are not fitted. "
+        f"Mean and expectation differ by at most {max(gaps.values()):.1f} standard errors over {data.samples} samples. (b) Bars: shares of own, paraphrased and gold targets published for three benchmarks; tolerance of the judge and success of paraphrases "
+        f"of this model that lead to them (content rank {data.k}, a judge that errs with probability {_ERROR} either way), and the fractions of content and style that fine-tuning then learns with unlimited data. Points: the same simulated, at most {off:.3f} off. "
+        f"{_PROBLEM_TEXT}; p = {data.p}; seed {data.seed}."
     )
 
 

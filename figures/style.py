@@ -27,6 +27,7 @@ COLOURS = {
     "min-norm + ensemble": "#CC79A7",
     "ridge + ensemble": "#56B4E9",
     "early stopping + ensemble": "#E69F00",
+    "self-distillation": "#8C6D31",
     "oracle": "#555555",
     "bias": "#0072B2",
     "variance": "#E69F00",

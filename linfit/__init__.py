@@ -11,13 +11,15 @@ from linfit.internal.lazy import attach
 if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads: a public name stands here and nowhere else
     from linfit import bridge as bridge, covariance as covariance, design as design, filters as filters
     from linfit import network as network, problem as problem, reduction as reduction, risk as risk
-    from linfit import selection as selection, solve as solve, spectra as spectra, targets as targets
+    from linfit import robust as robust, selection as selection, solve as solve, spectra as spectra
+    from linfit import targets as targets
     from linfit import weighting as weighting
     from linfit.covariance import Dense as Dense, Diagonal as Diagonal, Empirical as Empirical
     from linfit.design import column_blocks as column_blocks, sample_design as sample_design
     from linfit.design import sample_designs as sample_designs, sample_task as sample_task
-    from linfit.filters import Filter as Filter, GradientDescent as GradientDescent, GradientFlow as GradientFlow
-    from linfit.filters import MinNorm as MinNorm, Ridge as Ridge
+    from linfit.filters import Combination as Combination, Filter as Filter, GradientDescent as GradientDescent
+    from linfit.filters import GradientFlow as GradientFlow, MinNorm as MinNorm, Ridge as Ridge
+    from linfit.filters import SelfDistillation as SelfDistillation, SharpnessAware as SharpnessAware
     from linfit.problem import FixedShift as FixedShift, Pair as Pair, RandomShift as RandomShift
     from linfit.problem import TwoTaskProblem as TwoTaskProblem, aligned_problem as aligned_problem
     from linfit.reduction import risk_forms as risk_forms

@@ -8,6 +8,7 @@ Where it is infinite (min-norm), directions with s ≤ n·ε·s_max carry no dat
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -18,11 +19,17 @@ from jax import Array
 from linfit.internal.checks import ArrayLike, broadcastable, is_concrete, non_negative, positive, real_array, same_size
 from linfit.internal.linear_algebra import rank_cutoff
 
-__all__ = ["Ensemble", "Filter", "GradientDescent", "GradientFlow", "MinNorm", "Ridge", "Several", "Tabulated"]
+__all__ = [
+    "Combination", "Ensemble", "Filter", "GradientDescent", "GradientFlow", "MinNorm", "Ridge", "SelfDistillation",
+    "Several", "SharpnessAware", "Tabulated",
+]  # fmt: skip
 
 
 class Filter(eqx.Module):
-    """A spectral filter g; `tau * filter` is the ensemble θ_τ = (1−τ)θ₁ + τθ̂."""
+    """A spectral filter g; `tau * filter` is the ensemble θ_τ = (1−τ)θ₁ + τθ̂, `a + b` a sum of filters.
+
+    Weights are linear in the filter: `0.3 * a + 0.7 * b` averages the two fine-tuned models.
+    """
 
     @abstractmethod
     def __call__(self, eigenvalues: ArrayLike) -> Array:
@@ -32,6 +39,15 @@ class Filter(eqx.Module):
         return Ensemble(self, tau)
 
     __rmul__ = __mul__
+
+    def __add__(self, other: "Filter") -> "Combination":
+        if not isinstance(other, Filter):
+            return NotImplemented
+        return Combination((self, other), jnp.ones(2))
+
+    def __radd__(self, other: int) -> "Filter":  # so that `sum(filters)` works: it begins with 0 + filter
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     __array_ufunc__ = None  # so that `numpy_array * filter` comes here
 
 
@@ -83,13 +99,7 @@ class GradientFlow(Filter):
         self.time = non_negative("time", time, finite=False)
 
     def __call__(self, eigenvalues: ArrayLike) -> Array:
-        s, time = _eigenvalues(eigenvalues), self.time[..., None]
-        finite = jnp.isfinite(time)
-        time = jnp.where(finite, time, 1)
-        progress = time * s
-        zero = progress == 0  # s = 0, t = 0, or both so small that ts underflows
-        flow = jnp.where(zero, time, -jnp.expm1(-progress) / jnp.where(zero, 1, s))
-        return jnp.where(finite, flow, _inverse(s))
+        return _flow(_eigenvalues(eigenvalues), self.time[..., None])
 
 
 class GradientDescent(Filter):
@@ -155,6 +165,103 @@ class Ensemble(Filter):
         return self.tau[..., None] * g
 
 
+class Combination(Filter):
+    """Σ_k a_k g_k: the model θ₁ + Σ_k a_k(θ̂_k − θ₁) from K fine-tuners on the same data (docs, C1; ours).
+
+    `filters` are K ≥ 1, `weights` a (…, K) any finite numbers, which need not sum to 1 (the rest stays at θ₁). Axes of
+    weights and hyperparameters broadcast. `form.optimal_combination(filters)` has the best weights. Raises ValueError
+    for another number of weights, axes that do not broadcast, or what is not a filter.
+
+    >>> from linfit import Combination, MinNorm, Ridge
+    >>> Combination((MinNorm(), Ridge(1.0)), [0.5, -1.0])(jnp.array([1.0, 3.0])).round(4)
+    Array([ 0.    , -0.0833], dtype=float64)
+    >>> (0.5 * MinNorm() + Ridge([1.0, 3.0]))(jnp.array([1.0, 3.0])).shape
+    (2, 2)
+    """
+
+    filters: tuple[Filter, ...]
+    weights: Array
+
+    def __init__(self, filters: Sequence[Filter], weights: ArrayLike):
+        self.filters, self.weights = tuple(filters), real_array("weights", weights)
+        for filter in self.filters:
+            if not isinstance(filter, Filter):
+                raise ValueError(f"filters must be linfit filters such as Ridge(0.1), got {type(filter).__name__}")
+        size = self.weights.shape[-1] if self.weights.ndim else 0
+        same_size("weights (last axis)", size, "the number of filters", len(self.filters))
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        terms = [Ensemble(filter, self.weights[..., index])(eigenvalues) for index, filter in enumerate(self.filters)]
+        total = terms[0]
+        for term in terms[1:]:
+            broadcastable("hyperparameters", term.shape, "those of the other filters and weights", total.shape)
+            total = total + term
+        return total
+
+
+class SelfDistillation(Filter):
+    """A student of labels (1−ξ)y + ξ·(answers of a teacher), both ridge λ from θ₁ on one design (docs, C2; ours).
+
+        g = [(1−ξ) + ξ s/(s+λ)]/(s+λ) = g_λ + ξλ ∂g_λ/∂λ,      g_λ = 1/(s+λ)
+
+    `penalty` λ ≥ 0 in the units of s, `mix` ξ any finite number: 0 is the teacher, 1 a student that sees nothing but
+    the teacher's answers, a negative one moves away from them. They broadcast. `theory.distillation.optimal_mix` has
+    the best ξ. Raises ValueError if λ is negative or NaN, or ξ is not finite.
+
+    >>> from linfit import SelfDistillation
+    >>> SelfDistillation(1.0, [0.0, 1.0, -1.0])(jnp.array([1.0, 3.0]))
+    Array([[0.5   , 0.25  ],
+           [0.25  , 0.1875],
+           [0.75  , 0.3125]], dtype=float64)
+    """
+
+    penalty: Array
+    mix: Array
+
+    def __init__(self, penalty: ArrayLike, mix: ArrayLike):
+        self.penalty = non_negative("penalty", penalty, finite=False)
+        self.mix = real_array("mix", mix)
+        broadcastable("mix", self.mix.shape, "penalty", self.penalty.shape)
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        s, penalty = _eigenvalues(eigenvalues), self.penalty[..., None]
+        teacher = _inverse(s, penalty)
+        missed = jnp.where(jnp.isfinite(penalty), penalty, 0) * teacher  # λ/(s+λ), what the teacher leaves of a label
+        return teacher * (1 - self.mix[..., None] * missed)
+
+
+class SharpnessAware(Filter):
+    """Sharpness-aware flow from θ₁: descent along the gradient at θ + ρ∇L, L = (1/2n)‖y−Xθ‖² (docs, C3; ours).
+
+        ∇L(θ + ρ∇L) = (1 + ρΣ̂)∇L(θ),      g = (1−e^{−ts(1+ρs)})/s
+
+    The ascent step is not normalised here; normalised it depends on the data and is no filter. `time` t ≥ 0 in units of
+    1/s, `radius` ρ ≥ 0 likewise; they broadcast. ρ = 0 is `GradientFlow`. Raises ValueError if negative or NaN.
+
+    >>> from linfit import SharpnessAware
+    >>> SharpnessAware(0.5, [0.0, 1.0])(jnp.array([0.0, 2.0])).round(4)
+    Array([[0.5   , 0.3161],
+           [0.5   , 0.4751]], dtype=float64)
+    """
+
+    time: Array
+    radius: Array
+
+    def __init__(self, time: ArrayLike, radius: ArrayLike):
+        self.time = non_negative("time", time, finite=False)
+        self.radius = non_negative("radius", radius)
+        broadcastable("radius", self.radius.shape, "time", self.time.shape)
+
+    def __call__(self, eigenvalues: ArrayLike) -> Array:
+        s = _eigenvalues(eigenvalues)
+        speed = 1 + self.radius[..., None] * s
+        time = self.time[..., None]
+        # (1−e^{−t·s·speed})/s = speed·(1−e^{−t(s·speed)})/(s·speed); which directions have data is decided by s alone
+        return jnp.where(
+            jnp.isfinite(time), speed * _flow(speed * s, jnp.where(jnp.isfinite(time), time, 1)), _inverse(s)
+        )
+
+
 class Several(Filter):
     """Several filters as one, stacked in front, so that one eigendecomposition serves them all (ours).
 
@@ -201,6 +308,16 @@ class Tabulated(Filter):
 
 def _eigenvalues(eigenvalues: ArrayLike) -> Array:
     return non_negative("eigenvalues", eigenvalues, ndim=1)
+
+
+def _flow(s: Array, time: Array) -> Array:
+    """(1−e^{−ts})/s, t at s = 0 and the pseudo-inverse at t = ∞."""
+    finite = jnp.isfinite(time)
+    time = jnp.where(finite, time, 1)
+    progress = time * s
+    zero = progress == 0  # s = 0, t = 0, or both so small that ts underflows
+    flow = jnp.where(zero, time, -jnp.expm1(-progress) / jnp.where(zero, 1, s))
+    return jnp.where(finite, flow, _inverse(s))
 
 
 def _inverse(s: Array, penalty: Array | float = 0.0) -> Array:

@@ -9,6 +9,7 @@ the forms of a design; `theory.equivalents` predicts the same parabola without o
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
@@ -18,9 +19,9 @@ import numpy as np
 from jax import Array
 
 from linfit.covariance import Covariance
-from linfit.filters import Filter, Tabulated
+from linfit.filters import Filter, Several, Tabulated
 from linfit.internal.checks import ArrayLike, broadcastable, is_concrete, non_negative, real_array, same_size
-from linfit.internal.linear_algebra import solve_semidefinite
+from linfit.internal.linear_algebra import rank_cutoff, solve_semidefinite
 from linfit.problem import Pair, TwoTaskProblem
 
 __all__ = ["Parabola", "Risk", "RiskForm", "excess_risks"]
@@ -96,6 +97,13 @@ class Parabola(eqx.Module):
     def mean(self, axis: int | tuple[int, ...] = 0) -> "Parabola":
         """The parabola of the mean risk over an axis of the fields, such as that of a stack of designs."""
         return jax.tree.map(lambda field: jnp.mean(field, axis), self)
+
+
+class Combined(NamedTuple):
+    """The best combination of K filters on a form: `form.optimal_combination(filters)`."""
+
+    weights: Array  #: a (K,), after the axes of a stack of designs.
+    risk: Array  #: R at these weights.
 
 
 def excess_risks(
@@ -180,6 +188,24 @@ class RiskForm(eqx.Module):
         """R(g*) = c − bᵀH⁻¹b, the lower bound of all spectral methods (docs, S4)."""
         return self._over_designs(lambda form, _: form.constant - form.linear @ form._oracle())
 
+    def optimal_combination(self, filters: Sequence[Filter] | Filter | ArrayLike) -> Combined:
+        """The best weights a (K,) of Σ a_k g_k and the risk there, by one small solve (docs, C1; ours).
+
+            R(a) = c − 2aᵀ(Gb) + aᵀ(GHGᵀ)a,      G = (g_k(s))
+
+        `filters` are K filters (or one with K hyperparameters, or values (K, n)). Filters that this form cannot tell
+        apart, or whose difference is rounding noise, share their weight: of all best weights, in units in which every
+        gᵀHg is 1, those of least norm. For a stack of designs each has its own. Use: `Combination(filters, weights)`.
+
+        >>> from linfit import MinNorm, Ridge, RandomShift, TwoTaskProblem, risk_forms
+        >>> problem = TwoTaskProblem([2.0, 1.0], [2.0, 1.0], RandomShift([1.0, 1.0]), noise_std=1.0)
+        >>> form = risk_forms([[1.0, 1.0], [0.0, 1.0]], problem).finetune
+        >>> best = form.optimal_combination([MinNorm(), Ridge(0.1)])   # n = 2 filters span all filters
+        >>> bool(jnp.isclose(best.risk, form.oracle_risk()))
+        True
+        """
+        return self._over_designs(lambda form, filter: _best_weights(form, form._values(filter)), _stacked(filters))
+
     def with_noise_std(self, noise_std: ArrayLike) -> "RiskForm":
         """The same design at another noise level σ ≥ 0, a number (or one per design of a stack)."""
         noise_std = non_negative("noise_std", noise_std)
@@ -220,6 +246,35 @@ class RiskForm(eqx.Module):
     def _oracle(self) -> Array:
         noise = self.noise_std**2 * self.noise_gain
         return solve_semidefinite(self.bias_quadratic + jnp.diag(noise), self.linear)
+
+
+def _stacked(filters: Sequence[Filter] | Filter | ArrayLike) -> Filter | ArrayLike:
+    """K filters as one."""
+    if isinstance(filters, Sequence) and all(isinstance(filter, Filter) for filter in filters):
+        if not filters:
+            raise ValueError("filters must hold at least one filter, got none")
+        return Several(tuple(filters))
+    return filters  # type: ignore[return-value]
+
+
+# R(a) − R(g*) = ‖Gᵀa − g*‖²_H. With H = FᵀF this is least squares, F Gᵀa ≈ F⁻ᵀb, which loses half as many digits to
+# filters that are alike as its normal equations do. As in `solve_semidefinite` the coordinates are scaled first, so
+# that H has a unit diagonal: its entries fall like s², far below the rounding of the largest.
+def _best_weights(form: RiskForm, G: Array) -> Combined:
+    if G.ndim != 2:
+        raise ValueError(f"filters must be K filters, with g of shape (K, n), got shape {G.shape}")
+    H = form.bias_quadratic + jnp.diag(form.noise_std**2 * form.noise_gain)
+    scale = jnp.sqrt(jnp.where(jnp.diagonal(H) > 0, jnp.diagonal(H), 1))
+    values, vectors = jnp.linalg.eigh(H / scale / scale[:, None])
+    kept = values > rank_cutoff(values)
+    root = jnp.sqrt(jnp.where(kept, values, 1))
+    goal = jnp.where(kept, vectors.T @ (form.linear / scale) / root, 0)
+    columns = jnp.where(kept[:, None], root[:, None] * (vectors.T @ (scale[:, None] * G.T)), 0)  # (n, K)
+    norms = jnp.linalg.norm(columns, axis=0)
+    norms = jnp.where(norms > 0, norms, 1)
+    cutoff = max(G.shape) * float(jnp.finfo(columns.dtype).eps)
+    weights = jnp.linalg.lstsq(columns / norms, goal, rcond=cutoff)[0] / norms
+    return Combined(weights, _along(form, weights @ G)(1.0).total)
 
 
 def _along(form: RiskForm, g: Array) -> Parabola:

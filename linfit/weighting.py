@@ -19,10 +19,14 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.scipy.special import logsumexp
 
 from linfit.internal.checks import ArrayLike, Maybe, is_concrete, non_negative, real_array
 
-__all__ = ["effective_sample_size", "effective_step", "flow_weights", "median_temperature", "robust_weights"]
+__all__ = [
+    "effective_sample_size", "effective_step", "entropy_weights", "flow_weights", "median_temperature",
+    "robust_weights", "smooth_weights",
+]  # fmt: skip
 
 Normalisation = Literal["count", "mean", "none"]
 
@@ -113,6 +117,40 @@ def robust_weights(
         where = f"the largest is {largest:.6g} at T = {temperature:.6g}"
         raise ValueError(f'losses overflow in exp(ℓ/T): {where}; use normalisation="mean"')
     return weights if normalisation == "count" else weights * under_mask.sum()
+
+
+def smooth_weights(losses: ArrayLike, temperature: Maybe = None, mask: Maybe = None) -> Array:
+    """w = 1/(1 + ℓ/T), in (0, 1]: like FLOW's weights for small losses, with a heavier tail (ours; docs, E1).
+
+    FLOW all but discards hard samples (e^{−ℓ/T} = 5e-5 at ℓ = 10T); these keep them at 1/(1 + ℓ/T) = 0.09. Arguments,
+    default temperature, NaN losses and errors as in `flow_weights`; not normalised, like its "count".
+
+    >>> from linfit.weighting import smooth_weights
+    >>> smooth_weights([0.0, 1.0, 3.0])
+    Array([1.  , 0.5 , 0.25], dtype=float64)
+    """
+    losses, counted, _, temperature = _prepare(losses, temperature, mask, "count")
+    ratio = -_exponent(jnp.where(counted, losses, 0), temperature)
+    return jnp.where(counted, 1 / (1 + ratio), 0)
+
+
+def entropy_weights(logits: ArrayLike) -> Array:
+    """w = H(softmax(logits))/log K in [0, 1]: full weight where the model is undecided, none where it is sure (ours).
+
+    The weights of entropy-adaptive fine-tuning: they look at the model's own prediction only, not at the label, and so
+    leave alone what it is confident of, right or wrong. `logits` (…, K), K ≥ 2 classes or tokens → (…,). In the linear
+    model with Gaussian answers all entropies are equal and these weights change nothing. Raises ValueError for NaN or
+    Inf, or fewer than two classes.
+
+    >>> from linfit.weighting import entropy_weights
+    >>> entropy_weights([[0.0, 0.0], [0.0, 50.0]]).round(6)
+    Array([1., 0.], dtype=float64)
+    """
+    logits = real_array("logits", logits)
+    if logits.ndim == 0 or logits.shape[-1] < 2:
+        raise ValueError(f"logits must have at least two classes on the last axis, got shape {logits.shape}")
+    log_p = logits - logsumexp(logits, axis=-1, keepdims=True)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1) / np.log(logits.shape[-1]).astype(logits.dtype)
 
 
 def effective_step(weights: ArrayLike, mask: Maybe = None) -> Array:

@@ -20,6 +20,7 @@ from linfit import (
     Parabola,
     Ridge,
     RiskForm,
+    SelfDistillation,
     TwoTaskProblem,
     aligned_problem,
     fine_tune,
@@ -30,6 +31,7 @@ from linfit import (
 )
 from linfit.filters import Several
 from sims.estimate import means_and_errors, progress, replicate, standardised_gap
+from theory.distillation import optimal_mix
 from theory.overadaptation import Optimum, best_of_each_method, combined
 
 __all__ = ["monte_carlo", "phase_diagram"]
@@ -144,13 +146,16 @@ def _mean_along(forms: Pair[RiskForm], filter: Filter) -> Pair[Parabola]:
 def trade_off(forms: Pair[RiskForm], best: Mapping[str, Optimum]) -> xr.Dataset:
     """The plane of both risks, mean over designs: a curve (risk, …_point) for each method (docs, O5; ours).
 
-    `best` is `best_of_each_method(forms.finetune)`. `oracle_frontier` has the filters of least R_ft + κR_pre;
-    `pretrained` and `fine-tuned` (min-norm) are points.
+    `best` is `best_of_each_method(forms.finetune)`. Self-distillation has at every λ the mix of least R_ft.
+    `oracle_frontier` has the filters of least R_ft + κR_pre; `pretrained` and `fine-tuned` (min-norm) are points.
     """
     tau, both = jnp.linspace(0, 1, 61), best["ridge + ensemble"]
+    penalties = jnp.logspace(-6, 3, 91)
+    distilled = SelfDistillation(penalties, optimal_mix(forms.finetune, penalties).mix)
     paths: dict[str, tuple[Filter, Array | float]] = {
+        "self-distillation": (distilled, 1.0),
         "early stopping": (GradientFlow(jnp.logspace(-3, 6, 91)), 1.0),
-        "ridge": (Ridge(jnp.logspace(-6, 3, 91)), 1.0),
+        "ridge": (Ridge(penalties), 1.0),
         "min-norm + ensemble": (MinNorm(), tau),
         "ridge + ensemble": (Ridge(both.hyperparameter), jnp.linspace(0, float(both.tau) * 1.15, 61)),
         "pretrained": (MinNorm(), 0.0),

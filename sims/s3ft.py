@@ -15,13 +15,16 @@ from jax import Array
 
 from linfit import Filter, MinNorm, fine_tune, interpolate, s3ft_targets, sample_design, spectra
 from linfit.covariance import Covariance
-from linfit.internal.checks import count, non_negative
+from linfit.internal.checks import count, non_negative, positive
 from linfit.targets import Source, Targets, content_within, noisy
 from sims.estimate import means_and_errors, replicate, standard_error, standardised_gap
 from sims.real_data import CLASSES, Split, digits_split, over_splits, ridge_from_zero
-from theory.s3ft import SUPERVISED, Expectation, Procedure, VectorProblem, conditional
+from theory.s3ft import SUPERVISED, Expectation, Procedure, VectorProblem, conditional, distances
 
-__all__ = ["VARIANTS", "content_and_style_problem", "expected_on", "monte_carlo", "sample_targets", "variant"]
+__all__ = [
+    "VARIANTS", "content_and_style_problem", "expected_on", "monte_carlo", "own_probabilities", "sample_targets",
+    "variant",
+]  # fmt: skip
 
 
 def content_and_style_problem(
@@ -84,16 +87,51 @@ def sample_targets(key: Array, X: Array, problem: VectorProblem, procedure: Proc
     Array([0, 1, 1, 1, 1], dtype=int32)
     """
     answers_key, judge_key = jax.random.split(key)
-    noise_key, sampling_key, paraphrase_key = jax.random.split(answers_key, 3)
+    own, gold, paraphrase = _sample_answers(answers_key, X, problem, procedure)
+    judge = content_within(problem.content, procedure.tolerance)
+    return s3ft_targets(own, gold, noisy(judge_key, judge, procedure.false_accept, procedure.false_reject), paraphrase)
+
+
+def _sample_answers(key: Array, X: Array, problem: VectorProblem, procedure: Procedure) -> tuple[Array, Array, Array]:
+    """Own answers, gold and paraphrases (n, m); NaN where a paraphrase did not succeed."""
+    noise_key, sampling_key, paraphrase_key = jax.random.split(key, 3)
     shape, P = (len(X), len(problem.content)), problem.content
     noise = jax.random.normal(noise_key, shape, X.dtype)
     gold = X @ problem.shift + problem.noise_std * noise @ P + problem.style_noise_std * (noise - noise @ P)
     sampled = jnp.asarray(procedure.sampling_std) * jax.random.normal(sampling_key, shape, X.dtype)
     own = X @ problem.pretrain_error + sampled
     succeeds = jax.random.uniform(paraphrase_key, shape[:1]) < jnp.asarray(procedure.paraphrase_success)
-    paraphrase = jnp.where(succeeds[:, None], gold @ P + (own - own @ P), jnp.nan)
-    judge = content_within(problem.content, procedure.tolerance)
-    return s3ft_targets(own, gold, noisy(judge_key, judge, procedure.false_accept, procedure.false_reject), paraphrase)
+    return own, gold, jnp.where(succeeds[:, None], gold @ P + (own - own @ P), jnp.nan)
+
+
+def own_probabilities(key: Array, problem: VectorProblem, n: int, procedure: Procedure) -> xr.Dataset:
+    """The model's own log-probability of n gold, paraphrased and own answers, and of the targets S3FT chooses.
+
+    As in Fig 2 of paper 2502.08130, in nats: −d²/2s² − (m/2)·log 2πs² at a distance d from the prediction. Variables
+    `gold`, `paraphrase` (of every sample, by a paraphrase that always succeeds), `own` and `target` (sample,), `source`
+    of the target; attributes: the `…_expected` means of the first three. `procedure` has numbers as fields, and needs
+    sampling_std > 0.
+    """
+    s = positive("procedure.sampling_std", procedure.sampling_std, ndim=0)
+    design_key, target_key = jax.random.split(key)
+    X = sample_design(design_key, problem.finetune_covariance, count("n", n))
+    predicted, certain = X @ problem.pretrain_error, procedure._replace(paraphrase_success=1.0)
+    own, gold, paraphrase = _sample_answers(jax.random.split(target_key)[0], X, problem, certain)
+    targets = sample_targets(target_key, X, problem, procedure)
+    outputs = problem.content.shape[0]
+
+    def log_probability(squared: Array) -> Array:
+        return -squared / (2 * s**2) - outputs / 2 * jnp.log(2 * jnp.pi * s**2)
+
+    answers = {"gold": gold, "paraphrase": paraphrase, "own": own, "target": targets.values}
+    variables = {
+        name: ("sample", np.asarray(log_probability(jnp.sum((answer - predicted) ** 2, axis=1))))
+        for name, answer in answers.items()
+    }
+    expected = distances(problem, s)._asdict()
+    attributes = {f"{name}_expected": float(log_probability(distance)) for name, distance in expected.items()}
+    variables["source"] = ("sample", np.asarray(targets.source))
+    return xr.Dataset(variables, attrs=attributes | {"n": n, "outputs": outputs, "sampling_std": float(s)})
 
 
 VARIANTS = ("SFT", "S3FT", "S3FT without paraphrase")

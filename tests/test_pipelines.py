@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from linfit import GradientDescent, GradientFlow, MinNorm, RandomShift, Ridge, TwoTaskProblem, spectra
+from linfit.filters import Combination, SelfDistillation
 from linfit.pipelines import exact_risks
 from sims.pipelines import similar_targets, simulated_risks
 from theory import equivalents
@@ -26,7 +27,8 @@ def close(a, b, tolerance=1e-9):
 
 def test_one_stage_is_the_deterministic_equivalent():
     problem = TwoTaskProblem(FLAT, FALLING, RandomShift(jnp.ones(P) / P), noise_std=0.5)
-    for filter in (Ridge(0.05), GradientFlow(7.0), GradientDescent(0.2, 9), 0.7 * MinNorm()):
+    mixed = 0.4 * GradientFlow(7.0) + 0.5 * MinNorm()
+    for filter in (Ridge(0.05), GradientDescent(0.2, 9), mixed, SelfDistillation(0.1, -0.5)):
         found = bias_and_variance(Stage(FALLING, 40, 0.5, filter, 1.2), ALONE)
         expected = equivalents.risk(problem, 40, filter, 1.2).finetune
         close(found.bias[0, 0], expected.bias, 1e-7)
@@ -226,7 +228,8 @@ def test_transfer_helps_on_one_side_of_the_threshold():
 
 def test_nodes_follow_the_filter():
     s = jnp.array([0.0, 0.3, 2.0])
-    for filter in (Ridge([0.1, jnp.inf]), GradientFlow([0.0, 3.0]), GradientDescent(0.3, [0, 4, 60]), 0.5 * MinNorm()):
+    sums = Combination((MinNorm(), Ridge([0.2, 0.5])), [0.3, -1.2]) + 0.5 * GradientFlow([1.0, 4.0])
+    for filter in (Ridge([0.1, jnp.inf]), GradientFlow([0.0, 3.0]), GradientDescent(0.3, [0, 4, 60]), sums):
         penalties, weights = nodes(filter, jnp.float64)
         learned = jnp.sum(weights[..., None] * s / (s + penalties[..., None] + (s == 0)), axis=-2).real
         close(learned, s * filter(s), 1e-7)

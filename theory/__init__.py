@@ -1,3 +1,15 @@
 """What is predicted: closed forms and their optima. Formulas only: nothing is sampled or measured here."""
 
-__all__ = ["equivalents", "flow", "frontier", "movement", "overadaptation", "overtraining", "pipelines", "s3ft"]
+__all__ = [
+    "distillation",
+    "dropout",
+    "equivalents",
+    "flow",
+    "frontier",
+    "movement",
+    "overadaptation",
+    "overtraining",
+    "pipelines",
+    "robust",
+    "s3ft",
+]

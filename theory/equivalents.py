@@ -28,8 +28,9 @@ Two identities make the double sums cheap. With T_w(κ) = Σ_j w_j/(s_j+κ),
 so K resolvents cost K passes over the spectrum, not K².
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from functools import partial
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -39,8 +40,25 @@ import optimistix
 from jax import Array
 
 from linfit.covariance import Covariance, Diagonal
-from linfit.filters import Ensemble, Filter, GradientDescent, GradientFlow, MinNorm, Ridge
-from linfit.internal.checks import ArrayLike, is_concrete, non_negative, positive, require_finite, same_size
+from linfit.filters import (
+    Combination,
+    Ensemble,
+    Filter,
+    GradientDescent,
+    GradientFlow,
+    MinNorm,
+    Ridge,
+    SelfDistillation,
+)
+from linfit.internal.checks import (
+    ArrayLike,
+    broadcastable,
+    is_concrete,
+    non_negative,
+    positive,
+    require_finite,
+    same_size,
+)
 from linfit.problem import Pair, TwoTaskProblem
 from linfit.risk import Parabola, Risk
 from theory import rational
@@ -322,7 +340,8 @@ def risk(
     Args:
         problem: Σ₁ and Σ₂ diagonal; of the shift covariance only the diagonal enters.
         n: fine-tuning samples, any real number > 0.
-        filter: MinNorm, Ridge, GradientFlow, GradientDescent or `tau * filter`; may hold arrays.
+        filter: MinNorm, Ridge, GradientFlow, GradientDescent, SelfDistillation, their multiples `tau * filter` and
+            sums; may hold arrays.
         tau: ensemble coefficient, broadcasts against the filter's hyperparameters → fields of that shape.
         multiplicities: (p,); coordinate j of the problem stands for that many equal ones.
 
@@ -356,22 +375,11 @@ def along(problem: TwoTaskProblem, n: ArrayLike, filter: Filter, *, multipliciti
         scale = Parabola(jnp.ones_like(tau), tau, tau**2, tau**2)
         return inner.map(lambda parabola: jax.tree.map(jnp.multiply, parabola, scale))
     population = _population(problem, n, multiplicities)
-
-    def flat(values: Array) -> Array:
-        return values.ravel().astype(population.n.dtype)
-
-    if isinstance(filter, MinNorm | Ridge):
-        penalty = filter.penalty if isinstance(filter, Ridge) else jnp.zeros(())
-        forms, shape = _ridge(population, flat(penalty)), penalty.shape
-    elif isinstance(filter, GradientFlow):
-        forms, shape = _gradient_flow(population, flat(filter.time)), filter.time.shape
-    elif isinstance(filter, GradientDescent):
-        steps, step_size = jnp.broadcast_arrays(filter.steps, filter.step_size)
-        forms, shape = _gradient_descent(population, flat(steps), flat(step_size)), steps.shape
-    else:
-        known = "MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them"
-        raise ValueError(f"filter must be {known}: no equivalent for {type(filter).__name__}")
-    return jax.tree.map(lambda field: field.reshape(shape), forms)
+    terms = _terms(population, filter)
+    forms = _evaluate(population, *terms[0])
+    for ridges, active in terms[1:]:
+        forms = jax.tree.map(partial(jnp.where, active), _evaluate(population, ridges, active), forms)
+    return jax.tree.map(lambda field: field.reshape(_shape(filter)), forms)
 
 
 class _Population(NamedTuple):
@@ -413,54 +421,100 @@ def _population(problem: TwoTaskProblem, n: ArrayLike, multiplicities: Counts) -
     )
 
 
-def _ridge(population: _Population, penalty: Array) -> Pair[Parabola]:
-    """Also λ = ∞, where nothing is learned."""
+def _shape(filter: Filter) -> tuple[int, ...]:
+    """Of the hyperparameters."""
+    parts: list[Any] = jax.tree.leaves(filter)
+    if isinstance(filter, Combination):
+        parts = [filter.weights[..., 0], *filter.filters]
+    if isinstance(filter, Ensemble):
+        parts = [filter.tau, filter.filter]
+    shape: tuple[int, ...] = ()
+    for part in parts:
+        one = _shape(part) if isinstance(part, Filter) else np.shape(part)
+        broadcastable("hyperparameters", one, "those of the other filters and weights", shape)
+        shape = np.broadcast_shapes(shape, one)
+    return shape
+
+
+_Term = tuple[rational.Ridges, Array]
+"""A sum of ridges for each of T filters, and for which of them it stands (T,)."""
+
+
+def _terms(population: _Population, filter: Filter) -> list[_Term]:
+    """The filter in ridges, its hyperparameters in one row; of several terms one stands for each, or none: nothing is
+    learned. If values can be seen, no more terms than are needed."""
+    dtype = population.n.dtype
+    if isinstance(filter, MinNorm):
+        terms = _ridge(jnp.zeros(1, dtype))
+    elif isinstance(filter, Ridge):
+        terms = _ridge(filter.penalty.ravel().astype(dtype))
+    elif isinstance(filter, Combination | Ensemble):
+        terms = [_combination(population, filter)]
+    elif isinstance(filter, SelfDistillation | GradientFlow | GradientDescent):
+        rows = jnp.broadcast_arrays(*jax.tree.leaves(filter))
+        family = {SelfDistillation: _distillation, GradientFlow: _gradient_flow}.get(type(filter))
+        terms = (family or partial(_gradient_descent, population))(*(row.ravel().astype(dtype) for row in rows))
+    else:
+        known = "MinNorm, Ridge, GradientFlow, GradientDescent, SelfDistillation, or sums and multiples of them"
+        raise ValueError(f"filter must be {known}: no equivalent for {type(filter).__name__}")
+    needed = [term for term in terms if not is_concrete(term[1]) or np.asarray(term[1]).any()]
+    return needed or terms[:1]
+
+
+def _ridge(penalty: Array) -> list[_Term]:
+    """At λ = ∞ nothing is learned."""
     finite = jnp.isfinite(penalty)
-    penalties, weights = jnp.where(finite, penalty, 1), jnp.ones_like(penalty)
-    one_term = rational.Ridges(penalties[:, None], weights[:, None], jnp.arange(penalty.size))
-    return _evaluate(population, one_term, finite)
+    ones = jnp.ones_like(penalty)[:, None]
+    return [(rational.Ridges(jnp.where(finite, penalty, 1)[:, None], ones, jnp.arange(penalty.size)), finite)]
 
 
-def _gradient_flow(population: _Population, time: Array) -> Pair[Parabola]:
+def _distillation(penalty: Array, mix: Array) -> list[_Term]:
+    finite = jnp.isfinite(penalty)
+    return [(rational.distillation_ridges(jnp.where(finite, penalty, 1), mix), finite)]
+
+
+def _gradient_flow(time: Array) -> list[_Term]:
     """t = 0 learns nothing, t = ∞ is MinNorm; between them a contour."""
-    started, ended = time > 0, jnp.isinf(time)
-    between = jnp.where(started & ~ended, time, 1)
+    ended = jnp.isinf(time)
+    moving = (time > 0) & ~ended
+    between = jnp.where(moving, time, 1)
     plan = rational.plan(between, jnp.ones_like(time), concrete=is_concrete(time))
-    forms = _evaluate(population, rational.flow_ridges(between, plan), started)
-    return _either(ended, lambda: _ridge(population, jnp.zeros((1,), time.dtype)), lambda: forms)
+    none = jnp.zeros_like(time)
+    limit = rational.Ridges(none[:1, None], none[:, None] + 1, none.astype(int))
+    return [(rational.flow_ridges(between, plan), moving), (limit, ended)]
 
 
-def _gradient_descent(population: _Population, steps: Array, step_size: Array) -> Pair[Parabola]:
+def _gradient_descent(population: _Population, step_size: Array, steps: Array) -> list[_Term]:
     """Few steps on a circle for each step size, many on the flow's contour."""
-    concrete = is_concrete(steps, step_size)
     if is_concrete(population, step_size):
         edge = spectral_edge(population.spectrum, population.n)
         if (np.asarray(step_size) >= 2 / np.asarray(edge)).any():
             limit = f"2/s_max = {2 / edge:.6g} for this problem"
             raise ValueError(f"step_size must be below {limit}, got {step_size.max()}")
-
-    def few() -> Pair[Parabola]:
-        distinct, group = step_size, jnp.arange(step_size.size)
-        if is_concrete(step_size):
-            distinct, group = (jnp.asarray(x) for x in np.unique(np.asarray(step_size), return_inverse=True))
-        circle = rational.few_steps_ridges(jnp.minimum(steps, rational.FEW_STEPS), distinct, group)
-        return _evaluate(population, circle, steps > 0)
-
-    def many() -> Pair[Parabola]:
-        more = jnp.maximum(steps, rational.FEW_STEPS)
-        contour = rational.descent_ridges(more, rational.plan(more, step_size, concrete=concrete))
-        return _evaluate(population, contour, jnp.ones_like(more, bool))
-
-    return _either(steps <= rational.FEW_STEPS, few, many)
+    distinct, group = step_size, jnp.arange(step_size.size)
+    if is_concrete(step_size):
+        distinct, group = (jnp.asarray(x) for x in np.unique(np.asarray(step_size), return_inverse=True))
+    circle = rational.few_steps_ridges(jnp.minimum(steps, rational.FEW_STEPS), distinct, group)
+    more = jnp.maximum(steps, rational.FEW_STEPS)
+    plan = rational.plan(more, step_size, concrete=is_concrete(steps, step_size))
+    few = steps <= rational.FEW_STEPS
+    return [(circle, few & (steps > 0)), (rational.descent_ridges(more, plan), ~few)]
 
 
-def _either(condition: Array, one: Callable[[], Pair[Parabola]], other: Callable[[], Pair[Parabola]]) -> Pair[Parabola]:
-    """The entries of one where the condition holds, of the other elsewhere; nothing in vain, if values can be seen."""
-    if is_concrete(condition) and np.asarray(condition).all():
-        return one()
-    if is_concrete(condition) and not np.asarray(condition).any():
-        return other()
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), one(), other())
+def _combination(population: _Population, filter: Combination | Ensemble) -> _Term:
+    """All resolvents of all members, each with its weight and that of its member."""
+    members = filter.filters if isinstance(filter, Combination) else (filter.filter,)
+    weights = filter.weights if isinstance(filter, Combination) else filter.tau[..., None]
+    shape, parts = _shape(filter), []
+    for index, member in enumerate(members):
+        own = _shape(member)
+        # which of the member's T rows each of ours is
+        rows = np.broadcast_to(np.arange(math.prod(own)).reshape(own), shape).ravel()
+        weight = jnp.broadcast_to(weights[..., index], shape).ravel()
+        for ridges, active in _terms(population, member):
+            scaled = jnp.where(active[rows], weight, 0)[:, None] * ridges.weights[rows]
+            parts.append(rational.Ridges(ridges.penalties, scaled, ridges.group[rows]))
+    return rational.combined_ridges(parts), jnp.ones(math.prod(shape), bool)
 
 
 @jax.jit

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optimistix
 from jax import Array
-from jax.scipy.special import erf
+from jax.scipy.special import erf, erfc
 from jax.scipy.stats import norm
 
 from linfit import FixedShift, Pair, TwoTaskProblem
@@ -38,8 +38,8 @@ from linfit.internal.checks import ArrayLike, broadcastable, non_negative, posit
 from linfit.internal.linear_algebra import rank_cutoff
 
 __all__ = [
-    "clipping_coefficient", "distance", "pareto", "pareto_weights", "population_risks", "smoothing_coefficient",
-    "trimming_ratio", "weight_at", "weighting_coefficient",
+    "clipping_coefficient", "distance", "pareto", "pareto_weights", "population_risks", "smooth_ratio",
+    "smoothing_coefficient", "trimming_ratio", "weight_at", "weighting_coefficient",
 ]  # fmt: skip
 
 _DECADES = 15.0
@@ -228,6 +228,28 @@ def trimming_ratio(threshold: ArrayLike, residual_std: ArrayLike) -> Array:
     safe = jnp.where(small, 1, z)
     ratio = 1 - 2 * safe * norm.pdf(safe) / erf(safe / jnp.sqrt(2.0).astype(safe.dtype))
     return jnp.where(small, z**2 / 3, ratio)
+
+
+def smooth_ratio(temperature: ArrayLike, residual_std: ArrayLike) -> Array:
+    """m of the weights 1/(1 + r²/T), `linfit.weighting.smooth_weights` of squared residuals (docs, E1; ours).
+
+        m = T(1−Z)/(vZ),   Z = E w = √(πa) e^a erfc(√a),   a = T/2v
+
+    since E wr² = T(1 − E w). `temperature` T > 0 in squared units of y, `residual_std` √v > 0; they broadcast. For
+    `weighting_coefficient`.
+
+    >>> from theory.frontier import smooth_ratio
+    >>> round(float(smooth_ratio(1.0, 1.0)), 6)
+    0.525135
+    """
+    z = _standardised(jnp.sqrt(positive("temperature", temperature)), residual_std) / 2**0.5  # √a
+    # Z = √π·z·erfcx(z) and 1−Z ≈ 1/2z² − 3/4z⁴ + …, where the difference would cancel
+    large = z > 8
+    safe, far = jnp.where(large, 1, z), jnp.where(large, z, 8)
+    Z = jnp.pi**0.5 * safe * jnp.exp(safe**2) * erfc(safe)
+    x = 1 / (2 * far**2)
+    missed = x * (1 - x * (3 - x * (15 - x * (105 - x * (945 - 10395 * x)))))
+    return jnp.where(large, missed / (x * (1 - missed)), 2 * z**2 * (1 - Z) / Z)
 
 
 def clipping_coefficient(threshold: ArrayLike, residual_std: ArrayLike) -> Array:

@@ -21,7 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit.filters import Ensemble, Filter, GradientDescent, GradientFlow, MinNorm, Ridge
+from linfit.filters import (
+    Combination,
+    Ensemble,
+    Filter,
+    GradientDescent,
+    GradientFlow,
+    MinNorm,
+    Ridge,
+    SelfDistillation,
+)
 from linfit.internal.checks import ArrayLike, is_concrete, non_negative, positive
 from theory import rational
 from theory.equivalents import effective_regularization, spectral_edge
@@ -39,7 +48,7 @@ class Nodes(NamedTuple):
 
 
 def nodes(filter: Filter, dtype: jnp.dtype) -> Nodes:
-    """The ridges that a filter is a sum of. MinNorm, Ridge, GradientFlow, GradientDescent, and τ times one of them.
+    """The ridges that a filter is a sum of: any of those that `theory.equivalents.risk` takes.
 
     Traced hyperparameters get the nodes of every case (few or many steps, an infinite time), those in vain with weight
     0. Raises ValueError for another filter.
@@ -53,7 +62,7 @@ def nodes(filter: Filter, dtype: jnp.dtype) -> Nodes:
         inner = nodes(filter.filter, dtype)
         weights = filter.tau.astype(dtype)[..., None] * inner.weights
         return Nodes(jnp.broadcast_to(inner.penalties, weights.shape), weights)
-    if hasattr(filter, "filters") and hasattr(filter, "weights"):
+    if isinstance(filter, Combination):
         terms = [nodes(filter.weights[..., k] * term, dtype) for k, term in enumerate(filter.filters)]
         shape = np.broadcast_shapes(*(term.weights.shape[:-1] for term in terms))
         parts = zip(*([jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in term] for term in terms), strict=True)
@@ -68,8 +77,17 @@ def nodes(filter: Filter, dtype: jnp.dtype) -> Nodes:
         return _flow(filter.time.astype(dtype))
     if isinstance(filter, GradientDescent):
         return _descent(*jnp.broadcast_arrays(filter.steps.astype(dtype), filter.step_size.astype(dtype)))
-    known = "MinNorm, Ridge, GradientFlow, GradientDescent or tau times one of them"
+    if isinstance(filter, SelfDistillation):
+        return _distillation(*jnp.broadcast_arrays(filter.penalty.astype(dtype), filter.mix.astype(dtype)))
+    known = "MinNorm, Ridge, GradientFlow, GradientDescent, SelfDistillation, or sums and multiples of them"
     raise ValueError(f"filter must be {known}: no equivalent for {type(filter).__name__}")
+
+
+def _distillation(penalty: Array, mix: Array) -> Nodes:
+    """On a circle around λ; at λ = ∞ nothing is learned."""
+    finite = jnp.isfinite(penalty)
+    ridges = rational.distillation_ridges(jnp.where(finite, penalty, 1).ravel(), mix.ravel())
+    return _scaled(_shaped(ridges, penalty.shape), finite)
 
 
 def _flow(time: Array) -> Nodes:

@@ -48,7 +48,7 @@ class Stage(eqx.Module):
         spectrum: eigenvalues (p,) or, one row a stage, (K, p), in the eigenbasis common to all stages; zeros allowed.
         n: samples, any real number > 0, scalar or (K,); so are the next and the hyperparameters of the filter.
         noise_std: σ of the label noise.
-        filter: MinNorm, Ridge, GradientFlow, GradientDescent, or τ times one of them.
+        filter: MinNorm, Ridge, GradientFlow, GradientDescent, SelfDistillation, or sums and multiples of them.
         tau: ensemble coefficient τ, any finite number.
         task: which task it trains on, an int or K of them; by default stage k trains on task k.
         average_with: index of the stage that is averaged with, −1 for the weights 0 at the start; by default the stage

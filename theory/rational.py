@@ -12,6 +12,7 @@ with the constants of D4 is another such contour; the hyperbola also serves a wh
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -19,7 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["FEW_STEPS", "Plan", "Ridges", "descent_ridges", "few_steps_ridges", "flow_ridges", "plan"]
+from linfit.internal.checks import is_concrete
+
+__all__ = [
+    "FEW_STEPS", "Plan", "Ridges", "combined_ridges", "descent_ridges", "distillation_ridges", "few_steps_ridges",
+    "flow_ridges", "plan",
+]  # fmt: skip
 
 
 class Ridges(NamedTuple):
@@ -31,6 +37,39 @@ class Ridges(NamedTuple):
     """w (T, K)."""
     group: Array
     """Group of each filter (T,)."""
+
+
+def combined_ridges(parts: Sequence[Ridges]) -> Ridges:
+    """Filters that are sums of filters (docs, C1): the resolvents of all parts side by side.
+
+    Filters that share their penalties in every part share them here, if the groups can be seen.
+    """
+    groups = [part.group for part in parts]
+    weights = jnp.concatenate([part.weights for part in parts], axis=-1)
+    if not is_concrete(groups):
+        penalties = jnp.concatenate([part.penalties[part.group] for part in parts], axis=-1)
+        return Ridges(penalties, weights, jnp.arange(len(weights)))
+    _, first, group = np.unique(np.stack(groups), axis=1, return_index=True, return_inverse=True)
+    penalties = jnp.concatenate([part.penalties[part.group[first]] for part in parts], axis=-1)
+    return Ridges(penalties, weights, jnp.asarray(group.ravel()))
+
+
+def distillation_ridges(penalties: Array, mix: Array) -> Ridges:
+    """g_λ + ξλ ∂g_λ/∂λ for λ ≥ 0 and ξ, both (T,) (docs, C2).
+
+    Cauchy's formulas for g and its derivative on the circle ζ = λ(1 + r e^{iφ}) around λ, which leaves out the poles of
+    1/(s+ζ); N points err by r^N.
+
+    >>> ridges = distillation_ridges(jnp.array([0.5]), jnp.array([-2.0]))
+    >>> s = 1.5
+    >>> bool(abs(jnp.sum(ridges.weights / (s + ridges.penalties)).real - (1 + 2 * 0.5 / 2.0) / 2.0) < 1e-12)
+    True
+    """
+    radius, points = (0.1, 14) if penalties.dtype == jnp.float64 else (0.2, 10)
+    angle = ((jnp.arange(points // 2) + 0.5) * (2 * np.pi / points)).astype(penalties.dtype)
+    turn = jnp.exp(1j * angle)
+    weights = (2 / points) * (1 + mix[:, None] / (radius * turn))
+    return Ridges(penalties[:, None] * (1 + radius * turn), weights, jnp.arange(penalties.size))
 
 
 _SPAN = 10.0

@@ -28,7 +28,7 @@ from linfit.internal import checks
 from linfit.internal.checks import ArrayLike, count, non_negative, real_array, same_size
 
 __all__ = [
-    "SUPERVISED", "Expectation", "Procedure", "VectorProblem", "coefficients", "conditional",
+    "SUPERVISED", "Expectation", "Procedure", "VectorProblem", "calibrated", "coefficients", "conditional", "distances",
     "fixed_point_coefficient", "population", "rejection_coefficient", "shares",
 ]  # fmt: skip
 
@@ -151,6 +151,89 @@ def coefficients(procedure: Procedure, content_rank: int, residual_std: ArrayLik
     checked, k = _check(procedure), count("content_rank", content_rank)
     squared = _judged(checked, residual_std)
     return Coefficients(_learned(checked, _tail(k + 2, squared)), _gold(checked, _tail(k, squared)))
+
+
+# The shares have two degrees of freedom, and the procedure two that set them: own fixes F_k, and so the tolerance,
+# paraphrase then the success q.
+def calibrated(
+    own: float,
+    paraphrase: float,
+    content_rank: int,
+    residual_std: float = 1.0,
+    *,
+    false_accept: float = 0.0,
+    false_reject: float = 0.0,
+    sampling_std: float = 0.0,
+) -> Procedure:
+    """The procedure of the given shares: tolerance of the judge and success of paraphrases (docs, T2; ours).
+
+        F_k = (own − a)/(1−f−a),  tol² = (v+s²)·χ²_k-quantile of F_k,  q = paraphrase/[(1−a)(1−f)(1−F_k)]
+
+    Args:
+        own, paraphrase: shares in [0, 1]; gold is the rest.
+        content_rank: k ≥ 1.
+        residual_std: √v > 0, the unit of the tolerance.
+        false_accept, false_reject: a and f of the judge, a + f < 1.
+        sampling_std: s ≥ 0.
+
+    Numbers only, on the host. Raises ValueError for shares that no such procedure has.
+
+    >>> from theory.s3ft import calibrated, shares
+    >>> procedure = calibrated(0.495, 0.421, content_rank=1)       # GSM8K in paper 2502.08130
+    >>> round(float(procedure.tolerance), 3), round(float(procedure.paraphrase_success), 3)
+    (0.667, 0.834)
+    >>> [round(float(share), 3) for share in shares(procedure, 1, residual_std=1.0)]
+    [0.495, 0.421, 0.084]
+    """
+    k, std = count("content_rank", content_rank), float(checks.positive("residual_std", residual_std, ndim=0))
+    given = {"own": own, "paraphrase": paraphrase, "false_accept": false_accept, "false_reject": false_reject}
+    own, paraphrase, a, f = (float(checks.probability(name, value)) for name, value in given.items())
+    if own + paraphrase > 1 + 1e-12:
+        raise ValueError(f"own and paraphrase must add up to at most 1, got {own + paraphrase:.6g}")
+    if a + f >= 1:
+        raise ValueError(f"false_accept and false_reject must add up to less than 1, got {a + f:.6g}")
+    right = (own - a) / (1 - f - a)
+    if not 0 <= right <= 1:
+        raise ValueError(f"own must lie in [{a:.6g}, {1 - f:.6g}] for this judge, got {own:.6g}")
+    available = (1 - a) * (1 - f) * (1 - right)
+    if paraphrase > available + 1e-12:
+        raise ValueError(
+            f"paraphrase must be at most {available:.6g} for this judge and own answers, got {paraphrase:.6g}"
+        )
+    success = min(paraphrase / available, 1.0) if available > 0 else 0.0
+    sampled = float(non_negative("sampling_std", sampling_std, ndim=0))
+    tolerance = float(np.hypot(std, sampled) * scipy.stats.chi2.ppf(right, k) ** 0.5)
+    return Procedure(tolerance, success, a, f, sampled)
+
+
+class Distances(NamedTuple):
+    """Mean squared distance of answers from what the pretrained model predicts, summed over outputs."""
+
+    own: Array
+    paraphrase: Array
+    gold: Array
+
+
+def distances(problem: "VectorProblem", sampling_std: ArrayLike) -> Distances:
+    """E‖answer − xᵀθ₁‖² of own answers, paraphrases and gold, before any judging (docs, T2; ours).
+
+        own ms²,   paraphrase ‖ΔP‖² + kσ² + (m−k)s²,   gold ‖ΔP‖² + kσ² + ‖Δ(I−P)‖² + (m−k)σ_s²
+
+    The model's own distribution is N(xᵀθ₁, s²I), so that an answer at distance d has the log-probability
+    −d²/2s² − (m/2)·log 2πs²: paper 2502.08130 shows histograms of it (Fig 2). `sampling_std` s ≥ 0 has any shape. Own
+    answers are nearest exactly where content is missed by more than own answers scatter, ‖ΔP‖² + kσ² > ks².
+
+    >>> from theory.s3ft import VectorProblem, distances
+    >>> problem = VectorProblem([1.0, 1.0], [1.0, 1.0], [[1.0, 0.0], [0.0, 2.0]], [1, 0], noise_std=0.5)
+    >>> [float(distance) for distance in distances(problem, 0.5)]
+    [0.5, 1.5, 5.5]
+    """
+    s2 = non_negative("sampling_std", sampling_std) ** 2
+    k, styles, (content, style) = problem.content_rank, problem.style_dimension, problem.gaps
+    sizes = [_inner(problem.finetune_covariance, gap, gap) for gap in (content, style)]
+    missed = sizes[0] + k * problem.noise_std**2
+    elsewhere = sizes[1] + styles * problem.style_noise_std**2
+    return Distances(*jnp.broadcast_arrays((k + styles) * s2, missed + styles * s2, missed + elsewhere))
 
 
 # Training on the accepted own answers alone. With the accepted share A = (1−f)F_k + a(1−F_k) and

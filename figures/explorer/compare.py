@@ -151,7 +151,7 @@ PAGE = Page(
     introduction=(
         "Every way to fine-tune is a point in the plane of <b>forgetting</b> and <b>task risk</b>; left and down is better. Nothing can be "
         "below the <b>frontier</b>, which knows both tasks exactly. Stars: the best of each family for R<sub>ft</sub> + κR<sub>pre</sub>. "
-        "Switch on the finite samples to have all sixteen methods tuned and measured: points on the plane (hover for the name) and in the list."
+        "Switch on the finite samples to have all methods tuned and measured: points on the plane (hover for the name) and in the list."
     ),
     parameters=Parameters,
     curves=curves,
@@ -187,7 +187,7 @@ PAGE = Page(
         "Shift along the head: ridge beats averaging": {"alignment": 1.0, "weight": 0.1},
         "Forgetting is all that counts": {"weight": 10.0},
     },
-    overlay=Overlay("16 methods, 4 × 8 tasks", replicate, 4, tuple(f"{name} row" for name in METHODS),
+    overlay=Overlay(f"{len(METHODS)} methods, 4 × 8 tasks", replicate, 4, tuple(f"{name} row" for name in METHODS),
                     tuple(point for name, colour in zip(METHODS, itertools.cycle(OKABE)) for point in (
                         Points("plane", f"{name} pretrain", f"{name} finetune", name, colour),
                         Points("list", f"{name} criterion", f"{name} row", name, colour, sideways=True)))),

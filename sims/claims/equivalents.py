@@ -10,7 +10,18 @@ import numpy as np
 import scipy.stats
 from jax import Array
 
-from linfit import Filter, GradientFlow, MinNorm, Pair, Ridge, aligned_problem, risk_forms, spectra
+from linfit import (
+    Combination,
+    Filter,
+    GradientFlow,
+    MinNorm,
+    Pair,
+    Ridge,
+    SelfDistillation,
+    aligned_problem,
+    risk_forms,
+    spectra,
+)
 from sims.claims import Normal, Sides, asymptotic, identity, inequality
 from sims.claims.problems import autocorrelation
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, PENALTY, PRETRAIN_RISK, TIME, Parameter
@@ -175,6 +186,20 @@ def d3(normal: Normal, penalty: float, **values: Any) -> Sides:
 )
 def d4(normal: Normal, time: float, **values: Any) -> Sides:
     return _risks(normal, (GradientFlow([time, 10 * time]),), **values)
+
+
+@asymptotic(
+    "D4.combined",
+    "And that of sums of filters, and of self-distillation: all their resolvents side by side.",
+    R"g = \mathrm{Re}\textstyle\sum_k a_k\sum_l w_{kl}/(s+\lambda_{kl})",
+    parameters=RISK_PARAMETERS
+    | {"penalty": PENALTY.within(1e-2, 0.1), "time": TIME.within(1.0, 1e2), "mix": Parameter(low=-1.0, high=1.0)},
+    tolerance=10.0,
+    sizes=SIZES,
+)
+def d4_combined(normal: Normal, penalty: float, time: float, mix: float, **values: Any) -> Sides:
+    combined = Combination((Ridge(penalty), GradientFlow(time), MinNorm()), [[0.8, 0.5, -0.2], [-0.3, 0.9, 0.3]])
+    return _risks(normal, (combined, SelfDistillation([penalty, 10 * penalty], mix)), **values)
 
 
 @identity(

@@ -1,4 +1,4 @@
-"""Sixteen ways to fine-tune on one plane: tuned alike, measured on the same tasks, with their distance to the frontier.
+"""Many ways to fine-tune on one plane: tuned alike, measured on the same tasks, with their distance to the frontier.
 
 - `methods`: the methods, and the grids their hyperparameters are chosen from;
 - `ranking`: problems, tuning, risks with standard errors, distances to the Pareto frontier (docs, E2);

@@ -1,4 +1,4 @@
-"""The methods: sixteen ways to fine-tune in a few lines each, and the grids their hyperparameters are chosen from.
+"""The methods: ways to fine-tune in a few lines each, and the grids their hyperparameters are chosen from.
 
 A method sees one `Given` and returns weights for every value of its hyperparameters. The last axis of its grid comes
 whole, because filters take arrays; one before it comes a value at a time, and `vmap` runs through it, so that whatever
@@ -21,6 +21,8 @@ from linfit import (
     GradientFlow,
     MinNorm,
     Ridge,
+    SelfDistillation,
+    SharpnessAware,
     TwoTaskProblem,
     fine_tune,
     flow_weights,
@@ -28,6 +30,8 @@ from linfit import (
     sample_design,
     sample_task,
 )
+from linfit.robust import adversarial_fine_tune, largest_radius
+from linfit.weighting import smooth_weights
 
 __all__ = ["METHODS", "Given", "Method", "over_grid", "sample_given"]
 
@@ -39,6 +43,7 @@ TAUS = np.linspace(0.0, 1.2, 25)
 RANKS = np.array([1, 2, 4])
 SUBNET_STEPS = np.unique(np.round(np.logspace(0, np.log10(256), 17)))
 
+ADVERSARIAL_STEPS = 50
 ANCHORS = 8
 L1_STEPS = 200
 LOW_RANK_ALTERNATIONS = 8
@@ -103,6 +108,39 @@ def _flow(given: Given, time: Array, tau: Array | float = 1.0) -> Array:
     return fine_tune(given.X, given.y, given.theta_1, tau * filter, weights)
 
 
+def _self_distillation(given: Given, mix: Array, penalty: Array) -> Array:
+    """Ridge on labels mixed with the answers of ridge itself."""
+    return _filtered(given, SelfDistillation(penalty * _unit(given.X), mix))
+
+
+def _sharpness_aware(given: Given, radius: Array, time: Array) -> Array:
+    """Gradient flow along the gradient at θ + ρ∇L, stopped at a time; ρ in units of the inverse mean eigenvalue."""
+    unit = _unit(given.X)
+    return _filtered(given, SharpnessAware(time / unit, radius / unit))
+
+
+def _layer_dropping(given: Given, keep: Array, time: Array) -> Array:
+    """θ − θ₁ is dropped as a whole, a layer, in a random share of the steps: an ensemble, later (docs, C5)."""
+    return _filtered(given, keep * GradientFlow(time / keep / _unit(given.X)))
+
+
+def _dropout(given: Given, rate: Array) -> Array:
+    """Inputs of θ − θ₁ are dropped at a rate q and scaled by 1/(1−q): ridge, penalty q/(1−q) Σ_j (XᵀX/n)_jj d_j²."""
+    return _ridge_in(given, jnp.mean(given.X**2, axis=0), rate / (1 - rate))
+
+
+def _adversarial(given: Given, radius: Array) -> Array:
+    """Least squares at the worst inputs within a distance, in units of the least that keeps θ₁."""
+    X, y, theta_1 = given.X, given.y, given.theta_1
+    return adversarial_fine_tune(X, y, theta_1, radius * largest_radius(X, y, theta_1), steps=ADVERSARIAL_STEPS)
+
+
+def _smooth(given: Given, time: Array) -> Array:
+    """Weights 1/(1 + ℓ/T) at the median temperature, stopped early."""
+    weights = smooth_weights(given.residual**2)
+    return fine_tune(given.X, given.y, given.theta_1, GradientFlow(time / _unit(given.X)), weights)
+
+
 def _s3ft(given: Given, threshold: Array, time: Array) -> Array:
     """Own answers where they miss by at most `threshold` times the median miss, gold elsewhere; stopped early."""
     tolerance = threshold * jnp.median(abs(given.residual))
@@ -120,9 +158,13 @@ def _replay(given: Given, fraction: Array, penalty: Array) -> Array:
 
 def _ewc(given: Given, penalty: Array) -> Array:
     """Penalty λ Σ F_j(θ_j−θ₁_j)², F the diagonal of the Fisher information Σ₁: ridge in coordinates F^{1/2}θ."""
-    root = jax.lax.rsqrt(given.fisher)
-    rows = given.X * root
-    return given.theta_1 + root * fine_tune(rows, given.residual, jnp.zeros_like(root), Ridge(penalty * _unit(rows)))
+    return _ridge_in(given, given.fisher, penalty * _unit(given.X * jax.lax.rsqrt(given.fisher)))
+
+
+def _ridge_in(given: Given, metric: Array, penalty: Array) -> Array:
+    """Ridge with the penalty λ Σ_j metric_j (θ_j−θ₁_j)²: plain ridge in coordinates metric^{1/2}θ."""
+    root = jax.lax.rsqrt(metric)
+    return given.theta_1 + root * fine_tune(given.X * root, given.residual, jnp.zeros_like(root), Ridge(penalty))
 
 
 def _l1(given: Given, penalty: Array) -> Array:
@@ -211,6 +253,12 @@ METHODS: dict[str, Method] = {
     "ridge + ensemble": Method(_ridge, {"penalty": PENALTIES, "tau": TAUS}),
     "FLOW": Method(_flow, {"time": FLOW_TIMES}),
     "FLOW + ensemble": Method(_flow, {"time": FLOW_TIMES[::2], "tau": TAUS}),
+    "smooth weights": Method(_smooth, {"time": TIMES}),
+    "self-distillation": Method(_self_distillation, {"mix": np.linspace(-2, 2, 9), "penalty": PENALTIES}),
+    "sharpness-aware": Method(_sharpness_aware, {"radius": np.array([0.1, 1.0, 10.0]), "time": TIMES}),
+    "layer dropping": Method(_layer_dropping, {"keep": np.array([0.25, 0.5, 0.75]), "time": TIMES}),
+    "dropout": Method(_dropout, {"rate": 1 / (1 + np.logspace(3, -2, 21))}),
+    "adversarial": Method(_adversarial, {"radius": np.logspace(-1.5, -0.02, 10)}),
     "S3FT": Method(_s3ft, {"threshold": np.array([0.25, 0.5, 1.0, 1.5, 2.0]), "time": TIMES}),
     "replay": Method(_replay, {"fraction": np.array([0.25, 0.5, 1.0]), "penalty": PENALTIES}, refactors=True),
     "EWC": Method(_ewc, {"penalty": PENALTIES}),
