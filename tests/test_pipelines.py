@@ -55,6 +55,7 @@ def test_simulation_from_raw_data(seed, stages):
     assert (data.risk_error < 0.04 * data.predicted).all()
 
 
+@pytest.mark.slow
 def test_exact_risks_average_to_the_prediction(generator):
     sources, taus, noise = [-1, -1, 0, 2], [1.0, 0.6, 1.3, 0.5], [0.5, 0.3, 0.7, 0.2]
     filters, sizes, rows = [Ridge(0.05), MinNorm(), GradientFlow(5.0), Ridge(0.1)], [40, 15, 80, 25], [0, 1, 0, 2]
@@ -162,6 +163,7 @@ def test_vmap_and_dtype():
     np.testing.assert_allclose(found, risks(double, OPPOSED), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_best_of_one_isotropic_task_is_bayes():
     stages = Stage(FLAT, 20, 0.5, Ridge([0.3, 0.3, 0.3]), task=[0, 0, 0])
     best = optimal(stages, ALONE, [1.0])
@@ -233,6 +235,14 @@ def test_nodes_follow_the_filter():
         penalties, weights = nodes(filter, jnp.float64)
         learned = jnp.sum(weights[..., None] * s / (s + penalties[..., None] + (s == 0)), axis=-2).real
         close(learned, s * filter(s), 1e-7)
+
+
+def test_gradient_descent_is_checked_stage_by_stage():
+    edge = float(2 / equivalents.spectral_edge(FALLING, 10))
+    n, sizes = [10, 1000], [0.9 * edge, 1.1 * edge]  # the larger step where there are more samples
+    assert len(risks(Stage(FALLING, n, 0.1, GradientDescent(sizes, 3), task=[0, 0]), ALONE)) == 2
+    with pytest.raises(ValueError, match="step_size must be below"):
+        risks(Stage(FALLING, n, 0.1, GradientDescent(sizes[::-1], 3), task=[0, 0]), ALONE)
 
 
 def test_blocks_of_coordinates_change_nothing():

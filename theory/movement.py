@@ -250,14 +250,14 @@ def _movement(filter: Nodes, spectrum: Array, n: Array) -> Movement:
 
 
 def require_stable(filter: Filter, spectrum: Array, n: Array) -> None:
-    """Raise ValueError if gradient descent diverges on designs of this size."""
+    """Raise ValueError if gradient descent diverges; one spectrum and n, or one for each of its step sizes."""
     for part in (getattr(filter, "filter", None), *getattr(filter, "filters", ())):
         if part is not None:
             require_stable(part, spectrum, n)
     if not isinstance(filter, GradientDescent) or not is_concrete(filter, spectrum, n):
         return
-    bound = (spectrum.max() ** 0.5 + (spectrum.sum() / n) ** 0.5) ** 2  # the edge with every eigenvalue at the top
-    if float(filter.step_size.max() * bound) >= 2:
-        limit = float(2 / spectral_edge(spectrum, n))
-        if float(filter.step_size.max()) >= limit:
-            raise ValueError(f"step_size must be below 2/s_max = {limit:.6g} on this data, got {filter.step_size}")
+    bound = (spectrum.max(axis=-1) ** 0.5 + (spectrum.sum(axis=-1) / n) ** 0.5) ** 2  # with all eigenvalues at the top
+    for k, (step, most, samples) in enumerate(zip(*map(np.ravel, np.broadcast_arrays(filter.step_size, bound, n)))):
+        row = spectrum if spectrum.ndim == 1 else spectrum[k]
+        if step * most >= 2 and step >= (limit := float(2 / spectral_edge(row, samples))):
+            raise ValueError(f"step_size must be below 2/s_max = {limit:.6g} on this data, got {step}")

@@ -195,8 +195,7 @@ def _checked(stages: list[Stage], targets: ArrayLike, tests: Maybe) -> tuple[Arr
     p, dtype = stages[0].spectrum.shape[-1], jnp.result_type(*(stage.spectrum.dtype for stage in stages))
     for stage in stages:
         same_size("spectrum", stage.spectrum.shape[-1], "the spectrum of the first stage", p)
-        for spectrum, n in _distinct(stage):
-            require_stable(stage.filter, spectrum, n)
+        require_stable(stage.filter, stage.spectrum, stage.n)
     targets, tasks = _second_moments(targets, p).astype(dtype), _tasks(stages)
     if max(tasks) >= len(targets):
         hint = "a stage without `task` trains on its own"
@@ -218,13 +217,6 @@ def _rows(stage: Stage) -> list[Array]:
     return list(stage.spectrum) if stage.spectrum.ndim == 2 else [stage.spectrum] * len(stage)
 
 
-def _distinct(stage: Stage) -> list[tuple[Array, Array]]:
-    """Spectra and least samples of a Stage."""
-    if stage.spectrum.ndim == 1:
-        return [(stage.spectrum, stage.n.min())]
-    return list(zip(stage.spectrum, jnp.broadcast_to(stage.n, len(stage)), strict=True))
-
-
 def _second_moments(targets: ArrayLike, p: int) -> Array:
     """Targets that are symmetric and obey Cauchy and Schwarz in every coordinate."""
     targets = real_array("targets", targets, ndim=3)
@@ -232,7 +224,7 @@ def _second_moments(targets: ArrayLike, p: int) -> Array:
         raise ValueError(f"targets must have shape (tasks, tasks, p) with p = {p}, got {targets.shape}")
     if is_concrete(targets):
         host = np.asarray(targets)
-        tolerance = 1e2 * float(jnp.finfo(targets.dtype).eps)
+        tolerance = float(jnp.finfo(targets.dtype).eps) ** 0.375
         square = np.einsum("aaj->aj", host)
         non_negative("targets (its diagonal, E θ*²)", square)
         for task, products in enumerate(host):
