@@ -44,6 +44,7 @@ def test_isotropic_stages_are_exact_up_to_the_noise():
     close(one, 1 - 1 / P)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [
     STAGES,
     [Stage(HALF, 90, 0.5, MinNorm()), Stage(FALLING, 30, 0.5, GradientFlow(9.0), 1.3, average_with=-1)],
