@@ -292,6 +292,7 @@ CASES = {
              "tilt": [0.0, 2.0], "time": [5.0, 50.0], "tau": [0.3, 1.0, 1.5]},
     "s3ft": {"n": 20, "p": 60, "penalty": [0.01, 0.1], "tolerance": [0.0, 1.0, 100.0],
              "paraphrase_success": [0.0, 0.5]},
+    "pipeline": {"n": 12, "p": 40, "stages": 2, "anchor": "first", "penalty": [0.01, 0.1], "tau": [0.5, 1.0, 1.2]},
 }  # fmt: skip
 
 
@@ -322,6 +323,16 @@ def test_overadaptation_is_the_exact_risk_of_the_design():
         expected = {"finetune": risk.total.T, "finetune_bias": risk.bias.T, "best_tau": best, "pretrain": pretrain}
         for name, values in expected.items():
             np.testing.assert_allclose(samples[name][0, row], values, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_pipelines_predict_the_average():
+    setting = CASES["pipeline"] | {"n": 40, "p": 120}
+    samples = measure(sweep_over("pipeline", setting, seeds=8), Task((), 0, 8)).samples
+    gap, error = samples["mean_gap"].mean(axis=0), samples["mean_gap"].std(axis=0, ddof=1) / 8**0.5
+    assert (np.abs(gap) < 4 * error + 1 / 40).all()
+    assert samples["first"] + samples["last"] == pytest.approx(2 * samples["mean"])
+    assert len(np.unique(samples["mean_predicted"][0])) == 6
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ __all__ = [
     "equivalents",
     "flow",
     "frontier",
+    "movement",
     "overadaptation",
     "overtraining",
+    "pipelines",
     "robust",
     "s3ft",
 ]

@@ -16,7 +16,10 @@ from sims.parameters import Parameter
 
 __all__ = ["Claim", "all_claims", "claim"]
 
-SECTIONS = ("spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier", "combinations")
+SECTIONS = (
+    "spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier", "combinations",
+    "pipelines",
+)  # fmt: skip
 """Modules that have claims, in the order of the docs."""
 
 

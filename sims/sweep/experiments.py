@@ -169,7 +169,30 @@ S3FT = _ours(
     },
 )
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (OVERADAPTATION, EQUIVALENTS, OVERTRAINING, FLOW, S3FT)}
+_ALONG_PIPELINE = ("penalty", "tau")
+PIPELINE = _ours(
+    "pipeline",
+    "Stages of ridge, one task after another on random designs: risks of all tasks, exact and predicted.",
+    {
+        **{name: _BED[name] for name in ("n", "p", "decay", "law")},
+        "stages": Parameter("stages, each on a task of its own", 3),
+        "similarity": Parameter("correlation of every two optima", 0.5),
+        "anchor": Parameter("averages are with the stage before, or with the first: before or first", "before"),
+        "noise_std": NOISE_STD,
+        "penalty": _PENALTY,
+        "tau": _TAU._replace(help="ensemble coefficient τ of all stages but the first"),
+    },
+    {
+        "first": Output(_ALONG_PIPELINE, "risk of the first task after the last stage", RISK, "least"),
+        "last": Output(_ALONG_PIPELINE, "risk of the last task after the last stage", RISK, "least"),
+        "mean": Output(_ALONG_PIPELINE, "mean risk of all tasks after the last stage", RISK, "least"),
+        "mean_predicted": Output(_ALONG_PIPELINE, "its prediction, the same for all replicates", RISK),
+        "mean_gap": Output(_ALONG_PIPELINE, "relative gap between the two"),
+    },
+)
+
+_OURS = (OVERADAPTATION, EQUIVALENTS, OVERTRAINING, FLOW, S3FT, PIPELINE)
+EXPERIMENTS = {experiment.name: experiment for experiment in _OURS}
 """What `linfit sweep NAME` can run."""
 
 

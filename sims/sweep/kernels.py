@@ -15,13 +15,18 @@ import numpy as np
 from jax import Array
 
 from linfit import network, risk_forms, sample_design, spectra
+from linfit.covariance import Diagonal
 from linfit.filters import Filter, GradientFlow, Ridge
+from linfit.internal.checks import count
+from linfit.pipelines import exact_risks
 from linfit.problem import Pair, TwoTaskProblem, aligned_problem
 from linfit.risk import Parabola, RiskForm
 from sims import flow as weighted
 from sims import s3ft as self_supervised
 from sims.overtraining import losses_under_noise, pretrain, sample_rotated_task, sample_target
+from sims.pipelines import similar_targets
 from theory.equivalents import along as predicted_along
+from theory.pipelines import Stage, risks
 from theory.s3ft import Procedure
 
 Parameters = Mapping[str, Any]
@@ -135,3 +140,47 @@ def _self_supervised(
     """Every setting of the procedure and every penalty on the same draw."""
     X = sample_design(design_key, problem.finetune_covariance, n, law)
     return jax.lax.map(lambda one: self_supervised.measure_once(sample_key, X, problem, procedure, Ridge(one)), penalty)
+
+
+def pipeline(key: Array, parameters: Parameters) -> dict[str, Array]:
+    """Stages of ridge on one random design each, at every λ and τ: exact risks after the last (docs, P1)."""
+    stages, p = count("stages", parameters["stages"]), parameters["p"]
+    if parameters["anchor"] not in ("before", "first"):
+        raise ValueError(f"anchor must be before or first, got {parameters['anchor']!r}")
+    spectrum = spectra.power_law(p, parameters["decay"])
+    similarity = jnp.where(jnp.eye(stages, dtype=bool), 1.0, parameters["similarity"])
+    targets = similar_targets(similarity, jnp.full(p, 1 / spectrum.sum()))  # of risk 1 before any stage
+    covariance, keys = Diagonal(spectrum), jax.random.split(key, stages)
+    designs = [sample_design(one, covariance, parameters["n"], parameters["law"]) for one in keys]
+    sources = None if parameters["anchor"] == "before" else (-1, *[0] * (stages - 1))
+    axes = jnp.asarray(parameters["penalty"]), jnp.asarray(parameters["tau"])
+    fixed = designs, spectrum, targets, parameters["n"], parameters["noise_std"]
+    exact, predicted = _last_risks(*axes, *fixed, sources=sources)
+    mean, expected = exact.mean(axis=-1), predicted.mean(axis=-1)
+    found = {"first": exact[..., 0], "last": exact[..., -1], "mean": mean}
+    return found | {"mean_predicted": expected, "mean_gap": mean / expected - 1}
+
+
+@partial(jax.jit, static_argnames="sources")
+def _last_risks(
+    penalties: Array,
+    taus: Array,
+    designs: list[Array],
+    spectrum: Array,
+    targets: Array,
+    n: int,
+    noise_std: float,
+    *,
+    sources: tuple[int, ...] | None,
+) -> tuple[Array, Array]:
+    """Risks (λ, τ, task) after the last stage, given the designs and predicted."""
+    stages, tests = len(designs), jnp.broadcast_to(spectrum, (len(designs), spectrum.size))
+
+    def at(penalty: Array, tau: Array) -> tuple[Array, Array]:
+        along, filter = jnp.full(stages, tau).at[0].set(1.0), Ridge(penalty)
+        options: dict[str, Any] = {"noise_std": noise_std, "tau": along, "average_with": sources}
+        exact = exact_risks(designs, [filter] * stages, targets, tests, **options)
+        predicted = risks(Stage(spectrum, n, noise_std, filter, along, average_with=sources), targets)
+        return exact.total[-1], predicted[-1]
+
+    return jax.lax.map(lambda penalty: jax.vmap(at, (None, 0))(penalty, taus), penalties)
