@@ -10,6 +10,7 @@ from linfit.internal.lazy import attach
 
 if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads: a public name stands here and nowhere else
     from linfit import bridge as bridge, covariance as covariance, design as design, filters as filters
+    from linfit import merges as merges
     from linfit import network as network, problem as problem, reduction as reduction, risk as risk
     from linfit import selection as selection, solve as solve, spectra as spectra, targets as targets
     from linfit import weighting as weighting
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads: a pub
     from linfit.design import sample_designs as sample_designs, sample_task as sample_task
     from linfit.filters import Filter as Filter, GradientDescent as GradientDescent, GradientFlow as GradientFlow
     from linfit.filters import MinNorm as MinNorm, Ridge as Ridge
+    from linfit.merges import Fit as Fit, MergeForm as MergeForm, exact_form as exact_form
     from linfit.problem import FixedShift as FixedShift, Pair as Pair, RandomShift as RandomShift
     from linfit.problem import TwoTaskProblem as TwoTaskProblem, aligned_problem as aligned_problem
     from linfit.reduction import risk_forms as risk_forms
