@@ -235,8 +235,10 @@ class _Coordinates(NamedTuple):
 
     @property
     def std(self) -> Array:
-        """(K, q)."""
-        return jnp.sqrt(jnp.maximum(jnp.diagonal(self.covariance).T, jnp.finfo(self.mean.dtype).tiny))
+        """(K, q), of coordinates that do not move a little above 0."""
+        variance, epsilon = jnp.diagonal(self.covariance).T, jnp.finfo(self.mean.dtype).eps
+        least = jax.lax.stop_gradient(epsilon * jnp.max(variance + self.mean**2))
+        return jnp.sqrt(jnp.maximum(variance, least + 1e-30))
 
     @property
     def second(self) -> Array:
@@ -559,10 +561,9 @@ def _elect(at: _Coordinates, threshold: Array, trimmed: _Outputs) -> _Outputs:
     batch = max(1, 2**19 // points.size)
     each = (at.mean.T, at.std.T, jnp.moveaxis(correlation, -1, 0), shifts)
     mean, slope, mixed, square = jax.lax.map(coordinate, each, batch_size=batch)
-    slope = jnp.where(at.std > 10 * jnp.finfo(at.std.dtype).tiny ** 0.5, slope.T, 0)
     second = jnp.mean(trimmed.second, axis=(0, 1)) + 2 * mixed + square
     return _Outputs(
         (jnp.mean(trimmed.mean, axis=0) + mean)[None],
-        (jnp.mean(trimmed.slope, axis=0) + slope)[None],
+        (jnp.mean(trimmed.slope, axis=0) + slope.T)[None],
         second[None, None],
     )
