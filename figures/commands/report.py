@@ -13,6 +13,7 @@ FIGURES = {
     "flow": "figures.flow",
     "s3ft": "figures.s3ft",
     "equivalents": "figures.equivalents",
+    "merges": "figures.merges",
     "compare": "figures.compare",
     "claims": "figures.claims",
     "bridge": "figures.bridge",
@@ -38,8 +39,8 @@ def figures(
     """Regenerate the paper figures and one report page.
 
     Args:
-        names: which figures to draw (overadaptation, overtraining, flow, s3ft, equivalents, compare, claims, bridge); all
-            of them if none is named, without those whose optional packages are not installed.
+        names: which figures to draw (overadaptation, overtraining, flow, s3ft, equivalents, merges, compare, claims,
+            bridge); all of them if none is named, without those whose optional packages are not installed.
         out: folder for NAME.png, NAME.pdf, NAME.nc (the plotted numbers) and index.html.
         quick: small sizes, for a first look.
         seed: seed of every random draw.
