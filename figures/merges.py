@@ -15,7 +15,7 @@ from figures.style import COLOURS, FORGETTING, Picture, bars, canvas, panel_lett
 from linfit import MinNorm, Ridge
 from linfit.merges import MergeForm
 from sims.estimate import mean_and_error
-from sims.merges import METHODS, merged_moves, risks, sample_moves, soup_risks
+from sims.merges import METHODS, merged_moves, risks, sample_moves, similar_tasks, soup_risks
 from theory.merges import Run, elected, form, trimmed
 
 __all__ = ["pictures"]
@@ -50,16 +50,12 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     yield Picture("merge_map", title, data, _draw_map, _caption_map)
 
 
-def _tasks(spectrum: np.ndarray, similarity: float, alignment: float = -0.5) -> np.ndarray:
-    """E Δ_aΔ_b (2, 2, p) ∝ Σ^alignment with tr Σ E ΔΔᵀ = 1."""
-    spread = spectrum**alignment
-    return np.array([[1, similarity], [similarity, 1]])[:, :, None] * spread / (spread @ spectrum)
-
-
 def _soups(key: Array, setting: Setting) -> xr.Dataset:
     s, filters = np.arange(1.0, setting.p + 1) ** -1, {"min-norm": MinNorm(), "ridge": Ridge(0.02)}
     parts = [
-        soup_risks(key, Run(0, s, setting.n, 0.7, filter), _tasks(s, 0.0), s, setting.counts, setting.replicates)
+        soup_risks(
+            key, Run(0, s, setting.n, 0.7, filter), similar_tasks(s, 0.0, -0.5), s, setting.counts, setting.replicates
+        )
         for filter in filters.values()
     ]
     bounds = xr.DataArray([part.lower_bound for part in parts], dims="filter")
@@ -114,19 +110,21 @@ def _similar(key: Array, setting: Setting) -> xr.Dataset:
     lines = np.linspace(-1, 1, 41)
     points = np.linspace(-0.9, 0.9, setting.similarities)
     for similarity in lines:
-        found = form(runs, _tasks(s, similarity), s, 0)
+        found = form(runs, similar_tasks(s, similarity, -0.5), s, 0)
         alone = found.optimal_risk() + found.gains()[2]
         best = found.optimal_weights(nonnegative=True, sum_to_one=True)
         rows.append([*found.optimal_weights()[1:], found.optimal_risk(), alone, best[2], found(best)])
     names = ("own", "other", "predicted", "without", "other_convex", "convex")
-    variables = {name: ("similarity", np.array(row, float)) for name, row in zip(names, zip(*rows, strict=True), strict=True)}
+    variables = {
+        name: ("similarity", np.array(row, float)) for name, row in zip(names, zip(*rows, strict=True), strict=True)
+    }
     samples = []
     for index, similarity in enumerate(points):
-        targets = _tasks(s, similarity)
+        targets = similar_tasks(s, similarity, -0.5)
         moves, gaps = sample_moves(jax.random.fold_in(key, index), runs, targets, setting.replicates)
         weights = np.asarray(form(runs, targets, s, 0).optimal_weights())
         samples.append(risks(np.einsum("k,rkp->rp", weights, moves), gaps[:, 0], s))
-    expected = [float(form(runs, _tasks(s, similarity), s, 0).optimal_risk()) for similarity in points]
+    expected = [float(form(runs, similar_tasks(s, similarity, -0.5), s, 0).optimal_risk()) for similarity in points]
     variables |= mean_and_error(np.stack(samples, axis=1), ("simulated",), "merged")
     variables["merged_predicted"] = ("simulated", np.array(expected))
     attributes = {"n": n, "p": setting.p, "replicates": setting.replicates}
@@ -141,7 +139,7 @@ def _draw_similar(data: xr.Dataset) -> Figure:
     axes[0].plot(data.similarity, data.other_convex, color=COLOURS["min-norm"], linestyle="--", label=label)
     axes[0].axhline(0, color="black", linewidth=0.6)
     axes[0].set_ylabel("best weight")
-    axes[0].legend(loc="upper left")
+    axes[0].legend(loc="lower right")
     axes[1].plot(data.similarity, data.without, color="black", linestyle=":", label="without the other task's run")
     axes[1].plot(data.similarity, data.convex, color=COLOURS["min-norm"], linestyle="--", label="weights ≥ 0 of sum 1")
     axes[1].plot(data.similarity, data.predicted, color=COLOURS["oracle"], label="best weights")
@@ -170,7 +168,7 @@ def _caption_similar(data: xr.Dataset) -> str:
 def _plane(key: Array, setting: Setting) -> xr.Dataset:
     """Mean risk on two tasks and forgetting, of four runs merged with equal weights and any factor τ."""
     s = np.exp(-4 * np.arange(setting.p) / setting.p)
-    runs, targets = [Run(task, s, setting.n, 0.4, MinNorm()) for task in (0, 0, 1, 1)], _tasks(s, 0.5, alignment=1.0)
+    runs, targets = [Run(task, s, setting.n, 0.4, MinNorm()) for task in (0, 0, 1, 1)], similar_tasks(s, 0.5, 1.0)
     taus, shown = np.linspace(0, 2, 41), np.array([0.5, 1.0, 1.5])
     moves, gaps = sample_moves(key, runs, targets, setting.replicates)
     rotation = np.linalg.qr(np.asarray(jax.random.normal(jax.random.fold_in(key, 1), (setting.p, setting.p))))[0]
@@ -249,7 +247,12 @@ def _map(setting: Setting) -> xr.Dataset:
                     found = [method(runs, targets, flat, 0, keep, basis=place) for keep in options]
                     best = min(float(one.optimal_risk(shared_tau=True)) for one in found)
                     change[where, which, row, column] = best / least - 1
-    coordinates = {"place": list(PLACES), "estimator": ["trimmed", "elected (TIES)"], "noise_std": stds, "support": supports}
+    coordinates = {
+        "place": list(PLACES),
+        "estimator": ["trimmed", "elected (TIES)"],
+        "noise_std": stds,
+        "support": supports,
+    }
     return xr.Dataset({"change": (tuple(coordinates), change)}, coordinates, {"n": n, "p": p, "runs": count})
 
 

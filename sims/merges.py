@@ -64,6 +64,13 @@ def sample_moves(
     return replicate(measure, key, replicates, f"fine-tuning, {count} runs")
 
 
+def similar_tasks(spectrum: ArrayLike, similarity: ArrayLike, alignment: ArrayLike = 0.0) -> Array:
+    """E Δ_aΔ_b (2, 2, p) ∝ Σ^alignment of two tasks of correlation `similarity`, each with tr Σ E ΔΔᵀ = 1."""
+    s = jnp.asarray(spectrum)
+    spread = s**alignment
+    return jnp.array([[1, similarity], [similarity, 1]])[:, :, None] * spread / jnp.vdot(spread, s)
+
+
 def drop(key: Array, moves: ArrayLike, share: ArrayLike) -> Array:
     """DARE: a random `share` of the coordinates of moves (…, p) becomes 0, the rest is divided by 1 − share.
 

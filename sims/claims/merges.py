@@ -1,7 +1,6 @@
 """Merges as claims (docs, K1–K3): the quadratic form of K runs, the law of soups, and merges that act on coordinates."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -24,11 +23,7 @@ BED = {
     "noise_std": NOISE_STD.within(0.1, 1.0),
     "penalty": PENALTY.within(0.1, 10.0),  # in units of tr Σ/n
 }
-LEAVING = {
-    "shared": Parameter(highest=1.0),
-    "tail": Parameter(highest=1.0),
-    "rotation": Parameter(highest=1.57),
-}
+LEAVING = {"shared": Parameter(highest=1.0), "tail": Parameter(highest=1.0), "rotation": Parameter(highest=1.57)}
 """Share of samples that all runs have in common, spread of the log-length of samples, angle between bases of runs."""
 
 
@@ -409,7 +404,9 @@ def k3_generic_never(normal: Normal, keep: float, **values: float) -> Sides:
     runs, targets, M = _three(**values)
     least = form(runs, targets, M, 0).optimal_risk()
     methods = (trimmed, elected, dropped)
-    return 1.0, np.array([method(runs, targets, M, 0, keep, basis="generic").optimal_risk() / least for method in methods])
+    return 1.0, np.array(
+        [method(runs, targets, M, 0, keep, basis="generic").optimal_risk() / least for method in methods]
+    )
 
 
 @inequality(

@@ -14,14 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit import network, risk_forms, sample_design, spectra
+from linfit import Fit, exact_form, fine_tune, network, risk_forms, sample_design, spectra
 from linfit.filters import Filter, GradientFlow, Ridge
 from linfit.problem import Pair, TwoTaskProblem, aligned_problem
 from linfit.risk import Parabola, RiskForm
 from sims import flow as weighted
+from sims import merges as merging
 from sims import s3ft as self_supervised
 from sims.overtraining import losses_under_noise, pretrain, sample_rotated_task, sample_target
 from theory.equivalents import along as predicted_along
+from theory.merges import Run
+from theory.merges import form as predicted_form
 from theory.s3ft import Procedure
 
 Parameters = Mapping[str, Any]
@@ -135,3 +138,33 @@ def _self_supervised(
     """Every setting of the procedure and every penalty on the same draw."""
     X = sample_design(design_key, problem.finetune_covariance, n, law)
     return jax.lax.map(lambda one: self_supervised.measure_once(sample_key, X, problem, procedure, Ridge(one)), penalty)
+
+
+def merge(key: Array, parameters: Parameters) -> dict[str, Array]:
+    """Runs of one task and of another merged on one draw: exact risk of averages, one sample of the others (docs, K1–K3)."""
+    design_key, noise_key, gap_key = jax.random.split(key, 3)
+    n, tau, keep = parameters["n"], parameters["tau"], parameters["keep"]
+    noise_std, filter = parameters["noise_std"], Ridge(parameters["penalty"])
+    s = spectra.power_law(parameters["p"], parameters["decay"])
+    targets = merging.similar_tasks(s, parameters["similarity"], parameters["alignment"])
+    tasks = [0] * parameters["runs"] + [1] * parameters["other_runs"]
+    X = [sample_design(jax.random.fold_in(design_key, k), s, n, parameters["law"]) for k in range(len(tasks))]
+    exact = exact_form([Fit(t, x, noise_std, filter) for t, x in zip(tasks, X, strict=True)], targets, s, 0)
+    predicted = predicted_form([Run(t, s, n, noise_std, filter) for t in tasks], targets, s, 0)
+    gaps = jnp.linalg.cholesky(targets[:, :, 0]) @ jax.random.normal(gap_key, (2, s.size), s.dtype)
+    gaps = gaps * jnp.sqrt(targets[0, 0] / targets[0, 0, 0])
+    noise = noise_std * jax.random.normal(noise_key, (len(tasks), n), s.dtype)
+    fitted = [fine_tune(x, x @ gaps[t] + e, 0 * s, filter) for t, x, e in zip(tasks, X, noise, strict=True)]
+    kept = jnp.stack([merging.trim(jnp.stack(fitted), share) for share in keep])
+
+    def sampled(merged: Array) -> Array:
+        return jnp.sum(s * (tau[:, None] * merged[:, None] - gaps[0]) ** 2, axis=-1)
+
+    equal = tau[:, None] * jnp.full(len(tasks), 1 / len(tasks))
+    found = {
+        "averaged": exact(equal),
+        "best": exact.optimal_risk(),
+        "tau_best": jnp.sum(exact.optimal_weights(shared_tau=True)),
+    }
+    expected = {"averaged_predicted": predicted(equal), "best_predicted": predicted.optimal_risk()}
+    return found | expected | {"trimmed": sampled(kept.mean(axis=1)), "elected": sampled(merging.elect(kept))}
