@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace as Setting
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,7 +65,7 @@ def _soups(key: Array, setting: Setting) -> xr.Dataset:
 
 
 def _draw_soups(data: xr.Dataset) -> Figure:
-    figure, axes = canvas(2)
+    _, axes = canvas(2)
     for filter, marker in zip(data["filter"].values, "os", strict=True):
         part, colour = data.sel(filter=filter), COLOURS[filter]
         for name, fill, line in (("plain", colour, "-"), ("best", "white", "--")):
@@ -204,7 +205,7 @@ def _draw_plane(data: xr.Dataset) -> Figure:
         for name, (colour, marker, line) in LOOKS.items():
             x, y = (f"{kind}_{place}_{name}" for kind in ("forgetting", "task"))
             axis.plot(data[f"{x}_line"], data[f"{y}_line"], line, color=colour)
-            errors = {"xerr": data[f"{x}_error"], "yerr": data[f"{y}_error"]}
+            errors: dict[str, Any] = {"xerr": data[f"{x}_error"], "yerr": data[f"{y}_error"]}
             axis.errorbar(data[x], data[y], **errors, fmt=marker, color=colour, label=name, capsize=1.5)
         averaged = data[f"forgetting_{place}_averaged_line"], data[f"task_{place}_averaged_line"]
         axis.plot(averaged[0][0], averaged[1][0], "*", color="black", markersize=8)

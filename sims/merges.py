@@ -1,4 +1,4 @@
-"""Merges of runs measured from raw data: K fine-tunings of one model, averaged, dropped, trimmed, elected (docs, K1–K3)."""
+"""Merges of runs from raw data: K fine-tunings of one model, averaged, dropped, trimmed, elected (docs, K1–K3)."""
 
 from collections.abc import Callable, Sequence
 
@@ -61,13 +61,14 @@ def sample_moves(
             moves.append(fine_tune(X, y, jnp.zeros_like(centre[0]), run.filter))
         return jnp.stack(moves), gaps
 
-    return replicate(measure, key, replicates, f"fine-tuning, {count} runs")
+    found = replicate(measure, key, replicates, f"fine-tuning, {count} runs")
+    return np.asarray(found[0]), np.asarray(found[1])
 
 
 def similar_tasks(spectrum: ArrayLike, similarity: ArrayLike, alignment: ArrayLike = 0.0) -> Array:
     """E Δ_aΔ_b (2, 2, p) ∝ Σ^alignment of two tasks of correlation `similarity`, each with tr Σ E ΔΔᵀ = 1."""
     s = jnp.asarray(spectrum)
-    spread = s**alignment
+    spread = s ** jnp.asarray(alignment)
     return jnp.array([[1, similarity], [similarity, 1]])[:, :, None] * spread / jnp.vdot(spread, s)
 
 
@@ -107,16 +108,6 @@ def elect(moves: ArrayLike) -> Array:
 def risks(merged: ArrayLike, gap: ArrayLike, spectrum: ArrayLike) -> np.ndarray:
     """‖merged − gap‖²_M of moves (…, p)."""
     return np.sum(np.asarray(spectrum) * (np.asarray(merged) - np.asarray(gap)) ** 2, axis=-1)
-
-
-def sampled_forms(moves: np.ndarray, gap: np.ndarray, spectrum: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """c (R,), β (R, K) and Γ (R, K, K) of every replicate, for moves (R, K, p) and test gaps (R, p)."""
-    M = np.asarray(spectrum)
-    return (
-        np.einsum("rp,p->r", gap**2, M),
-        np.einsum("rkp,rp->rk", moves * M, gap),
-        np.einsum("rkp,rlp->rkl", moves * M, moves),
-    )
 
 
 def soup_risks(

@@ -1,4 +1,4 @@
-"""Merges of runs: forms on given designs by brute force, predicted ones by sampling, and what merges do to coordinates."""
+"""Merges of runs: forms on given designs by brute force, predicted ones by sampling, and what acts on coordinates."""
 
 import jax
 import jax.numpy as jnp
@@ -214,14 +214,8 @@ def test_moments_of_an_election(seed):
     for _ in range(20):
         X = mean + np.einsum("qkl,rlq->rkq", roots, generator.standard_normal((1000, 3, q)))
         h = plain_elect(np.where(np.abs(X) > np.asarray(threshold)[:, None], X, 0))[:, 0]
-        draws.append(
-            [
-                np.mean(np.abs(X) > np.asarray(threshold)[:, None]),
-                (h**2).mean(),
-                (h * mean[0]).mean(),
-                (h * (X[:, 1] - mean[1])).mean(),
-            ]
-        )
+        share = np.mean(np.abs(X) > np.asarray(threshold)[:, None])
+        draws.append([share, (h**2).mean(), (h * mean[0]).mean(), (h * (X[:, 1] - mean[1])).mean()])
     found = [0.5, outputs.second[0, 0].mean(), (outputs.mean[0] * mean[0]).mean()]
     found.append(jnp.einsum("kq,kq->q", outputs.slope[0], covariance[:, 1]).mean())
     assert (standard_errors(np.array(draws), np.array(found), least=2e-3 * np.abs(found)) < 4.5).all()

@@ -7,8 +7,8 @@ around it (`theory.movement`); fluctuations of runs on their own data are indepe
 
 K2. K runs of one kind on one task, a = τ/K each: with A = ΣM f²E Δ² and V = ΣM Var, R = c − 2τβ + τ²(A + V/K).
 
-K3. Other merges apply a function h to the K movements X_j ∈ R^K of each coordinate: dropping at random, trimming what is
-small, electing a sign. Fluctuations are sums over many samples, so X_j is Gaussian, jointly with the gap Δ_b if that is
+K3. Other merges apply a function h to the K movements X_j ∈ R^K of each coordinate: dropping at random, trimming what
+is small, electing a sign. Fluctuations are sums over many samples, so X_j is Gaussian, jointly with the gap Δ_b if that is
 Gaussian or fixed: mean f_k E Δ_t(k), covariance f_k f_l Cov(Δ_t(k), Δ_t(l)) + δ_kl Var_k, and Cov(X_k, Δ_b) =
 f_k Cov(Δ_t(k), Δ_b). By Stein's lemma
 
@@ -18,7 +18,7 @@ so each such merge has a form too, made of E h, α and E hhᵀ. In which basis h
 diagonal and the sums are over coordinates. In others, h = E h + α(X − E X) + η in each coordinate, η uncorrelated with
 everything Gaussian, and with the η of the others up to the third power of a correlation: the risk is that of the linear
 part plus ΣM_cc E ηηᵀ. In *generic* coordinates, in which all eigenvectors are spread alike, the coordinates of X have
-one common law, whose covariance is the average over the eigenbasis; then h is averaging with the weights αᵀa plus noise,
+one common law, whose covariance is the average over the eigenbasis; then h is averaging with weights αᵀa plus noise,
 
     β' = αβ,      Γ' = αΓαᵀ + tr M · E ηηᵀ,
 
@@ -145,11 +145,11 @@ def form(
         task: b, the test task; None: the pretraining domain.
         pretrain_error: u = θ₁ − θ₁* (p,): the test domain is that of pretraining, whatever `task`, and the risk is
             forgetting. `targets` must then contain u².
-        mean: E Δ_a (T, p). Matters for forgetting, where E uΔ_a = u·mean, and for the merges of K3. If not given 0, or −u
-            with `pretrain_error`: shifts of mean 0 that know nothing of u.
+        mean: E Δ_a (T, p). Matters for forgetting, where E uΔ_a = u·mean, and for the merges of K3. If not given 0, or
+            −u with `pretrain_error`: shifts of mean 0 that know nothing of u.
 
-    Everything may be traced. Relative error O(1/n) against the average over designs, which `linfit.exact_form` has exactly;
-    runs on shared data need that one. K + T² vectors of length p in memory. Raises ValueError for sizes that do not fit
+    Everything may be traced. Relative error O(1/n) against the average over designs; `linfit.exact_form` is exact for
+    given ones, and runs on shared data need it. K + T² vectors of length p in memory. Raises ValueError for sizes that do not fit
     together, tasks that do not exist, NaN or Inf.
 
     >>> from linfit import MinNorm
@@ -369,8 +369,8 @@ def trimmed(
     >>> flat = jnp.ones(1000)
     >>> sparse = jnp.where(jnp.arange(1000) < 50, 0.02, 0.0)[None, None]      # 50 coordinates carry the whole task
     >>> run = Run(0, flat, 500, 0.3, MinNorm())
-    >>> [method([run], sparse, flat, 0, **at).optimal_risk().round(2) for method, at in ((form, {}), (trimmed, {"keep": 0.05}))]
-    [Array(0.58, dtype=float64), Array(0.26, dtype=float64)]
+    >>> form([run], sparse, flat, 0).optimal_risk().round(2), trimmed([run], sparse, flat, 0, 0.05).optimal_risk().round(2)
+    (Array(0.58, dtype=float64), Array(0.26, dtype=float64))
     """
     kept = _share("keep", keep)
     moved = _moved(runs, targets, spectrum, task, pretrain_error, mean)
@@ -393,8 +393,8 @@ def elected(
     The form of one number, the factor by which the result is scaled: `linear` (1,), `quadratic` (1, 1).
 
     Arguments and errors as for `trimmed`. What the election changes is integrated over K dimensions on 2¹⁸ quasi-random
-    points for all coordinates together, the same at every call, with an error of about a thousandth. Works under jit and
-    vmap; a derivative is refused (ValueError), as the integral of a jump is no sum of derivatives: take differences.
+    points for all coordinates together, the same at every call, with an error of about a thousandth. Under jit and vmap
+    as well; a derivative is refused (ValueError), as the integral of a jump is no sum of derivatives: take differences.
 
     >>> from linfit import MinNorm
     >>> flat = jnp.ones(1000)
@@ -415,9 +415,7 @@ def _without_derivative(value: _Coordinates) -> _Coordinates:
 
 @_without_derivative.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
-    raise ValueError(
-        "elected has no derivative: signs jump where sums cancel; take differences, or use form or trimmed"
-    )
+    raise ValueError("elected has no derivative: signs jump where sums cancel; take differences instead")
 
 
 def _share(name: str, value: ArrayLike) -> Array:
@@ -437,11 +435,8 @@ def _trim(at: _Coordinates, keep: Array) -> tuple[Array, _Outputs]:
     # E hh' = E XY − E X B(Y) − E B(X) Y + E B(X)B(Y), E X B(Y) = E X · E B(Y) + Cov(X, Y) · E B'(Y)
     mixed = at.mean[:, None] * mean + at.covariance * slope
     first, second = np.triu_indices(count, 1)
-    both = jax.vmap(_inside_both)(
-        *(part[index] for part in (at.mean, at.std, threshold) for index in (first, second)),
-        at.covariance[first, second],
-        mean[first] * mean[second],
-    )
+    parts = [part[index] for part in (at.mean, at.std, threshold) for index in (first, second)]
+    both = jax.vmap(_inside_both)(*[*parts, at.covariance[first, second], mean[first] * mean[second]])
     inner = jnp.zeros_like(at.covariance).at[first, second].set(both)
     inner = inner + jnp.swapaxes(inner, 0, 1)
     pairs = at.second - mixed - jnp.swapaxes(mixed, 0, 1) + inner
@@ -534,7 +529,7 @@ _LEAST_POINTS, _MOST_POINTS, _ALL_POINTS = 32, 2**16, 2**18
 
 @cache
 def _sequence(dimension: int, coordinates: int) -> tuple[np.ndarray, np.ndarray]:
-    """Roberts' sequence i·g^(−d) mod 1 in stretches of N, one for each coordinate: the first (N, K) and shifts (q, K)."""
+    """Roberts' sequence i·g^(−d) mod 1 in stretches of N, one a coordinate: the first (N, K), and shifts (q, K)."""
     g = 2.0
     for _ in range(60):
         g = (1 + g) ** (1 / (dimension + 1))
@@ -545,7 +540,7 @@ def _sequence(dimension: int, coordinates: int) -> tuple[np.ndarray, np.ndarray]
 
 @jax.jit
 def _elect(at: _Coordinates, threshold: Array, trimmed: _Outputs) -> _Outputs:
-    """Moments of the elected mean of h(X); what it differs by from the plain mean of h, d, is integrated numerically."""
+    """Moments of the elected mean of h(X); d, its difference from the plain mean of h, is integrated numerically."""
     count = at.mean.shape[0]
     points, shifts = (jnp.asarray(part, at.mean.dtype) for part in _sequence(*at.mean.shape))
     correlation = at.covariance / (at.std[:, None] * at.std)

@@ -1,4 +1,4 @@
-"""Merges as claims (docs, K1–K3): the quadratic form of K runs, the law of soups, and merges that act on coordinates."""
+"""Merges as claims (docs, K1–K3): the form of K runs, the law of soups, and merges that act on coordinates."""
 
 from collections.abc import Callable
 
@@ -40,7 +40,7 @@ def _padded(values: np.ndarray) -> np.ndarray:
 
 
 def _designs(
-    normal: Normal, n: int, s: np.ndarray, count: int, shared: float, tail: float, rotation: float, replicates: int
+    normal: Normal, n: int, s: np.ndarray, count: int, replicates: int, shared: float, tail: float, rotation: float
 ) -> np.ndarray:
     """X (replicates, K, n, p); the first `shared` · n rows are the same for all runs of a replicate."""
     X = normal(replicates, count, n, s.size)
@@ -63,10 +63,18 @@ def _maps(X: np.ndarray, g: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     return np.swapaxes(X, -1, -2) @ (U * g(s)[..., None, :]) @ np.swapaxes(U, -1, -2) / n
 
 
+def _ridge(penalty: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda s: 1 / (s + penalty)
+
+
+def _flow(time: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda s: (1 - np.exp(-s * time)) / s
+
+
 def _conditional(
     X: np.ndarray, R: np.ndarray, tasks: np.ndarray, M: np.ndarray, targets: np.ndarray, noise_std: float, common: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """β (r, K) and Γ (r, K, K) on task 0, averaged over noise and gaps; K runs whose first `common` samples are shared."""
+    """β (r, K) and Γ (r, K, K) on task 0, averaged over noise and gaps; the first `common` samples are shared."""
     B, count = R @ X, X.shape[1]
     linear = np.einsum("rkjj,kj->rk", B, targets[tasks, 0] * M)
     quadratic = np.zeros((len(X), count, count))
@@ -113,12 +121,8 @@ def k1(normal: Normal, noise_std: float, penalty: float, time: float, **values: 
         unit = s.sum() / n
         filters = [MinNorm(), Ridge(penalty * unit), GradientFlow(time / unit)]
         found = form(_runs(s, n, noise_std, tasks, filters), _padded(targets), _padded(M), 0)
-        X = _designs(normal, n, s, 3, *leaving, REPLICATES)
-        maps = (
-            _maps(X[:, 0], lambda s: 1 / s),
-            _maps(X[:, 1], lambda s, unit=unit: 1 / (s + penalty * unit)),
-            _maps(X[:, 2], lambda s, unit=unit: (1 - np.exp(-s * time / unit)) / s),
-        )
+        X = _designs(normal, n, s, 3, REPLICATES, *leaving)
+        maps = (_maps(X[:, 0], _ridge(0.0)), _maps(X[:, 1], _ridge(penalty * unit)), _maps(X[:, 2], _flow(time / unit)))
         common = round(leaving[0] * n)
         numbers = _flat(*_conditional(X, np.stack(maps, axis=1), tasks, M, targets, noise_std, common))
         scale = _numbers(found)
@@ -211,8 +215,8 @@ def k2(normal: Normal, noise_std: float, penalty: float, **values: float) -> Sid
         law = soup(Run(0, _padded(s), n, noise_std, Ridge(at)), _padded(targets), _padded(M), 0)
         taus = np.array([0.5, 1.0, 1.5])[:, None]
         expected = np.asarray(law(counts, taus)).ravel()
-        X = _designs(normal, n, s, 4, *leaving, REPLICATES)
-        maps = _maps(X, lambda s, at=at: 1 / (s + at))
+        X = _designs(normal, n, s, 4, REPLICATES, *leaving)
+        maps = _maps(X, _ridge(at))
         linear, quadratic = _conditional(X, maps, tasks, M, targets, noise_std, round(leaving[0] * n))
         slopes = np.stack([linear[:, :count].mean(axis=1) for count in counts], axis=1)
         curves = np.stack([quadratic[:, :count, :count].mean(axis=(1, 2)) for count in counts], axis=1)
@@ -243,7 +247,7 @@ def k2_tau(normal: Normal, decay: float, alignment: float, noise_std: float, pen
 
 @inequality(
     "K1.added",
-    "Adding a run of another task lowers the least risk, whatever the tasks, unless it moves at right angles to what is missed.",
+    "Adding a run of another task lowers the least risk, unless its slope in the best merge without it is 0.",
     R"R - R_{+} = (\beta_n - \gamma\cdot a^*)^2/(\Gamma_{nn} - \gamma^\top\Gamma^{-1}\gamma) > 0",
     parameters=BED,
     tolerance=1e-9,
@@ -283,12 +287,12 @@ def _operated(
     operate: Callable[[np.ndarray], np.ndarray],
     average: bool = False,
     generic: bool = False,
-    **values: float,
+    **values: Any,
 ) -> Sides:
     """β and Γ after an operation on the movements of three ridges on two tasks, in units of the prediction.
 
-    Paired: predicted are the sampled β and Γ before the operation, times the predicted ratio of after to before; so what
-    is sampled is what the operation does. `average`: before it stands the plain mean of the runs.
+    Paired: predicted are the sampled β and Γ before the operation, times the predicted ratio of after to before; so
+    what is sampled is what the operation does. `average`: before it stands the plain mean of the runs.
     """
     shared, tail, noise_std, penalty = (values.pop(name) for name in ("shared", "tail", "noise_std", "penalty"))
     predicted, measured, tasks, replicates = [], [], np.array([0, 0, 1]), 2 * REPLICATES
@@ -300,9 +304,9 @@ def _operated(
         before, after = form(runs, _padded(targets), _padded(M), 0), predict(runs, _padded(targets), _padded(M), share)
         root = np.linalg.cholesky(targets[:, :, 0] / targets[0, 0, 0])
         gaps = np.einsum("tu,rup->rtp", root, normal(replicates, 2, p)) * np.sqrt(targets[0, 0])
-        X = _designs(normal, n, s, 3, shared, tail, 0.0, replicates)
+        X = _designs(normal, n, s, 3, replicates, shared, tail, 0.0)
         y = np.einsum("rknp,rkp->rkn", X, gaps[:, tasks]) + noise_std * normal(replicates, 3, n)
-        moves = np.einsum("rkpn,rkn->rkp", _maps(X, lambda s, at=at: 1 / (s + at)), y)
+        moves = np.einsum("rkpn,rkn->rkp", _maps(X, _ridge(at)), y)
         O = np.linalg.qr(normal(p, p))[0] if generic else np.eye(p)  # noqa: E741
         results = operate(moves @ O.T) @ O
         moves = moves.mean(axis=1, keepdims=True) if average else moves
@@ -326,11 +330,44 @@ def _operated(
     tolerance=3.0,
     sizes=SIZES,
 )
-def k3_dropped(normal: Normal, drop: float, **values: float) -> Sides:
+def k3_dropped(normal: Normal, drop: float, **values: Any) -> Sides:
     def operate(moves: np.ndarray) -> np.ndarray:
         return moves * (np.abs(normal(*moves.shape)) > scipy.stats.norm.ppf(0.5 + drop / 2)) / (1 - drop)
 
     return _operated(normal, lambda runs, targets, M, _: dropped(runs, targets, M, 0, drop), operate, **values)
+
+
+@identity(
+    "K3.dropped.exact",
+    "So it never lowers the risk of given weights; the sum is over the coordinates of the basis where it drops.",
+    R"R'(a) - R(a) = \tfrac{q}{1-q}\textstyle\sum_{k,c} a_k^2 M_{cc}E\,\mathrm{moved}_{kc}^2 \ge 0",
+    parameters={
+        "drop": Parameter(low=0.05, high=0.9),
+        "noise_std": BED["noise_std"],
+        "penalty": PENALTY.within(0.1, 10.0),
+    },
+    tolerance=1e-9,
+)
+def k3_dropped_exact(normal: Normal, drop: float, noise_std: float, penalty: float) -> Sides:
+    """What dropping adds to Γ_kk, in the eigenbasis and a rotated one; measured by all 2⁴ masks on moments of K1."""
+    p, n = 4, 3
+    s, M, spread = (np.exp(normal(p)) for _ in range(3))
+    targets, rotation = spread[None, None], np.linalg.qr(normal(p, p))[0]
+    runs = [Run(0, s, n, noise_std, Ridge(penalty))]
+    moved = np.array([float(form(runs, targets, one, 0).quadratic[0, 0]) for one in np.eye(p)])
+    masks = (np.arange(2**p)[:, None] >> np.arange(p)) % 2
+    chances = drop ** (p - masks.sum(axis=1)) * (1 - drop) ** masks.sum(axis=1)
+    predicted, measured, plain = [], [], float(M @ moved)
+    for basis in (np.eye(p), rotation):
+        found = dropped(runs, targets, M, 0, drop, basis=basis)
+        kernel, second = basis * M @ basis.T, basis * moved @ basis.T
+        after = sum(
+            chance * np.sum(np.outer(mask, mask) * kernel * second) / (1 - drop) ** 2
+            for chance, mask in zip(chances, masks, strict=True)
+        )
+        predicted.append(float(found.quadratic[0, 0]) / plain - 1)
+        measured.append(after / plain - 1)
+    return np.array(predicted), np.array(measured)
 
 
 @asymptotic(
@@ -341,7 +378,7 @@ def k3_dropped(normal: Normal, drop: float, **values: float) -> Sides:
     tolerance=3.0,
     sizes=SIZES,
 )
-def k3_trimmed(normal: Normal, keep: float, **values: float) -> Sides:
+def k3_trimmed(normal: Normal, keep: float, **values: Any) -> Sides:
     return _operated(
         normal,
         lambda runs, targets, M, share: trimmed(runs, targets, M, 0, keep * share),
@@ -358,7 +395,7 @@ def k3_trimmed(normal: Normal, keep: float, **values: float) -> Sides:
     tolerance=3.0,
     sizes=SIZES,
 )
-def k3_generic(normal: Normal, keep: float, **values: float) -> Sides:
+def k3_generic(normal: Normal, keep: float, **values: Any) -> Sides:
     """In a random basis. Padding would count as coordinates, so the prediction is made at each size."""
 
     def predict(runs: list[Run], targets: np.ndarray, M: np.ndarray, share: float) -> MergeForm:
@@ -377,7 +414,7 @@ def k3_generic(normal: Normal, keep: float, **values: float) -> Sides:
     tolerance=3.0,
     sizes=SIZES,
 )
-def k3_elected(normal: Normal, keep: float, **values: float) -> Sides:
+def k3_elected(normal: Normal, keep: float, **values: Any) -> Sides:
     return _operated(
         normal,
         lambda runs, targets, M, share: elected(runs, targets, M, 0, keep * share),
@@ -399,7 +436,7 @@ def _three(noise_std: float, penalty: float, **values: float) -> tuple[list[Run]
     parameters=BED | {"keep": SHARES},
     tolerance=1e-3,
 )
-def k3_generic_never(normal: Normal, keep: float, **values: float) -> Sides:
+def k3_generic_never(normal: Normal, keep: float, **values: Any) -> Sides:
     """Least risks relative to that of averaging; the tolerance is that of the election's integral."""
     runs, targets, M = _three(**values)
     least = form(runs, targets, M, 0).optimal_risk()

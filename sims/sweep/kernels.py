@@ -141,7 +141,7 @@ def _self_supervised(
 
 
 def merge(key: Array, parameters: Parameters) -> dict[str, Array]:
-    """Runs of one task and of another merged on one draw: exact risk of averages, one sample of the others (docs, K1–K3)."""
+    """Runs of two tasks merged on one draw: exact risk of averages, one sample of other merges (docs, K1–K3)."""
     design_key, noise_key, gap_key = jax.random.split(key, 3)
     n, tau, keep = parameters["n"], parameters["tau"], parameters["keep"]
     noise_std, filter = parameters["noise_std"], Ridge(parameters["penalty"])
