@@ -116,7 +116,7 @@ def _similar(key: Array, setting: Setting) -> xr.Dataset:
         best = found.optimal_weights(nonnegative=True, sum_to_one=True)
         rows.append([*found.optimal_weights()[1:], found.optimal_risk(), alone, best[2], found(best)])
     names = ("own", "other", "predicted", "without", "other_convex", "convex")
-    variables = {
+    variables: dict[str, Any] = {
         name: ("similarity", np.array(row, float)) for name, row in zip(names, zip(*rows, strict=True), strict=True)
     }
     samples = []

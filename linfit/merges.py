@@ -71,8 +71,8 @@ class MergeForm(eqx.Module):
             shared_tau: only a = τ/K for all runs, one τ for their average; alone or with `nonnegative`.
 
         Where several are best, as for runs that are copies of each other, the smallest in the norm that gives each run
-        its own Γ_kk (but any of them where weights are non-negative). Differentiable. Γ must be positive semi-definite, as
-        sums of forms with positive factors are. Raises ValueError for `shared_tau` with `sum_to_one`.
+        its own Γ_kk (but any of them where weights are non-negative). Differentiable. Γ must be positive semi-definite,
+        as sums of forms with positive factors are. Raises ValueError for `shared_tau` with `sum_to_one`.
         """
         if shared_tau:
             if sum_to_one:
@@ -85,8 +85,8 @@ class MergeForm(eqx.Module):
         if not sum_to_one:
             return solve(self.quadratic, self.linear)
         # On Σa = 1 the risk is aᵀQa + const, Q = Γ − β1ᵀ − 1βᵀ + h11ᵀ, for any h. The least of aᵀQa lies on the ray of
-        # the least of xᵀQx − 2·1ᵀx, constraint or not; h is large enough to make Q positive semi-definite, with 1 in its
-        # range.
+        # the least of xᵀQx − 2·1ᵀx, constraint or not; h is large enough to make Q positive semi-definite, with 1
+        # in its range.
         free = solve_semidefinite(self.quadratic, self.linear)
         height = jax.lax.stop_gradient(jnp.abs(self.linear @ free) + jnp.max(jnp.diagonal(self.quadratic)))
         height = jnp.where(height > 0, height, 1)

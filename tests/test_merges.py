@@ -287,10 +287,13 @@ def test_best_weights_by_search(seed, options):
         weights = np.asarray(found.optimal_weights(**options))
         bounds = [(0, None)] * size if "nonnegative" in options else None
         constraints = {"type": "eq", "fun": lambda a: a.sum() - 1} if "sum_to_one" in options else ()
-        objective = lambda a: float(found.constant + a @ found.quadratic @ a - 2 * a @ found.linear)  # noqa: E731
-        search = scipy.optimize.minimize(
-            objective, np.full(size, 1 / size), bounds=bounds, constraints=constraints, tol=1e-12
-        )
+        c, b, B = (np.asarray(part) for part in (found.constant, found.linear, found.quadratic))
+
+        def objective(a, c=c, b=b, B=B):
+            return float(c - 2 * a @ b + a @ B @ a)
+
+        limits = {"bounds": bounds, "constraints": constraints, "tol": 1e-12}
+        search = scipy.optimize.minimize(objective, np.full(size, 1 / size), **limits)
         assert objective(weights) < search.fun + 1e-6 * abs(search.fun)
         assert "nonnegative" not in options or (weights >= 0).all()
         assert "sum_to_one" not in options or weights.sum() == pytest.approx(1)

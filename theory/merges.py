@@ -8,8 +8,8 @@ around it (`theory.movement`); fluctuations of runs on their own data are indepe
 K2. K runs of one kind on one task, a = τ/K each: with A = ΣM f²E Δ² and V = ΣM Var, R = c − 2τβ + τ²(A + V/K).
 
 K3. Other merges apply a function h to the K movements X_j ∈ R^K of each coordinate: dropping at random, trimming what
-is small, electing a sign. Fluctuations are sums over many samples, so X_j is Gaussian, jointly with the gap Δ_b if that is
-Gaussian or fixed: mean f_k E Δ_t(k), covariance f_k f_l Cov(Δ_t(k), Δ_t(l)) + δ_kl Var_k, and Cov(X_k, Δ_b) =
+is small, electing a sign. Fluctuations are sums over many samples, so X_j is Gaussian, jointly with the gap Δ_b if that
+is Gaussian or fixed: mean f_k E Δ_t(k), covariance f_k f_l Cov(Δ_t(k), Δ_t(l)) + δ_kl Var_k, and Cov(X_k, Δ_b) =
 f_k Cov(Δ_t(k), Δ_b). By Stein's lemma
 
     E hΔ_b = E h · E Δ_b + Σ_k α_k Cov(X_k, Δ_b),      α_k = E ∂h/∂X_k,
@@ -149,8 +149,8 @@ def form(
             −u with `pretrain_error`: shifts of mean 0 that know nothing of u.
 
     Everything may be traced. Relative error O(1/n) against the average over designs; `linfit.exact_form` is exact for
-    given ones, and runs on shared data need it. K + T² vectors of length p in memory. Raises ValueError for sizes that do not fit
-    together, tasks that do not exist, NaN or Inf.
+    given ones, and runs on shared data need it. K + T² vectors of length p in memory. Raises ValueError for sizes that
+    do not fit together, tasks that do not exist, NaN or Inf.
 
     >>> from linfit import MinNorm
     >>> flat, tasks = jnp.ones(1000), jnp.array([[1.0, 0.5], [0.5, 1.0]])      # two tasks, correlation ½
@@ -369,7 +369,8 @@ def trimmed(
     >>> flat = jnp.ones(1000)
     >>> sparse = jnp.where(jnp.arange(1000) < 50, 0.02, 0.0)[None, None]      # 50 coordinates carry the whole task
     >>> run = Run(0, flat, 500, 0.3, MinNorm())
-    >>> form([run], sparse, flat, 0).optimal_risk().round(2), trimmed([run], sparse, flat, 0, 0.05).optimal_risk().round(2)
+    >>> plain, kept = form([run], sparse, flat, 0), trimmed([run], sparse, flat, 0, keep=0.05)
+    >>> plain.optimal_risk().round(2), kept.optimal_risk().round(2)
     (Array(0.58, dtype=float64), Array(0.26, dtype=float64))
     """
     kept = _share("keep", keep)

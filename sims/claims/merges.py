@@ -1,6 +1,7 @@
 """Merges as claims (docs, K1–K3): the form of K runs, the law of soups, and merges that act on coordinates."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.optimize
