@@ -170,6 +170,34 @@ def k1_exact(normal: Normal, penalty: float, noise_std: float, shared: int, pret
 
 
 @identity(
+    "K1.forgetting",
+    "Forgetting is the risk on a task whose gap is minus the pretraining error.",
+    R"E\lVert u + \textstyle\sum_k a_k(\hat\theta_k-\theta_1)\rVert^2_{\Sigma_1} = "
+    R"u^\top\Sigma_1u - 2a\cdot\beta + a^\top\Gamma a",
+    parameters={"penalty": PENALTY.within(1e-2, 10.0), "noise_std": NOISE_STD.within(0.1, 3.0)},
+    tolerance=1e-8,
+)
+def k1_forgetting(normal: Normal, penalty: float, noise_std: float) -> Sides:
+    """Eight merges of runs of two unrelated tasks; θ̂ written out as an affine function of shifts and noise."""
+    p, sizes = 12, (5, 15)
+    X, u, M = [normal(n, p) for n in sizes], normal(p), np.exp(normal(p))
+    spread, weights = np.exp(normal(2, p)), normal(8, 2)
+    targets = np.array([[spread[0] + u**2, u**2], [u**2, spread[1] + u**2]])
+    fits = [Fit(k, X[k], noise_std, Ridge(penalty)) for k in range(2)]
+    predicted, measured = np.asarray(exact_form(fits, targets, M, None, u)(weights)), []
+    maps = [ridge_map(design, penalty) for design in X]
+    for a in weights:  # θ̂ − θ₁* = u + Σ a R(X(δ − u) + ε)
+        centre = u - sum(a[k] * maps[k] @ X[k] @ u for k in range(2))
+        risk = M @ centre**2
+        for k in range(2):
+            risk += a[k] ** 2 * (
+                M @ ((maps[k] @ X[k]) ** 2 @ spread[k]) + noise_std**2 * M @ np.sum(maps[k] ** 2, axis=1)
+            )
+        measured.append(risk)
+    return predicted, np.array(measured)
+
+
+@identity(
     "K1.weights",
     "The best weights of a merge, free, non-negative or of sum one, are one small solve each.",
     R"a^* = \Gamma^{-1}\beta",
