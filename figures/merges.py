@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from figures.style import COLOURS, FORGETTING, Picture, bars, canvas, panel_letters, seed_of
+from figures.style import COLOURS, FORGETTING, Picture, bars, canvas, panel_letters, readable_ticks, seed_of
 from linfit import MinNorm, Ridge
 from linfit.merges import MergeForm
 from sims.estimate import mean_and_error
@@ -269,7 +269,9 @@ def _draw_map(data: xr.Dataset) -> Figure:
         mesh = axis.pcolormesh(data.support, data.noise_std, part, cmap="RdBu_r", norm=norm, shading="nearest")
         if float(part.min()) < 0 < float(part.max()):
             axis.contour(data.support, data.noise_std, part, [0], colors="black", linewidths=1)
-        axis.set(xscale="log", yscale="log", title=f"{method}, {PLACES[place]}")
+        axis.set(xscale="log", yscale="log")
+        axis.set_title(f"{method}, {PLACES[place]}", loc="right")
+        readable_ticks(axis.xaxis, axis.yaxis)
         if place == data.place.values[-1]:
             axis.set_xlabel("share of coordinates that the task moves")
     for axis in axes[::2]:
