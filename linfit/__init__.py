@@ -10,6 +10,7 @@ from linfit.internal.lazy import attach
 
 if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads: a public name stands here and nowhere else
     from linfit import bridge as bridge, covariance as covariance, design as design, filters as filters
+    from linfit import merges as merges
     from linfit import network as network, problem as problem, reduction as reduction, risk as risk
     from linfit import robust as robust, selection as selection, solve as solve, spectra as spectra
     from linfit import targets as targets
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads: a pub
     from linfit.filters import Combination as Combination, Filter as Filter, GradientDescent as GradientDescent
     from linfit.filters import GradientFlow as GradientFlow, MinNorm as MinNorm, Ridge as Ridge
     from linfit.filters import SelfDistillation as SelfDistillation, SharpnessAware as SharpnessAware
+    from linfit.merges import Fit as Fit, MergeForm as MergeForm, exact_form as exact_form
     from linfit.problem import FixedShift as FixedShift, Pair as Pair, RandomShift as RandomShift
     from linfit.problem import TwoTaskProblem as TwoTaskProblem, aligned_problem as aligned_problem
     from linfit.reduction import risk_forms as risk_forms

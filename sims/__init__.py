@@ -5,6 +5,7 @@ __all__ = [
     "compare",
     "equivalents",
     "flow",
+    "merges",
     "overadaptation",
     "overtraining",
     "parameters",

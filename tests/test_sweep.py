@@ -293,6 +293,7 @@ CASES = {
     "s3ft": {"n": 20, "p": 60, "penalty": [0.01, 0.1], "tolerance": [0.0, 1.0, 100.0],
              "paraphrase_success": [0.0, 0.5]},
     "pipeline": {"n": 12, "p": 40, "stages": 2, "anchor": "first", "penalty": [0.01, 0.1], "tau": [0.5, 1.0, 1.2]},
+    "merge": {"n": 20, "p": 60, "runs": 2, "other_runs": 1, "tau": [0.5, 1.0, 1.5], "keep": [0.3, 1.0]},
 }  # fmt: skip
 
 
@@ -354,6 +355,17 @@ def test_overtraining_follows_the_closed_forms():
     rise = samples["perturbed"][:, 0] - samples["loss"]
     error = rise.std(axis=0, ddof=1) / 30**0.5
     assert (np.abs(rise.mean(axis=0) - expected) < 4 * error + 0.02 * expected).all()
+
+
+@pytest.mark.slow
+def test_merges_of_whole_runs_are_their_average_and_near_the_prediction():
+    samples = measure(sweep_over("merge", CASES["merge"] | {"other_runs": 0}, seeds=60), Task((), 0, 60)).samples
+    gap = samples["trimmed"][:, 1] - samples["averaged"]  # nothing trimmed: a sample of the exact risk
+    assert (np.abs(gap.mean(axis=0)) < 4 * gap.std(axis=0, ddof=1) / 60**0.5).all()
+    assert (samples["best"] <= samples["averaged"].min(axis=-1) + 1e-12).all()
+    error = samples["averaged"].std(axis=0, ddof=1) / 60**0.5
+    allowed = 4 * error + 0.05 * samples["averaged_predicted"][0]
+    assert (np.abs(samples["averaged"].mean(axis=0) - samples["averaged_predicted"][0]) < allowed).all()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ __all__ = [
     "equivalents",
     "flow",
     "frontier",
+    "merges",
     "movement",
     "overadaptation",
     "overtraining",

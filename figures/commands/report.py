@@ -14,6 +14,7 @@ FIGURES = {
     "s3ft": "figures.s3ft",
     "equivalents": "figures.equivalents",
     "pipelines": "figures.pipelines",
+    "merges": "figures.merges",
     "compare": "figures.compare",
     "claims": "figures.claims",
     "bridge": "figures.bridge",
@@ -39,8 +40,8 @@ def figures(
     """Regenerate the paper figures and one report page.
 
     Args:
-        names: which figures to draw (overadaptation, overtraining, flow, s3ft, equivalents, pipelines, compare, claims,
-            bridge); all of them if none is named, without those whose optional packages are not installed.
+        names: which figures to draw (overadaptation, overtraining, flow, s3ft, equivalents, pipelines, merges, compare,
+            claims, bridge); all of them if none is named, without those whose optional packages are not installed.
         out: folder for NAME.png, NAME.pdf, NAME.nc (the plotted numbers) and index.html.
         quick: small sizes, for a first look.
         seed: seed of every random draw.

@@ -44,9 +44,15 @@ def rank_cutoff(eigenvalues: Array) -> Array:
 
 def solve_semidefinite(matrix: Array, vector: Array) -> Array:
     """The minimum-norm solution of a positive semi-definite system, scaled to unit diagonal first."""
-    diagonal = jnp.diagonal(matrix)
+    fixed = jax.lax.stop_gradient(matrix)
+    diagonal = jnp.diagonal(fixed)
     scale = jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
-    eigenvalues, vectors = jnp.linalg.eigh(scale[:, None] * matrix * scale)
+    eigenvalues, vectors = jnp.linalg.eigh(scale[:, None] * fixed * scale)
     kept = eigenvalues > rank_cutoff(eigenvalues)
     inverse = jnp.where(kept, 1 / jnp.where(kept, eigenvalues, 1), 0)
-    return scale * (vectors @ (inverse * (vectors.T @ (scale * vector))))
+
+    def solve(_: object, right: Array) -> Array:
+        return scale * (vectors @ (inverse * (vectors.T @ (scale * right))))
+
+    # differentiated as a solution, not through eigenvectors, which have no derivative where eigenvalues coincide
+    return jax.lax.custom_linear_solve(lambda x: matrix @ x, vector, solve, symmetric=True)

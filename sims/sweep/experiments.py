@@ -191,7 +191,31 @@ PIPELINE = _ours(
     },
 )
 
-_OURS = (OVERADAPTATION, EQUIVALENTS, OVERTRAINING, FLOW, S3FT, PIPELINE)
+MERGE = _ours(
+    "merge",
+    "Ridge runs of one task and of another, averaged, trimmed and elected, in the risk of the first task.",
+    {
+        **{name: _BED[name] for name in ("n", "p", "decay", "alignment", "law")},
+        "noise_std": NOISE_STD,
+        "penalty": PENALTY,
+        "similarity": Parameter("correlation of the shifts of the two tasks", 0.5),
+        "runs": Parameter("runs of the task", 4),
+        "other_runs": Parameter("runs of the other task", 0),
+        "tau": _TAU._replace(help="ensemble coefficient τ; all weights are τ/K"),
+        "keep": Parameter("share of coordinates kept before the merge", 0.5, batched=True),
+    },
+    {
+        "averaged": Output(("tau",), "fine-tuning risk of the plain average, exact for the designs", RISK, "least"),
+        "averaged_predicted": Output(("tau",), "its prediction, the same for all replicates", RISK),
+        "best": Output((), "least fine-tuning risk over all weights, exact for the designs", RISK, "least"),
+        "best_predicted": Output((), "its prediction, the same for all replicates", RISK),
+        "tau_best": Output((), "the τ of least fine-tuning risk with equal weights"),
+        "trimmed": Output(("keep", "tau"), "fine-tuning risk of the average of trimmed runs, sampled", RISK, "least"),
+        "elected": Output(("keep", "tau"), "fine-tuning risk with elected signs (TIES), sampled", RISK, "least"),
+    },
+)
+
+_OURS = (OVERADAPTATION, EQUIVALENTS, OVERTRAINING, FLOW, S3FT, PIPELINE, MERGE)
 EXPERIMENTS = {experiment.name: experiment for experiment in _OURS}
 """What `linfit sweep NAME` can run."""
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit import network, risk_forms, sample_design, spectra
+from linfit import Fit, exact_form, fine_tune, network, risk_forms, sample_design, spectra
 from linfit.covariance import Diagonal
 from linfit.filters import Filter, GradientFlow, Ridge
 from linfit.internal.checks import count
@@ -22,10 +22,13 @@ from linfit.pipelines import exact_risks
 from linfit.problem import Pair, TwoTaskProblem, aligned_problem
 from linfit.risk import Parabola, RiskForm
 from sims import flow as weighted
+from sims import merges as merging
 from sims import s3ft as self_supervised
 from sims.overtraining import losses_under_noise, pretrain, sample_rotated_task, sample_target
 from sims.pipelines import similar_targets
 from theory.equivalents import along as predicted_along
+from theory.merges import Run
+from theory.merges import form as predicted_form
 from theory.pipelines import Stage, risks
 from theory.s3ft import Procedure
 
@@ -184,3 +187,33 @@ def _last_risks(
         return exact.total[-1], predicted[-1]
 
     return jax.lax.map(lambda penalty: jax.vmap(at, (None, 0))(penalty, taus), penalties)
+
+
+def merge(key: Array, parameters: Parameters) -> dict[str, Array]:
+    """Runs of two tasks merged on one draw: exact risk of averages, one sample of other merges (docs, K1–K3)."""
+    design_key, noise_key, gap_key = jax.random.split(key, 3)
+    n, tau, keep = parameters["n"], parameters["tau"], parameters["keep"]
+    noise_std, filter = parameters["noise_std"], Ridge(parameters["penalty"])
+    s = spectra.power_law(parameters["p"], parameters["decay"])
+    targets = merging.similar_tasks(s, parameters["similarity"], parameters["alignment"])
+    tasks = [0] * parameters["runs"] + [1] * parameters["other_runs"]
+    X = [sample_design(jax.random.fold_in(design_key, k), s, n, parameters["law"]) for k in range(len(tasks))]
+    exact = exact_form([Fit(t, x, noise_std, filter) for t, x in zip(tasks, X, strict=True)], targets, s, 0)
+    predicted = predicted_form([Run(t, s, n, noise_std, filter) for t in tasks], targets, s, 0)
+    gaps = jnp.linalg.cholesky(targets[:, :, 0]) @ jax.random.normal(gap_key, (2, s.size), s.dtype)
+    gaps = gaps * jnp.sqrt(targets[0, 0] / targets[0, 0, 0])
+    noise = noise_std * jax.random.normal(noise_key, (len(tasks), n), s.dtype)
+    fitted = [fine_tune(x, x @ gaps[t] + e, 0 * s, filter) for t, x, e in zip(tasks, X, noise, strict=True)]
+    kept = jnp.stack([merging.trim(jnp.stack(fitted), share) for share in keep])
+
+    def sampled(merged: Array) -> Array:
+        return jnp.sum(s * (tau[:, None] * merged[:, None] - gaps[0]) ** 2, axis=-1)
+
+    equal = tau[:, None] * jnp.full(len(tasks), 1 / len(tasks))
+    found = {
+        "averaged": exact(equal),
+        "best": exact.optimal_risk(),
+        "tau_best": jnp.sum(exact.optimal_weights(shared_tau=True)),
+    }
+    expected = {"averaged_predicted": predicted(equal), "best_predicted": predicted.optimal_risk()}
+    return found | expected | {"trimmed": sampled(kept.mean(axis=1)), "elected": sampled(merging.elect(kept))}
