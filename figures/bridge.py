@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from figures.style import COLOURS, COLUMN, PAGE, SETTINGS, Picture, canvas, panel_letters, seed_of
-from linfit.bridge import Curve, Inspection, fit_curve
+from linfit.bridge import Curve, Inspection, Plan, fit_curve
 from sims.laboratory.toy_language import merges_along_tau
 
-__all__ = ["draw_curves", "draw_inspection", "pictures"]
+__all__ = ["draw_curves", "draw_inspection", "draw_plan", "pictures"]
 
 BASE_TASK, TUNED_TASK = COLOURS["ridge"], COLOURS["ensemble"]
 
@@ -178,3 +178,48 @@ def draw_curves(fits: Mapping[str, Curve], path: Path) -> None:
             axis.set(xlabel=f"ensemble coefficient τ\n{verdict}", ylabel=f"{metric}\n({better} is better)")
             axis.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, columnspacing=1.0, handlelength=1.5)
         figure.savefig(path)
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Cosines of the deltas, expected gain by number of runs, and the sum of weights of each group of tensors."""
+    names = [f"{Path(run).name[:14]} ({task})" for run, task in zip(plan.tuned, plan.tasks)]
+    names = names if len(set(plan.tasks)) > 1 else [Path(run).name[:18] for run in plan.tuned]
+    figure, axes = canvas(3, width=PAGE, height=2.6)
+    with mpl.rc_context(SETTINGS):
+        _draw_cosines(axes[0], plan.cosines, names)
+        _draw_gains(axes[1], plan)
+        at, taus = np.arange(len(plan.groups)), [group.tau for group in plan.groups]
+        reach = np.array([[tau.value - tau.low, tau.high - tau.value] for tau in taus]).T
+        axes[2].errorbar([tau.value for tau in taus], at, xerr=reach, fmt="o", color=COLOURS["ridge"], capsize=2)
+        axes[2].set_yticks(at, [group.group for group in plan.groups])
+        axes[2].set(xlabel="sum of suggested weights", ylim=(len(at) - 0.5, -0.5), xlim=(-0.05, 1.1))
+        panel_letters(axes)
+        figure.savefig(path)
+
+
+def _draw_cosines(axis: Axes, cosines: np.ndarray, names: list[str]) -> None:
+    image = axis.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r")
+    for (row, column), value in np.ndenumerate(cosines):
+        colour = "white" if abs(value) > 0.6 else "black"
+        axis.text(
+            column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=max(3.5, 8 - len(names) / 2)
+        )
+    size = max(4.0, 7 - len(names) / 4)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axis.set_yticks(range(len(names)), names, fontsize=size)
+    axis.figure.colorbar(image, ax=axis, shrink=0.7, label="cosine of the deltas")
+
+
+def _draw_gains(axis: Axes, plan: Plan) -> None:
+    known = [gain for gain in plan.gains if np.isfinite(gain.runs)]
+    runs, share = [gain.runs for gain in known], [gain.share for gain in known]
+    axis.plot(runs, [each.value for each in share], "o-", color=COLOURS["ridge"], label="expected")
+    low, high = [each.low for each in share], [min(each.high, 1.0) for each in share]
+    axis.fill_between(runs, low, high, color=COLOURS["ridge"], alpha=0.2, linewidth=0, label="interval")
+    axis.axhline(plan.gains[-1].share.value, color="0.5", linewidth=0.8, linestyle="--", label="without end")
+    axis.axvline(max(map(plan.tasks.count, plan.tasks)), color="0.8", linewidth=0.8, zorder=0)
+    each = "runs averaged" if len(set(plan.tasks)) == 1 else "runs of each task averaged"
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel=each, ylabel="gain over one run (share of ‖Δ‖²)")
+    axis.set_ylim(0, None)
+    axis.legend(loc="lower right")
