@@ -220,6 +220,7 @@ def _draw_gains(axis: Axes, plan: Plan) -> None:
     axis.axvline(max(map(plan.tasks.count, plan.tasks)), color="0.8", linewidth=0.8, zorder=0)
     each = "runs averaged" if len(set(plan.tasks)) == 1 else "runs of each task averaged"
     axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks := [2**k for k in range(int(np.log2(max(runs))) + 1)], map(str, ticks))
     axis.set(xlabel=each, ylabel="gain over one run (share of ‖Δ‖²)")
     axis.set_ylim(0, None)
     axis.legend(loc="lower right")

@@ -10,8 +10,8 @@ from figures.commands.language import Numbers, Out, local_folder, note, numbers,
 
 if TYPE_CHECKING:
     from linfit.bridge import Curve, Inspection, Plan
-    from linfit.bridge.soup import Estimate
     from linfit.bridge.output import Written
+    from linfit.bridge.soup import Estimate
 
 
 Model = Annotated[str, tyro.conf.Positional]
@@ -221,7 +221,7 @@ def plan(
         picture.suffix not in (".png", ".pdf", ".svg") or not picture.absolute().parent.is_dir()
     ):
         raise ValueError(f"--picture must end in .png, .pdf or .svg and lie in an existing folder, got {picture}")
-    evaluated: dict[tuple[float, ...], Path] = {}
+    evaluated: dict[tuple[float, ...], str | Path] = {}
     for text in losses:
         weights, _, file = text.partition("=")
         row = tuple(numbers("losses", (weights,)))
@@ -269,10 +269,10 @@ def _print_plan(plan: "Plan") -> None:
     if plan.fit is not None:
         _print_fit(plan)
     else:
-        needed = f"{len(plan.tuned) + 2} weightings fit the loss with this curvature, {plan.evaluations_needed} its whole form"
-        print(f"with --losses: {needed}")
-    for weights in plan.next_weightings[:3]:
-        print(f"next weighting worth evaluating: {','.join(f'{value:.4g}' for value in weights)}")
+        least, whole = plan.evaluations_needed
+        print(f"--losses: {least} weightings fit the loss in the leading directions, {whole} all of it")
+    for row in plan.next_weightings[: 3 if plan.fit else plan.evaluations_needed[0]]:
+        print(f"next weighting worth evaluating: {','.join(f'{value:.4g}' for value in row)}")
     for text in (*plan.notes, *plan.cannot_know):
         note(text)
 

@@ -61,8 +61,8 @@ def merge(
         rank: singular values kept by method "rank".
         layer_tau: shell pattern of tensor names → τ; the first match wins.
         run_weights: (K,), sum 1; equal by default.
-        weights: (K,) of any sum instead, Δ = Σ w_k δ_k; or shell pattern of tensor names → (K,), as `read_weights` gives:
-            a tensor's own name comes before patterns, of these the first match wins.
+        weights: (K,) of any sum instead, Δ = Σ w_k δ_k; or shell pattern of tensor names → (K,), as `read_weights`
+            gives: a tensor's own name comes before patterns, of these the first match wins.
         dtype: stored format; that of the tuned model by default.
         shared: average only the tensors and rows that all have.
         workers: threads that read, compute and write.
@@ -80,6 +80,8 @@ def merge(
     chosen = _weights(weights, run_weights, family, method)
     notes = list(family.notes)
     notes += [f"τ = {value:g} is outside [0, 1]: extrapolation" for value in taus if not 0 <= value <= 1]
+    if any(min(row) < 0 or _sum(row) > 1 for row in chosen.values()):
+        notes.append("weights are negative, or sum to more than 1: extrapolation")
     filtered = f"{method}: {METHODS[method]}" + (f", r = {rank}" if rank else "")
     return write_checkpoints(
         out,
@@ -175,7 +177,7 @@ def _card(
         in_cache = folder.parent.name == "snapshots" and repository.startswith("models--")
         name = repository.removeprefix("models--").replace("--", "/") + "@" if in_cache else ""
         labels.append(f"`{name}{folder.name}`")
-    sets = {tuple(row): name for name, row in reversed(weights.items())}  # each with the first tensor that has it
+    sets = {tuple(row): name for name, row in reversed(list(weights.items()))}  # each with the first tensor that has it
     listed = [", ".join(f"{label} ({weight:g})" for label, weight in zip(labels[1:], row)) for row in sets]
     if len(sets) > 1:
         listed = [f"{line} for `{name}`" for line, name in zip(listed, sets.values())]

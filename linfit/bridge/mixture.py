@@ -1,19 +1,20 @@
 """The held-out loss as a quadratic form in the weights of K runs: fit, minimum, and what to evaluate next (ours).
 
 At θ₁ + Σ w_k δ_k a loss is locally c + b·w + ½ wᵀAw: 1 + K + K(K+1)/2 numbers. The base, the runs, the runs at half and
-the averages of two, the {K+1, 2} simplex lattice, are as many weightings and determine them. With fewer, A is taken
-as free in the R leading eigenvectors of the inner products G of the deltas, and as a multiple of G beyond:
+the averages of two, the {K+1, 2} simplex lattice, are as many weightings and determine them. With fewer, the form is
+free in the R leading eigenvectors of the inner products G of the deltas, what the runs have most in common, and beyond
+them only grows with the squared length of the merged delta:
 
-    z = Λ^½ Uᵀ w  (G = UΛUᵀ),    L = c + b·w + Σ_{i≤j≤R} A_ij z_i z_j + h Σ_{i>R} z_i²,
+    z = Λ^½ Uᵀ w  (G = UΛUᵀ),    L = c + Σ_{i≤R} b_i z_i + Σ_{i≤j≤R} A_ij z_i z_j + h Σ_{i>R} z_i²,
 
-K + 2 numbers for R = 0, all for R = K. The same prompts are evaluated at every weighting, so every number is a mean over
-prompts of a linear function of a prompt's losses, and errors are paired. At the minimum w* = −A⁻¹b a prompt moves w* by
-−A⁻¹(b_i + A_i w*), its share in the gradient there.
+(R+1)(R+2)/2 + 1 numbers: 4 for R = 1, 7 for R = 2, and the whole form for R = K. The same prompts are evaluated at
+every weighting, so every number is a mean over prompts of a linear function of a prompt's losses, and errors are
+paired. At the minimum z* = −A⁻¹b a prompt moves z* by −A⁻¹(b_i + A_i z*), its share in the gradient there.
 """
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -46,64 +47,86 @@ def lattice(runs: int) -> np.ndarray:
     return np.vstack([corners, *((corners[i] + corners[j])[None] / 2 for i, j in combinations(range(runs + 1), 2))])
 
 
-def _features(weights: np.ndarray, gram: np.ndarray, rank: int) -> np.ndarray:
-    """Rows (E, P) of the form with rank R at weights (E, K)."""
-    values, vectors = np.linalg.eigh(gram)
-    z = (weights @ vectors * np.sqrt(np.maximum(values, 0) / max(values.max(), 1e-300)))[:, ::-1]
-    rows, columns = np.triu_indices(rank)
-    rest = [np.sum(z[:, rank:] ** 2, axis=1, keepdims=True)] if rank < z.shape[1] else []
-    return np.hstack([np.ones((len(z), 1)), weights, z[:, rows] * z[:, columns], *rest])
+class _Coordinates(NamedTuple):
+    """z = w·scale, leading ones first, and back."""
+
+    scale: np.ndarray  # (K, K)
+    back: np.ndarray  # (K, K), w = z·back
+
+    @classmethod
+    def of(cls, gram: np.ndarray) -> "_Coordinates":
+        values, vectors = np.linalg.eigh(gram)
+        roots = np.sqrt(np.maximum(values[::-1] / values[-1], 1e-12))
+        return cls(vectors[:, ::-1] * roots, (vectors[:, ::-1] / roots).T)
+
+    def rows(self, weights: np.ndarray, rank: int) -> np.ndarray:
+        """Rows (E, P) of the form with rank R at weights (E, K)."""
+        z = weights @ self.scale
+        i, j = np.triu_indices(rank)
+        rest = [np.sum(z[:, rank:] ** 2, axis=1, keepdims=True)] if rank < z.shape[1] else []
+        return np.hstack([np.ones((len(z), 1)), z[:, :rank], z[:, i] * z[:, j], *rest])
 
 
-def _form(coefficients: np.ndarray, gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """(b, A) with b (K, …) and A (K, K, …) from coefficients (P, …) of `_features`."""
-    runs = len(gram)
-    values, vectors = np.linalg.eigh(gram)
-    scale = (vectors * np.sqrt(np.maximum(values, 0) / max(values.max(), 1e-300)))[:, ::-1]  # z = w·scale
-    inner = np.zeros((runs, runs, *coefficients.shape[1:]))
-    for at, (i, j) in enumerate(zip(*np.triu_indices(rank)), start=1 + runs):
-        inner[i, j] += coefficients[at]
-        inner[j, i] += coefficients[at]
-    for i in range(rank, runs):
-        inner[i, i] += 2 * coefficients[-1]
-    return coefficients[1 : 1 + runs], np.einsum("ki,ij...,lj->kl...", scale, inner, scale)
+def _form(coefficients: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """b (R, …) and the second derivative A (R, R, …) in the leading z, from coefficients (P, …)."""
+    curvature = np.zeros((rank, rank, *coefficients.shape[1:]))
+    for at, (i, j) in enumerate(zip(*np.triu_indices(rank)), start=1 + rank):
+        curvature[i, j] += coefficients[at]
+        curvature[j, i] += coefficients[at]
+    return coefficients[1 : 1 + rank], curvature
 
 
 def _determined(rows: np.ndarray) -> bool:
     return rows.shape[0] >= rows.shape[1] and np.linalg.matrix_rank(rows, tol=1e-6) == rows.shape[1]
 
 
-def next_weightings(weights: np.ndarray, gram: np.ndarray, optimum: np.ndarray | None = None) -> list[list[float]]:
-    """What to evaluate next, most useful first: of the lattice and the plain average, each time the one that adds most
-    to the determinant of the information (D-optimal, greedy); once the form is whole, its minimum, to check it.
+def least_numbers(rank: int, runs: int) -> int:
+    """How many numbers the form has: (R+1)(R+2)/2, and one for what lies beyond R < K."""
+    return (rank + 1) * (rank + 2) // 2 + (rank < runs)
+
+
+def next_weightings(weights: np.ndarray, gram: np.ndarray, tasks: np.ndarray, fit: WeightFit | None) -> np.ndarray:
+    """Weightings (…, K) to evaluate next, most useful first.
+
+    Before there is a form: the lattice of the base and the averages of each task's runs, near which the best weights
+    are to be expected, and one run for what lies beyond. Then its minimum, to check it; then of the lattice of all runs
+    each time the point that adds most to the determinant of the information (D-optimal, greedy), up to the whole form.
     """
-    runs = len(gram)
-    candidates = np.vstack([lattice(runs), np.full((1, runs), 1 / runs)])
-    rows, done = _features(candidates, gram, runs), _features(weights, gram, runs)
-    inverse = np.linalg.inv(done.T @ done + 1e-8 * np.eye(rows.shape[1]))
-    fresh, chosen = [row for row in range(len(rows)) if not _has(weights, candidates[row])], []
-    missing = rows.shape[1] - (np.linalg.matrix_rank(done, tol=1e-6) if done.size else 0)
-    for _ in range(min(missing, len(fresh))):
-        best = max(fresh, key=lambda row: float(rows[row] @ inverse @ rows[row]))
+    runs, form = len(gram), _Coordinates.of(gram)
+    member = np.eye(int(tasks.max()) + 1)[tasks].T
+    first = int(np.flatnonzero(np.bincount(tasks)[tasks] > 1)[0])
+    start = np.vstack([lattice(len(member)) @ (member / member.sum(1, keepdims=True)), np.eye(runs)[[first]]])
+    if fit is None:
+        chosen = [row for row in start if not _has(weights, row)]
+    else:
+        chosen = [np.array([each.value for each in fit.weights])] if fit.convex else []
+        chosen = [row for row in chosen if not _has(weights, row)]
+    known = np.vstack([weights, *chosen])
+    done, fresh = form.rows(known, runs), [row for row in lattice(runs) if not _has(known, row)]
+    inverse = np.linalg.inv(done.T @ done + 1e-8 * np.eye(done.shape[1]))
+    for _ in range(min(done.shape[1] - np.linalg.matrix_rank(done, tol=1e-6), len(fresh))):
+        rows = form.rows(np.array(fresh), runs)
+        best = int(np.argmax(np.einsum("ep,pq,eq->e", rows, inverse, rows)))
         step = inverse @ rows[best]
         inverse -= np.outer(step, step) / (1 + rows[best] @ step)
-        fresh.remove(best)
-        chosen.append(candidates[best].tolist())
-    check = [] if optimum is None or _has(weights, optimum) else [optimum.tolist()]
-    return check + chosen if optimum is not None else chosen
+        chosen.append(fresh.pop(best))
+    return np.array(chosen).reshape(-1, runs)
 
 
 def _has(weights: np.ndarray, row: np.ndarray) -> bool:
     return bool(weights.size) and bool((np.abs(weights - row).max(axis=1) < 1e-6).any())
 
 
-def fit_weights(weights: Sequence[Sequence[float]], losses: np.ndarray, gram: np.ndarray) -> WeightFit | None:
-    """The form through the losses (E, n) of the same n prompts at E weightings; None if these are too few (K + 2).
+def fit_weights(
+    weights: Sequence[Sequence[float]] | np.ndarray, losses: np.ndarray, gram: np.ndarray, *, tasks: int = 1
+) -> WeightFit | None:
+    """The form through the losses (E, n) of the same n prompts at E weightings; None if these are too few (4).
 
     Args:
         weights: (E, K), each Σ w_k δ_k beside the base.
         losses: (E, n), n > E.
-        gram: inner products of the deltas (K, K), for the part of the curvature that the losses leave open.
+        gram: inner products of the deltas (K, K); their leading directions are fitted where E does not allow all.
+        tasks: how many leading directions are to be expected.
 
     Raises ValueError for shapes that do not fit, NaN or Inf, or fewer prompts than weightings.
 
@@ -119,40 +142,53 @@ def fit_weights(weights: Sequence[Sequence[float]], losses: np.ndarray, gram: np
         raise ValueError("weights and losses must be finite, got NaN or Inf")
     if losses.shape[1] <= len(w):
         raise ValueError(f"losses need more prompts than weightings, got {losses.shape[1]} for {len(w)}")
-    ranks = [rank for rank in range(len(gram), -1, -1) if _determined(_features(w, gram, rank))]
-    return _fit(w, losses, np.asarray(gram, float), ranks[0]) if ranks else None
+    rank = _best_rank(_Coordinates.of(np.asarray(gram, float)), w, losses.mean(axis=1), tasks)
+    return _fit(w, losses, np.asarray(gram, float), rank) if rank else None
+
+
+def _best_rank(form: _Coordinates, w: np.ndarray, losses: np.ndarray, tasks: int) -> int | None:
+    """K where the evaluations determine the whole form; else the R ≥ T that predicts each from the others best."""
+    runs = w.shape[1]
+    ranks = [rank for rank in range(1, runs + 1) if _determined(form.rows(w, rank))]
+    if runs in ranks or not ranks:
+        return runs if ranks else None
+
+    def missed(rank: int) -> float:
+        hat = (rows := form.rows(w, rank)) @ np.linalg.pinv(rows)
+        spare = 1 - np.diag(hat)
+        return float(np.sum(((losses - hat @ losses) / spare) ** 2)) if (spare > 1e-9).all() else np.inf
+
+    return min([rank for rank in ranks if rank >= tasks] or ranks[-1:], key=missed)
 
 
 def _fit(w: np.ndarray, losses: np.ndarray, gram: np.ndarray, rank: int) -> WeightFit:
-    rows, n = _features(w, gram, rank), losses.shape[1]
+    form, n, runs = _Coordinates.of(gram), losses.shape[1], w.shape[1]
+    rows = form.rows(w, rank)
     per_prompt = np.linalg.pinv(rows) @ losses  # (P, n)
     mean = per_prompt.mean(axis=1)
     residuals = losses.mean(axis=1) - rows @ mean
     p_value, inflation = _misfit(rows, losses)
-    linear, curvature = _form(mean, gram, rank)
+    linear, curvature = _form(mean, rank)
     convex = bool(np.linalg.eigvalsh(curvature)[0] > 1e-9 * np.abs(curvature).max())
     if convex:
-        best = np.linalg.solve(curvature, -linear)
-        slopes = _form(per_prompt, gram, rank)
-        gradient = slopes[0] + np.einsum("klp,l->kp", slopes[1], best)
-        errors = _standard_error(-np.linalg.solve(curvature, gradient)) * inflation
+        z = np.linalg.solve(curvature, -linear)
+        slopes = _form(per_prompt, rank)
+        moves = -np.linalg.solve(curvature, slopes[0] + np.einsum("ijp,j->ip", slopes[1], z))
+        best, errors = z @ form.back[:rank], _standard_error(form.back[:rank].T @ moves) * inflation
     else:
-        best, errors = w[losses.mean(axis=1).argmin()], np.full(w.shape[1], np.nan)
-    at = _features(best[None], gram, rank)[0]
-    average = _features(np.full((1, w.shape[1]), 1 / w.shape[1]), gram, rank)[0]
+        best, errors = w[losses.mean(axis=1).argmin()], np.full(runs, np.nan)
+    at, average = form.rows(np.vstack([best, np.full(runs, 1 / runs)]), rank)
     reach = float(scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1))
 
-    def estimate(value: float, error: float) -> Estimate:
+    def estimate(value: Any, error: Any) -> Estimate:
         return Estimate(float(value), float(error), float(value - reach * error), float(value + reach * error))
 
-    loss, gain = (
-        estimate(row @ mean, float(_standard_error(row @ per_prompt)) * inflation) for row in (at, average - at)
-    )
-    leverage = np.einsum("ep,pq,eq->e", *(lambda r: (r, np.linalg.pinv(rows.T @ rows), r))(np.vstack([rows, at])))
-    extrapolated = bool(leverage[-1] > leverage[:-1].max() * (1 + 1e-9))
+    loss, gain = (estimate(row @ mean, _standard_error(row @ per_prompt) * inflation) for row in (at, average - at))
+    spread = np.linalg.pinv(rows.T @ rows)
+    extrapolated = bool(at @ spread @ at > np.einsum("ep,pq,eq->e", rows, spread, rows).max() * (1 + 1e-9))
     found = [estimate(value, error) for value, error in zip(best, errors)]
     facts = (convex, rank, rows.shape[1], float(np.abs(residuals).max()), p_value, extrapolated)
-    return WeightFit(found, loss, gain, *facts, _verdict(w.shape[1], *facts))
+    return WeightFit(found, loss, gain, *facts, _verdict(runs, *facts))
 
 
 def _standard_error(values: np.ndarray) -> np.ndarray:
@@ -174,7 +210,7 @@ def _misfit(rows: np.ndarray, losses: np.ndarray) -> tuple[float, float]:
 def _verdict(
     runs: int, convex: bool, rank: int, numbers: int, residual: float, p_value: float, extrapolated: bool
 ) -> str:
-    whole = "the whole form" if rank == runs else f"curvature free in {rank} of {runs} directions, Euclidean beyond"
+    whole = "the whole form" if rank == runs else f"free in the {rank} leading of {runs} directions"
     parts = [f"{numbers} numbers, {whole}"]
     if not convex:
         parts.append("no minimum: the best weighting evaluated is returned")

@@ -11,7 +11,7 @@ import numpy as np
 from linfit.bridge.delta import products_of_runs
 from linfit.bridge.evaluations import read_result
 from linfit.bridge.family import Family, Paths, open_family
-from linfit.bridge.mixture import WeightFit, fit_weights, next_weightings
+from linfit.bridge.mixture import WeightFit, fit_weights, least_numbers, next_weightings
 from linfit.bridge.output import Progress
 from linfit.bridge.soup import Estimate, Moments, Sample, squared_distances
 
@@ -26,8 +26,8 @@ _GROUPS = {
 
 CANNOT_KNOW = (
     "Distances are Euclidean: a weight that the loss does not feel counts like one that it does (no curvature).",
-    "The variance is that of these runs, from one base: what differs between them is what is averaged away. What all of "
-    "them share, their common data and settings, counts as signal, overfitting included.",
+    "The variance is that of these runs, from one base: what differs between them is what is averaged away. What all "
+    "of them share, their common data and settings, counts as signal, overfitting included.",
     "Runs are taken as independent. Runs that share data or a trajectory look more alike than they are good.",
     "Losses are not predicted: --losses fits them.",
 )
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
     groups: list[Group]
     redundant: list[tuple[int, int]]  #: Pairs of runs, numbered from 0.
     conflicts: list[tuple[int, int]]
-    evaluations_needed: int  #: K(K+3)/2 + 1 for the whole form.
+    evaluations_needed: list[int]  #: For the form in T leading directions, and for the whole one: K(K+3)/2 + 1.
     next_weightings: list[list[float]]  #: What to evaluate next, most useful first.
     fit: WeightFit | None
     notes: list[str]
@@ -93,7 +93,7 @@ def plan(
     tuned: Paths,
     *,
     tasks: Sequence[str] | None = None,
-    losses: Mapping[Sequence[float], str | Path] | None = None,
+    losses: Mapping[tuple[float, ...], str | Path] | None = None,
     only: str | None = None,
     shared: bool = False,
     progress: Progress | None = None,
@@ -102,7 +102,7 @@ def plan(
 
         δ_k = m_t(k) + e_k,   distance of r runs of each task = B + V/(T r),   weights Γa = β  (module `soup`)
 
-    Every tensor is read once, in blocks. Ours; intervals cover in 95 of 100 cases or more for the noise described there.
+    Every tensor is read once, in blocks. Ours; intervals cover 95 of 100 times or more for the noise described there.
 
     Args:
         base, tuned: as for `merge`; two runs or more, of one task at least two.
@@ -128,16 +128,17 @@ def plan(
         if square == 0:
             raise ValueError(f"{path} equals the base in every tensor compared: no fine-tuned run")
     weightings, values = evaluated
-    fit = fit_weights(weightings, values, total) if len(weightings) else None
-    optimum = np.array([each.value for each in fit.weights]) if fit and fit.convex else None
+    count = len(set(labels))
+    fit = fit_weights(weightings, values, total, tasks=count) if len(weightings) else None
     ratios = sample.noise_ratios()
     cosines = total / np.sqrt(np.outer(np.diag(total), np.diag(total)))
     redundant, conflicts = _pairs(total, cosines, labels)
     return Plan(
         str(base), [str(path) for path in paths], labels, total, np.clip(cosines, -1, 1),
         *_signal_and_noise(sample), _gains(sample), ratios.tolist(), sample.estimate(sample.best_weights(ratios)),
-        _groups(sample, names, ratios), redundant, conflicts, len(paths) * (len(paths) + 3) // 2 + 1,
-        next_weightings(np.reshape(weightings, (-1, len(paths))), total, optimum), fit,
+        _groups(sample, names, ratios), redundant, conflicts,
+        [least_numbers(rank, len(paths)) for rank in (count, len(paths))],
+        next_weightings(np.reshape(weightings, (-1, len(paths))), total, sample.tasks, fit).tolist(), fit,
         [*family.notes, *_notes(sample, labels, redundant, conflicts, [str(path) for path in paths])], CANNOT_KNOW,
     )  # fmt: skip
 
@@ -165,7 +166,7 @@ def _stream(family: Family, names: Sequence[str], progress: Progress | None) -> 
     return np.stack(grams)
 
 
-def _read_losses(losses: Mapping[Sequence[float], str | Path], runs: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_losses(losses: Mapping[tuple[float, ...], str | Path], runs: int) -> tuple[np.ndarray, np.ndarray]:
     """Weights (E, K) and losses (E, n) of the prompts that have a loss everywhere."""
     rows, values = [], []
     for weights, path in losses.items():

@@ -45,8 +45,8 @@ class Moments(NamedTuple):
     signal: np.ndarray  # (…, T, T), ⟨m_t, m_u⟩
     variance: np.ndarray  # (…), V of one run
 
-    def __add__(self, other: tuple) -> "Moments":
-        signal, variance = other
+    def moved(self, signal: np.ndarray, variance: np.ndarray) -> "Moments":
+        """Replicates: these moments with something added to both."""
         return Moments(self.signal + signal, self.variance + variance)
 
     def sum(self) -> "Moments":
@@ -100,7 +100,7 @@ def moments(grams: np.ndarray, tasks: np.ndarray) -> Moments:
 class Sample:
     """Inner products of K runs in L tensors, and how far what follows from them can be trusted."""
 
-    def __init__(self, grams: np.ndarray, tasks: Sequence[int]):
+    def __init__(self, grams: np.ndarray, tasks: Sequence[int] | np.ndarray):
         self.grams, self.tasks = grams, np.asarray(tasks)  # (L, K, K), (K,)
         self.of_tensors = moments(grams, self.tasks)
         self.total = self.of_tensors.sum()
@@ -126,7 +126,7 @@ class Sample:
         d = 2**0.5 * (self.grams[:, first, first] - self.grams[:, second, second]) / 2
         task = np.zeros_like(self.total.signal)
         task[self.tasks[first], self.tasks[first]] = 1
-        moved = self.total + (-d[:, None, None] * task, d)
+        moved = self.total.moved(-d[:, None, None] * task, d)
         square = float(np.sum(d**2))
         freedom = max(square**2 / float(np.sum(d**4)), 1.0) if square > 0 else 1.0
         return np.square(function(moved) - function(self.total)).sum(0), freedom
@@ -135,12 +135,12 @@ class Sample:
         at_once: np.ndarray | float = 0.0
         one_by_one: np.ndarray | float = 0.0
         for runs in self.strata:
-            without = [self._without(run) for run in runs]  # each (L, …)
+            without = [self._without(int(run)) for run in runs]  # each (L, …)
             share = (runs.size - 1) / runs.size
             left = np.stack([function(each.sum()) for each in without])  # (runs, m)
             at_once += share * np.square(left - left.mean(0)).sum(0)
             whole = self.of_tensors
-            moved = [self.total + (e.signal - whole.signal, e.variance - whole.variance) for e in without]
+            moved = [self.total.moved(e.signal - whole.signal, e.variance - whole.variance) for e in without]
             by_tensor = np.stack([function(each) for each in moved])  # (runs, L, m)
             one_by_one += share * np.square(by_tensor - by_tensor.mean(0)).sum((0, 1))
         return np.maximum(at_once, one_by_one), sum(runs.size - 1 for runs in self.strata)
