@@ -95,7 +95,7 @@ def least_numbers(rank: int, runs: int) -> int:
 def next_weightings(weights: np.ndarray, gram: np.ndarray, tasks: np.ndarray, fit: WeightFit | None) -> np.ndarray:
     """Weightings (…, K) to evaluate next, most useful first.
 
-    Before there is a form: the lattice of the base and the averages of each task's runs, near which the best weights
+    Before there is a form in as many directions as tasks: the lattice of the base and the averages of each task's runs, near which the best weights
     are to be expected, and one run for what lies beyond. Then its minimum, to check it; then of the lattice of all runs
     each time the point that adds most to the determinant of the information (D-optimal, greedy), up to the whole form.
     """
@@ -103,7 +103,7 @@ def next_weightings(weights: np.ndarray, gram: np.ndarray, tasks: np.ndarray, fi
     member = np.eye(int(tasks.max()) + 1)[tasks].T
     first = int(np.flatnonzero(np.bincount(tasks)[tasks] > 1)[0])
     start = np.vstack([lattice(len(member)) @ (member / member.sum(1, keepdims=True)), np.eye(runs)[[first]]])
-    if fit is None:
+    if fit is None or fit.rank < len(member):
         chosen = [row for row in start if not _has(weights, row)]
     else:
         chosen = [np.array([each.value for each in fit.weights])] if fit.convex else []
