@@ -60,9 +60,7 @@ def merge(
         method: a key of `METHODS`; "shrink" needs two runs or more.
         rank: singular values kept by method "rank".
         layer_tau: shell pattern of tensor names → τ; the first match wins.
-        run_weights: (K,), sum 1; equal by default.
-        weights: (K,) of any sum instead, Δ = Σ w_k δ_k; or shell pattern of tensor names → (K,), as `read_weights`
-            gives: a tensor's own name comes before patterns, of these the first match wins.
+        run_weights, weights: (K,), sum 1, equal by default; or of any sum, or tensor name or shell pattern → (K,).
         dtype: stored format; that of the tuned model by default.
         shared: average only the tensors and rows that all have.
         workers: threads that read, compute and write.
@@ -78,10 +76,7 @@ def merge(
     target = None if dtype is None else stored_dtype(dtype)
     family = open_family(base, tuned, shared=shared, mixed_dtypes=target is not None)
     chosen = _weights(weights, run_weights, family, method)
-    notes = list(family.notes)
-    notes += [f"τ = {value:g} is outside [0, 1]: extrapolation" for value in taus if not 0 <= value <= 1]
-    if any(min(row) < 0 or _sum(row) > 1 for row in chosen.values()):
-        notes.append("weights are negative, or sum to more than 1: extrapolation")
+    notes = [*family.notes, *_extrapolations(taus, chosen)]
     filtered = f"{method}: {METHODS[method]}" + (f", r = {rank}" if rank else "")
     return write_checkpoints(
         out,
@@ -148,6 +143,13 @@ def _weights(
     if left_out := [name for name, found in chosen.items() if found is None]:
         raise ValueError(f"weights must say something of every tensor; missing {some(left_out, 'tensor')}")
     return {name: [float(value) for value in found or ()] for name, found in chosen.items()}
+
+
+def _extrapolations(taus: list[float], weights: Mapping[str, list[float]]) -> list[str]:
+    found = [f"τ = {value:g} is outside [0, 1]: extrapolation" for value in taus if not 0 <= value <= 1]
+    if any(min(row) < 0 or _sum(row) > 1 for row in weights.values()):
+        found.append("weights are negative, or sum to more than 1: extrapolation")
+    return found
 
 
 def _first_match(patterns: Mapping[str, Sequence[float]], name: str) -> Sequence[float] | None:

@@ -95,9 +95,10 @@ def least_numbers(rank: int, runs: int) -> int:
 def next_weightings(weights: np.ndarray, gram: np.ndarray, tasks: np.ndarray, fit: WeightFit | None) -> np.ndarray:
     """Weightings (…, K) to evaluate next, most useful first.
 
-    Before there is a form in as many directions as tasks: the lattice of the base and the averages of each task's runs, near which the best weights
-    are to be expected, and one run for what lies beyond. Then its minimum, to check it; then of the lattice of all runs
-    each time the point that adds most to the determinant of the information (D-optimal, greedy), up to the whole form.
+    Before there is a form in as many directions as tasks: the lattice of the base and the averages of each task's runs,
+    near which the best weights are to be expected, and one run for what lies beyond. Then its minimum, to check it;
+    then of the lattice of all runs each time the point that adds most to the determinant of the information (D-optimal,
+    greedy), up to the whole form, 20 at most.
     """
     runs, form = len(gram), _Coordinates.of(gram)
     member = np.eye(int(tasks.max()) + 1)[tasks].T
@@ -111,9 +112,9 @@ def next_weightings(weights: np.ndarray, gram: np.ndarray, tasks: np.ndarray, fi
     known = np.vstack([weights, *chosen])
     done, fresh = form.rows(known, runs), [row for row in lattice(runs) if not _has(known, row)]
     inverse = np.linalg.inv(done.T @ done + 1e-8 * np.eye(done.shape[1]))
-    for _ in range(min(done.shape[1] - np.linalg.matrix_rank(done, tol=1e-6), len(fresh))):
+    for _ in range(min(done.shape[1] - np.linalg.matrix_rank(done, tol=1e-6), len(fresh), 20)):
         rows = form.rows(np.array(fresh), runs)
-        best = int(np.argmax(np.einsum("ep,pq,eq->e", rows, inverse, rows)))
+        best = int(np.argmax(np.sum(rows @ inverse * rows, axis=1)))
         step = inverse @ rows[best]
         inverse -= np.outer(step, step) / (1 + rows[best] @ step)
         chosen.append(fresh.pop(best))
@@ -192,7 +193,7 @@ def _fit(w: np.ndarray, losses: np.ndarray, gram: np.ndarray, rank: int) -> Weig
 
     loss, gain = (estimate(row @ mean, _standard_error(row @ per_prompt) * inflation) for row in (at, average - at))
     spread = np.linalg.pinv(rows.T @ rows)
-    extrapolated = bool(at @ spread @ at > np.einsum("ep,pq,eq->e", rows, spread, rows).max() * (1 + 1e-9))
+    extrapolated = bool(at @ spread @ at > np.sum(rows @ spread * rows, axis=1).max() * (1 + 1e-9))
     found = [estimate(value, error) for value, error in zip(best, errors)]
     facts = (convex, rank, rows.shape[1], float(np.abs(residuals).max()), p_value, extrapolated)
     return WeightFit(found, loss, gain, *facts, _verdict(runs, *facts), mean, gram)

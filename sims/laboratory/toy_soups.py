@@ -39,12 +39,8 @@ def soups_of_runs(*, soups: int, shares: np.ndarray, lines: int, seed: int, **fa
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    generator = np.random.default_rng([seed, 7])
     labels = [task for task, _ in RECIPES]
-    runs = np.eye(len(labels))
-    averages = np.stack([runs[[label == task for label in labels]].mean(0) for task in TASKS])
-    chosen = [runs, *(_random_soups(generator, runs, size, soups) for size in range(2, 8)), runs.mean(0)[None]]
-    mixed = np.stack([(1 - share) * averages[0] + share * averages[1] for share in shares])
+    weights, kinds = _merges(np.random.default_rng([seed, 7]), soups, shares)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base, tuned = make_family(folder, seed=seed, recipes=RECIPES, **family)
@@ -57,13 +53,11 @@ def soups_of_runs(*, soups: int, shares: np.ndarray, lines: int, seed: int, **fa
         }
         found = plan(base, tuned, tasks=labels, losses=files)
         assert found.fit is not None
-        best = np.array([weight.value for weight in found.fit.weights])
-        least_distance = np.array([weight.value for weight in found.weights])
-        weights = np.vstack([*chosen, mixed, best, least_distance])
+        suggested = [[weight.value for weight in each] for each in (found.fit.weights, found.weights)]
+        weights, kinds = np.vstack([weights, *suggested]), [*kinds, "least loss", "least distance"]
         measured = np.stack([evaluate(row).mean(-1) for row in weights])  # (merge, task)
     fits = [fit_weights(known, losses[:, task], found.products, tasks=2) for task in range(2)]
     predicted = np.stack([fit(weights) for fit in fits if fit is not None], -1)
-    kinds = ["soup"] * sum(map(len, chosen)) + ["mixed"] * len(mixed) + ["least loss", "least distance"]
     return xr.Dataset(
         {
             "weight": (("merge", "run"), weights),
@@ -83,6 +77,15 @@ def soups_of_runs(*, soups: int, shares: np.ndarray, lines: int, seed: int, **fa
             "redundant": json.dumps(found.redundant), "verdict": found.fit.verdict, "evaluations": len(known),
         },
     )  # fmt: skip
+
+
+def _merges(generator: np.random.Generator, soups: int, shares: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Weights (merge, run) of each run, random soups of 2 … 7, the soup of all, and the tasks' averages mixed."""
+    runs = np.eye(len(RECIPES))
+    first, second = (runs[[task == name for task, _ in RECIPES]].mean(0) for name in TASKS)
+    chosen = [runs, *(_random_soups(generator, runs, size, soups) for size in range(2, 8)), runs.mean(0)[None]]
+    mixed = [(1 - share) * first + share * second for share in shares]
+    return np.vstack([*chosen, *mixed]), ["soup"] * sum(map(len, chosen)) + ["mixed"] * len(mixed)
 
 
 def _random_soups(generator: np.random.Generator, runs: np.ndarray, size: int, count: int) -> np.ndarray:
