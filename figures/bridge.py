@@ -208,14 +208,14 @@ def _caption_soups(data: xr.Dataset) -> str:
         f"one run), and predicts all other merges before they are written and evaluated on {data.lines} held-out lines of each task. "
         f"(a) {data.sizes['merge']} merges, {int(data['fitted'].sum())} of them fitted, the others predicted: circles soups, squares mixed merges, star the weights of least loss, "
         f"diamond those of least Euclidean distance; misses of predictions in nats, {'; '.join(told)}. "
-        f"(b) Soups of K runs drawn from all eight: mean and standard deviation over soups; the mean misses by {float(size.max()):.3f} nats at most. "
+        f"(b) Soups of K runs drawn from all eight: mean and standard deviation over soups, crosses what is predicted of the same soups, line what a form predicts of all soups on average, linear in 1/K; the mean misses by {float(size.max()):.3f} nats at most. "
         f"(c) Merges of the two tasks' averages; lines predicted. "
         f"The weights of least loss were predicted to reach {data.predicted_best:.3f} nats ({data.predicted_best_low:.3f} to {data.predicted_best_high:.3f}) "
         f"in the mean of both tasks and reach {measured['least loss']:.3f}, {inside} the interval; the plain average of all has {plain:.3f}, the weights of "
         f"least distance {measured['least distance']:.3f}. The interval knows the spread over prompts only: with as many evaluations as numbers the form itself "
         f"goes untested. Two seeds on one split have cosines of {cosines[[0, 2, 4, 6], [1, 3, 5, 7]].mean():.2f}, "
         f"two splits {cosines[[0, 0, 1, 1, 4, 4, 5, 5], [2, 3, 2, 3, 6, 7, 6, 7]].mean():.2f}, two tasks {cosines[:4, 4:].mean():.2f}; "
-        f"{len(json.loads(data.redundant))} of the 4 pairs of seeds on one split are reported as redundant, as they are not independent samples of the data."
+        f"{len(json.loads(data.redundant))} of the 4 pairs of seeds on one split are reported as redundant: they are no independent samples of the data."
     )
 
 
@@ -280,8 +280,10 @@ def draw_curves(fits: Mapping[str, Curve], path: Path) -> None:
 
 def draw_plan(plan: Plan, path: Path) -> None:
     """Cosines of the deltas, expected gain by number of runs, and the sum of weights of each group of tensors."""
-    names = [f"{Path(run).name[:14]} ({task})" for run, task in zip(plan.tuned, plan.tasks)]
-    names = names if len(set(plan.tasks)) > 1 else [Path(run).name[:18] for run in plan.tuned]
+    several = len(set(plan.tasks)) > 1
+    names = [
+        _shortened(Path(run).name) + (f" ({task})" if several else "") for run, task in zip(plan.tuned, plan.tasks)
+    ]
     figure, axes = canvas(3, width=PAGE, height=2.6)
     with mpl.rc_context(SETTINGS):
         _draw_cosines(axes[0], plan.cosines, names)
@@ -290,9 +292,14 @@ def draw_plan(plan: Plan, path: Path) -> None:
         reach = np.array([[tau.value - tau.low, tau.high - tau.value] for tau in taus]).T
         axes[2].errorbar([tau.value for tau in taus], at, xerr=reach, fmt="o", color=COLOURS["ridge"], capsize=2)
         axes[2].set_yticks(at, [group.group for group in plan.groups])
-        axes[2].set(xlabel="sum of suggested weights", ylim=(len(at) - 0.5, -0.5), xlim=(-0.05, 1.1))
+        axes[2].set(xlabel="sum of weights", ylim=(len(at) - 0.5, -0.5), xlim=(-0.05, 1.1))
         panel_letters(axes)
         figure.savefig(path)
+
+
+def _shortened(name: str) -> str:
+    """The end of a long name, which tells runs apart."""
+    return name if len(name) <= 14 else f"…{name[-13:]}"
 
 
 def _draw_cosines(axis: Axes, cosines: np.ndarray, names: list[str]) -> None:
@@ -303,8 +310,8 @@ def _draw_cosines(axis: Axes, cosines: np.ndarray, names: list[str]) -> None:
             column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=max(3.5, 8 - len(names) / 2)
         )
     size = max(4.0, 7 - len(names) / 4)
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
-    axis.set_yticks(range(len(names)), names, fontsize=size)
+    axis.set_xticks(range(len(names)), map(str, range(1, len(names) + 1)), fontsize=size)
+    axis.set_yticks(range(len(names)), [f"{name}  {row}" for row, name in enumerate(names, 1)], fontsize=size)
     axis.figure.colorbar(image, ax=axis, shrink=0.7, label="cosine of the deltas")
 
 
@@ -316,9 +323,9 @@ def _draw_gains(axis: Axes, plan: Plan) -> None:
     axis.fill_between(runs, low, high, color=COLOURS["ridge"], alpha=0.2, linewidth=0, label="interval")
     axis.axhline(plan.gains[-1].share.value, color="0.5", linewidth=0.8, linestyle="--", label="without end")
     axis.axvline(max(map(plan.tasks.count, plan.tasks)), color="0.8", linewidth=0.8, zorder=0)
-    each = "runs averaged" if len(set(plan.tasks)) == 1 else "runs of each task averaged"
+    each = "runs averaged" if len(set(plan.tasks)) == 1 else "runs of each task"
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks := [2**k for k in range(int(np.log2(max(runs))) + 1)], map(str, ticks))
-    axis.set(xlabel=each, ylabel="gain over one run (share of ‖Δ‖²)")
+    axis.set(xlabel=each, ylabel="gain over one run / ‖Δ‖²")
     axis.set_ylim(0, None)
     axis.legend(loc="lower right")
