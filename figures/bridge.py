@@ -146,7 +146,11 @@ def _draw_predictions(axis: Axes, data: xr.Dataset) -> None:
         for kind, marker in _MARKERS.items():
             chosen = data.isel(merge=data["kind"].values == kind, task=row)
             label = str(data["task"].values[row]) if kind == "soup" else None
-            looks = {"markersize": 7 if marker == "*" else 3, "markeredgecolor": "black", "markeredgewidth": 0.3}
+            looks: dict[str, Any] = {
+                "markersize": 7 if marker == "*" else 3,
+                "markeredgecolor": "black",
+                "markeredgewidth": 0.3,
+            }
             axis.plot(chosen["predicted"], chosen["measured"], marker, color=colour, label=label, **looks)
     axis.set(xlabel="predicted held-out loss (nats)", ylabel="measured (nats)")
     axis.legend(loc="upper left")
@@ -188,7 +192,7 @@ def _draw_mixtures(axis: Axes, data: xr.Dataset) -> None:
 
 
 def _caption_soups(data: xr.Dataset) -> str:
-    misses = np.abs(data["predicted"] - data["measured"]).isel(merge=~data["fitted"].values.astype(bool))
+    misses = abs(data["predicted"] - data["measured"]).isel(merge=~data["fitted"].values.astype(bool))
     ranges = [float(np.ptp(data["measured"].values[:, task])) for task in range(2)]
     told = [
         f"{name}: {float((misses[:, task] ** 2).mean() ** 0.5):.3f} rms and {float(misses[:, task].max()):.3f} at most, of a range of {ranges[task]:.2f}"
