@@ -1,5 +1,6 @@
 """Real language models beside the linear theory: loss along τ, signal in the layers, the spectrum of a delta."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
@@ -13,21 +14,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from figures.style import COLOURS, COLUMN, PAGE, SETTINGS, Picture, canvas, panel_letters, seed_of
-from linfit.bridge import Curve, Inspection, fit_curve
+from linfit.bridge import Curve, Inspection, Plan, fit_curve
 from sims.laboratory.toy_language import merges_along_tau
+from sims.laboratory.toy_soups import soups_of_runs
 
-__all__ = ["draw_curves", "draw_inspection", "pictures"]
+__all__ = ["draw_curves", "draw_inspection", "draw_plan", "pictures"]
 
 BASE_TASK, TUNED_TASK = COLOURS["ridge"], COLOURS["ensemble"]
 
 
 def pictures(key: Array, quick: bool) -> Iterator[Picture]:
-    """The figure of a small real model: loss on both tasks along τ, signal share by layer, spectrum of a delta."""
+    """A small real model: loss along τ, signal by layer, spectrum of a delta; soups predicted and measured."""
     taus = np.linspace(0, 1.2, 4 if quick else 13)
     sizes: dict[str, Any] = {"hidden": 32 if quick else 64, "lines": 30 if quick else 250, "shard_size": "1MB"}
     sizes |= {"pretrain_steps": 20 if quick else 300, "finetune_steps": 10 if quick else 40}
     data = merges_along_tau(taus, seed=seed_of(key), runs=3, finetune_lines=100, finetune_rate=5e-4, **sizes)
     yield Picture("bridge", "A real language model along τ", data, _draw, _caption)
+    sizes |= {"pretrain_steps": 60, "finetune_steps": 8} if quick else {"finetune_steps": 20}
+    numbers: dict[str, Any] = {"soups": 1 if quick else 8, "shares": np.linspace(0, 1, 3 if quick else 9)}
+    numbers |= {"finetune_lines": 100, "finetune_rate": 5e-4, **sizes, "lines": 60 if quick else 400}
+    soups = soups_of_runs(seed=seed_of(key), **numbers)
+    yield Picture("soups", "Soups and mixed merges of eight real runs", soups, _draw_soups, _caption_soups)
 
 
 def _fits(data: xr.Dataset) -> list[Curve]:
@@ -121,6 +128,101 @@ def _caption(data: xr.Dataset) -> str:
     )
 
 
+def _draw_soups(data: xr.Dataset) -> Figure:
+    _, axes = canvas(3, width=PAGE, height=2.7)
+    for axis, draw_panel in zip(axes, (_draw_predictions, _draw_by_number, _draw_mixtures)):
+        draw_panel(axis, data)
+    return panel_letters(axes)
+
+
+_MARKERS = {"soup": "o", "mixed": "s", "least loss": "*", "least distance": "D"}
+
+
+def _draw_predictions(axis: Axes, data: xr.Dataset) -> None:
+    """Every merge: the loss of each task, predicted from the few evaluated ones, against measured."""
+    both = np.concatenate([data["predicted"].values.ravel(), data["measured"].values.ravel()])
+    axis.plot(*[[both.min(), both.max()]] * 2, color="0.7", linewidth=0.8, zorder=0)
+    for row, colour in enumerate((TUNED_TASK, BASE_TASK)):
+        for kind, marker in _MARKERS.items():
+            chosen = data.isel(merge=data["kind"].values == kind, task=row)
+            label = str(data["task"].values[row]) if kind == "soup" else None
+            looks: dict[str, Any] = {
+                "markersize": 7 if marker == "*" else 3,
+                "markeredgecolor": "black",
+                "markeredgewidth": 0.3,
+            }
+            axis.plot(chosen["predicted"], chosen["measured"], marker, color=colour, label=label, **looks)
+    axis.set(xlabel="predicted held-out loss (nats)", ylabel="measured (nats)")
+    axis.legend(loc="upper left")
+
+
+def _by_number(data: xr.Dataset) -> xr.Dataset:
+    """Over the soups of each size, the mean of both tasks' losses, and its spread."""
+    soups = data[["predicted", "measured"]].isel(merge=data["kind"].values == "soup").mean("task")
+    groups = soups.assign_coords(runs=("merge", data["runs"].values[data["kind"].values == "soup"])).groupby("runs")
+    spread = groups.std("merge")["measured"].rename("spread")
+    return xr.merge([groups.mean("merge"), spread])
+
+
+def _draw_by_number(axis: Axes, data: xr.Dataset) -> None:
+    found = _by_number(data)
+    runs = found["runs"].values
+    axis.errorbar(runs, found["measured"], found["spread"], fmt="o", color=COLOURS["pretrained"], label="measured")
+    axis.plot(runs, found["predicted"], "x", color=COLOURS["ridge"], markersize=6, label="predicted")
+    dense = np.linspace(runs.min(), runs.max(), 80)
+    ends = found["predicted"].values[[0, -1]]
+    slope = (ends[0] - ends[1]) / (1 / runs[0] - 1 / runs[-1])
+    axis.plot(
+        dense, ends[1] + slope * (1 / dense - 1 / runs[-1]), color=COLOURS["ridge"], linewidth=0.8, label="1/K law"
+    )
+    axis.set(xlabel="runs averaged, of both tasks", ylabel="loss, mean of both tasks (nats)", xticks=runs)
+    axis.legend(loc="upper right")
+
+
+def _draw_mixtures(axis: Axes, data: xr.Dataset) -> None:
+    mixed = data.isel(merge=data["kind"].values == "mixed")
+    for row, colour in enumerate((TUNED_TASK, BASE_TASK)):
+        one = mixed.isel(task=row)
+        axis.plot(data["share"], one["measured"], "o", color=colour, label=str(data["task"].values[row]))
+        axis.plot(data["share"], one["predicted"], color=colour, linewidth=1)
+    axis.set(xlabel="share of the reversals' average", ylabel="held-out loss (nats)")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.15 * (high - low))
+    axis.legend(loc="upper center", ncols=2)
+
+
+def _caption_soups(data: xr.Dataset) -> str:
+    misses = abs(data["predicted"] - data["measured"]).isel(merge=~data["fitted"].values.astype(bool))
+    ranges = [float(np.ptp(data["measured"].values[:, task])) for task in range(2)]
+    told = [
+        f"{name}: {float((misses[:, task] ** 2).mean() ** 0.5):.3f} rms and {float(misses[:, task].max()):.3f} at most, of a range of {ranges[task]:.2f}"
+        for task, name in enumerate(data["task"].values)
+    ]
+    measured = {
+        kind: float(data["measured"].values[data["kind"].values == kind].mean())
+        for kind in ("least loss", "least distance")
+    }
+    plain = float(data["measured"].values[(data["runs"].values == 8) & (data["kind"].values == "soup")].mean())
+    inside = "inside" if data.predicted_best_low <= measured["least loss"] <= data.predicted_best_high else "outside"
+    cosines, by_number = data["cosine"].values, _by_number(data)
+    size = abs(by_number["predicted"] - by_number["measured"])
+    return (
+        f"Eight fine-tunings of one small Llama-style model: two tasks (sums and reversals) × two splits of the data × two seeds, seed {data.seed}. "
+        f"`linfit plan` fits a quadratic form to the losses of {data.evaluations} merges (the base, both tasks' averages, half of each, all runs' average, "
+        f"one run), and predicts all other merges before they are written and evaluated on {data.lines} held-out lines of each task. "
+        f"(a) {data.sizes['merge']} merges, {int(data['fitted'].sum())} of them fitted, the others predicted: circles soups, squares mixed merges, star the weights of least loss, "
+        f"diamond those of least Euclidean distance; misses of predictions in nats, {'; '.join(told)}. "
+        f"(b) Soups of K runs drawn from all eight: mean and standard deviation over soups, crosses what is predicted of the same soups, line what a form predicts of all soups on average, linear in 1/K; the mean misses by {float(size.max()):.3f} nats at most. "
+        f"(c) Merges of the two tasks' averages; lines predicted. "
+        f"The weights of least loss were predicted to reach {data.predicted_best:.3f} nats ({data.predicted_best_low:.3f} to {data.predicted_best_high:.3f}) "
+        f"in the mean of both tasks and reach {measured['least loss']:.3f}, {inside} the interval; the plain average of all has {plain:.3f}, the weights of "
+        f"least distance {measured['least distance']:.3f}. The interval knows the spread over prompts only: with as many evaluations as numbers the form itself "
+        f"goes untested. Two seeds on one split have cosines of {cosines[[0, 2, 4, 6], [1, 3, 5, 7]].mean():.2f}, "
+        f"two splits {cosines[[0, 0, 1, 1, 4, 4, 5, 5], [2, 3, 2, 3, 6, 7, 6, 7]].mean():.2f}, two tasks {cosines[:4, 4:].mean():.2f}; "
+        f"{len(json.loads(data.redundant))} of the 4 pairs of seeds on one split are reported as redundant: they are no independent samples of the data."
+    )
+
+
 # Pictures of a user's own models: `linfit inspect --plot` and `linfit curve --plot`.
 
 
@@ -178,3 +280,56 @@ def draw_curves(fits: Mapping[str, Curve], path: Path) -> None:
             axis.set(xlabel=f"ensemble coefficient τ\n{verdict}", ylabel=f"{metric}\n({better} is better)")
             axis.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, columnspacing=1.0, handlelength=1.5)
         figure.savefig(path)
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Cosines of the deltas, expected gain by number of runs, and the sum of weights of each group of tensors."""
+    several = len(set(plan.tasks)) > 1
+    names = [
+        _shortened(Path(run).name) + (f" ({task})" if several else "") for run, task in zip(plan.tuned, plan.tasks)
+    ]
+    figure, axes = canvas(3, width=PAGE, height=2.6)
+    with mpl.rc_context(SETTINGS):
+        _draw_cosines(axes[0], plan.cosines, names)
+        _draw_gains(axes[1], plan)
+        at, taus = np.arange(len(plan.groups)), [group.tau for group in plan.groups]
+        reach = np.array([[tau.value - tau.low, tau.high - tau.value] for tau in taus]).T
+        axes[2].errorbar([tau.value for tau in taus], at, xerr=reach, fmt="o", color=COLOURS["ridge"], capsize=2)
+        axes[2].set_yticks(at, [group.group for group in plan.groups])
+        axes[2].set(xlabel="sum of weights", ylim=(len(at) - 0.5, -0.5), xlim=(-0.05, 1.1))
+        panel_letters(axes)
+        figure.savefig(path)
+
+
+def _shortened(name: str) -> str:
+    """The end of a long name, which tells runs apart."""
+    return name if len(name) <= 14 else f"…{name[-13:]}"
+
+
+def _draw_cosines(axis: Axes, cosines: np.ndarray, names: list[str]) -> None:
+    image = axis.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r")
+    for (row, column), value in np.ndenumerate(cosines):
+        colour = "white" if abs(value) > 0.6 else "black"
+        axis.text(
+            column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=max(3.5, 8 - len(names) / 2)
+        )
+    size = max(4.0, 7 - len(names) / 4)
+    axis.set_xticks(range(len(names)), map(str, range(1, len(names) + 1)), fontsize=size)
+    axis.set_yticks(range(len(names)), [f"{name}  {row}" for row, name in enumerate(names, 1)], fontsize=size)
+    axis.figure.colorbar(image, ax=axis, shrink=0.7, label="cosine of the deltas")
+
+
+def _draw_gains(axis: Axes, plan: Plan) -> None:
+    known = [gain for gain in plan.gains if np.isfinite(gain.runs)]
+    runs, share = [gain.runs for gain in known], [gain.share for gain in known]
+    axis.plot(runs, [each.value for each in share], "o-", color=COLOURS["ridge"], label="expected")
+    low, high = [each.low for each in share], [min(each.high, 1.0) for each in share]
+    axis.fill_between(runs, low, high, color=COLOURS["ridge"], alpha=0.2, linewidth=0, label="interval")
+    axis.axhline(plan.gains[-1].share.value, color="0.5", linewidth=0.8, linestyle="--", label="without end")
+    axis.axvline(max(map(plan.tasks.count, plan.tasks)), color="0.8", linewidth=0.8, zorder=0)
+    each = "runs averaged" if len(set(plan.tasks)) == 1 else "runs of each task"
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks := [2**k for k in range(int(np.log2(max(runs))) + 1)], map(str, ticks))
+    axis.set(xlabel=each, ylabel="gain over one run / ‖Δ‖²")
+    axis.set_ylim(0, None)
+    axis.legend(loc="lower right")

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import tyro
 
-from figures.commands.checkpoints import curve, inspect, merge, perturb
+from figures.commands.checkpoints import curve, inspect, merge, perturb, plan
 from figures.commands.explore import explore
 from figures.commands.records import losses, targets, weights
 from figures.commands.report import figures
@@ -16,7 +16,7 @@ from figures.commands.verify import verify
 
 __all__ = ["main"]
 
-COMMANDS = (curve, explore, figures, inspect, losses, merge, perturb, select, sweep, targets, verify, weights)
+COMMANDS = (curve, explore, figures, inspect, losses, merge, perturb, plan, select, sweep, targets, verify, weights)
 """Every subcommand, by its name."""
 
 

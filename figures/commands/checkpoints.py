@@ -9,8 +9,9 @@ import tyro
 from figures.commands.language import Numbers, Out, local_folder, note, numbers, print_json, progress
 
 if TYPE_CHECKING:
-    from linfit.bridge import Curve, Inspection
+    from linfit.bridge import Curve, Inspection, Plan
     from linfit.bridge.output import Written
+    from linfit.bridge.soup import Estimate
 
 
 Model = Annotated[str, tyro.conf.Positional]
@@ -28,6 +29,7 @@ def merge(
     layer_tau: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     layer_tau_file: Path | None = None,
     run_weights: str | None = None,
+    weights: str | None = None,
     dtype: str | None = None,
     shared: bool = False,
     workers: int = 2,
@@ -45,7 +47,9 @@ def merge(
         rank: singular values kept by method rank.
         layer_tau: PATTERN=τ for tensors whose name fits the shell pattern; the first that fits wins.
         layer_tau_file: a JSON object of pattern → τ, or the output of `linfit inspect --json` of several runs.
-        run_weights: comma-separated weights of the tuned models, equal if not given.
+        run_weights: comma-separated weights of the tuned models, sum 1, equal if not given.
+        weights: comma-separated weights of any sum instead, base + Σ weight·(tuned − base), or the output of `linfit
+            plan --json` with its weights by tensor.
         dtype: stored format, such as bfloat16; that of the tuned model if not given.
         shared: average the tensors and rows that all have, and take the rest from the tuned model.
         workers: threads that read, compute and write.
@@ -58,8 +62,11 @@ def merge(
         more = bridge.read_layer_taus(layer_tau_file)
         patterns |= {name: value for name, value in more.items() if name not in patterns}
     taus = numbers("tau", tau) or [1.0]
-    weights = numbers("run_weights", (run_weights,)) if run_weights is not None else None
-    options: dict[str, object] = {"tau": taus, "method": method, "rank": rank, "run_weights": weights}
+    shares = numbers("run_weights", (run_weights,)) if run_weights is not None else None
+    options: dict[str, object] = {"tau": taus, "method": method, "rank": rank, "run_weights": shares}
+    if weights is not None:
+        is_file = weights.endswith(".json")
+        options["weights"] = bridge.read_weights(weights) if is_file else numbers("weights", (weights,))
     options |= {"layer_tau": patterns, "dtype": dtype, "shared": shared, "workers": workers}
     _write(json, bridge.merge, local_folder(base), [local_folder(path) for path in tuned], out, **options)
 
@@ -182,6 +189,102 @@ def _print_inspection(inspection: "Inspection", by_tensor: bool) -> None:
     Console(width=None if Console().is_terminal else 160).print(table)
     for text in inspection.notes:
         note(text)
+
+
+def plan(
+    base: Model,
+    tuned: Models,
+    /,
+    task: str | None = None,
+    losses: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    json: bool = False,
+    picture: Path | None = None,
+    only: str | None = None,
+    shared: bool = False,
+) -> None:
+    """Weights for merging several runs, what more runs would gain, and which of them repeat or contradict each other.
+
+    Args:
+        base: folder (or Hub name) of the base model.
+        tuned: two or more models or LoRA adapters fine-tuned from it.
+        task: a comma-separated label for each of them, such as a,a,b, if not all learned the same; each counts alike.
+        losses: W1,W2,…=FILE, FILE the output of `linfit losses` for base + Σ W·(tuned − base), again for each weighting:
+            fits the loss itself.
+        json: print everything as JSON; `linfit merge --weights FILE.json` takes it.
+        picture: write cosines and expected gains (.png, .pdf or .svg).
+        only: shell pattern of tensor names.
+        shared: leave out the tensors that not all have with equal shapes.
+    """
+    from linfit import bridge
+
+    if picture is not None and (
+        picture.suffix not in (".png", ".pdf", ".svg") or not picture.absolute().parent.is_dir()
+    ):
+        raise ValueError(f"--picture must end in .png, .pdf or .svg and lie in an existing folder, got {picture}")
+    evaluated: dict[tuple[float, ...], str | Path] = {}
+    for text in losses:
+        weights, _, file = text.partition("=")
+        row = tuple(numbers("losses", (weights,)))
+        if not file or row in evaluated:
+            raise ValueError(f"--losses must be W1,W2,…=FILE, each weighting once, got {text!r}")
+        evaluated[row] = Path(file)
+    folders = [local_folder(path) for path in tuned]
+    labels = None if task is None else [label.strip() for label in task.split(",")]
+    with progress("reading") as bar:
+        found = bridge.plan(
+            local_folder(base), folders, tasks=labels, losses=evaluated, only=only, shared=shared, progress=bar
+        )
+    if json:
+        print_json(found.as_dict())
+    else:
+        _print_plan(found)
+    if picture is not None:
+        from figures.bridge import draw_plan
+
+        draw_plan(found, picture)
+
+
+def _within(estimate: "Estimate", form: str = ".3g") -> str:
+    """`0.5 (0.4 … 0.6)`."""
+    return f"{estimate.value:{form}} ({estimate.low:{form}} … {estimate.high:{form}})"
+
+
+def _print_plan(plan: "Plan") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 160)
+    each = f"runs of each of {len(set(plan.tasks))} tasks" if len(set(plan.tasks)) > 1 else "runs averaged"
+    gains = Table(each, "gain / ‖Δ‖²", "best τ", title="expected of the plain average, beside one run")
+    for gain in plan.gains:
+        gains.add_row(
+            "more and more" if gain.runs == float("inf") else f"{gain.runs:g}", _within(gain.share), _within(gain.tau)
+        )
+    groups = Table("tensors", "number", "share of ‖Δ‖²", "agreement", "Σ weights", "weights", title="suggested weights")
+    for group in plan.groups:
+        weights = ", ".join(f"{weight.value:.3g} ± {weight.standard_error:.2g}" for weight in group.weights)
+        shown = f"{group.share:.3f}", _within(group.agreement), _within(group.tau), weights
+        groups.add_row(group.group, str(len(group.tensors)), *shown)
+    console.print(gains, groups)
+    if plan.fit is not None:
+        _print_fit(plan)
+    else:
+        least, whole = plan.evaluations_needed
+        print(f"--losses: {least} weightings fit the loss in the leading directions, {whole} all of it")
+    for row in plan.next_weightings[: 3 if plan.fit else plan.evaluations_needed[0]]:
+        print(f"next weighting worth evaluating: {','.join(f'{value:.4g}' for value in row)}")
+    for text in (*plan.notes, *plan.cannot_know):
+        note(text)
+
+
+def _print_fit(plan: "Plan") -> None:
+    assert plan.fit is not None
+    print("weights of least loss: " + ", ".join(_within(weight) for weight in plan.fit.weights))
+    print(
+        f"  predicted loss: {_within(plan.fit.loss, '.5g')}; below the plain average by {_within(plan.fit.gain_over_average)}"
+    )
+    print(f"  fit: {plan.fit.verdict}")
+    print("  linfit merge --weights " + ",".join(f"{weight.value:.4g}" for weight in plan.fit.weights))
 
 
 def curve(

@@ -18,7 +18,10 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads
     from linfit.bridge.inspection import delta_singular_values as delta_singular_values
     from linfit.bridge.language import write_losses as write_losses
     from linfit.bridge.merging import merge as merge, read_layer_taus as read_layer_taus
+    from linfit.bridge.merging import read_weights as read_weights
+    from linfit.bridge.mixture import WeightFit as WeightFit, fit_weights as fit_weights
     from linfit.bridge.perturbation import perturb as perturb
+    from linfit.bridge.planning import Plan as Plan, plan as plan
     from linfit.bridge.records import choose_targets as choose_targets, judge_named as judge_named
     from linfit.bridge.records import read_records as read_records, weigh as weigh, write_records as write_records
     from linfit.bridge.signal import noise_level as noise_level, optimal_shrinkage as optimal_shrinkage

@@ -32,9 +32,9 @@ class Delta:
         """Ranges of the longer axis, a few megabytes each; smaller ones where `share` blocks are held at once."""
         return spans(max(self.shape), max(1, _BLOCK_BYTES // (4 * min(self.shape) * share)))
 
-    def block(self, files: Files, start: int, stop: int) -> np.ndarray:
-        """Δ for a range of the longer axis, oriented (b, shorter axis)."""
-        base = self.base_block(files, start, stop)
+    def block(self, files: Files, start: int, stop: int, base: np.ndarray | None = None) -> np.ndarray:
+        """Δ for a range of the longer axis, oriented (b, shorter axis); `base` is `base_block` where it is at hand."""
+        base = self.base_block(files, start, stop) if base is None else base
         total = np.zeros_like(base)
         for k, (run, weight) in enumerate(zip(self.runs, self.weights)):
             if isinstance(run, Tensor):
@@ -128,11 +128,17 @@ def split_deltas(deltas: Sequence[object]) -> object:
     return jax.tree.map(lambda *arrays: split_of(inner_products(map(np.asarray, arrays))), *deltas)
 
 
-def split_runs(base: Tensor, runs: Sequence[Tensor | LowRank | None]) -> Split:
-    """Mean and variance of the deltas of K runs of one tensor."""
+def products_of_runs(base: Tensor, runs: Sequence[Tensor | LowRank | None]) -> np.ndarray:
+    """⟨δ_j, δ_k⟩ (K, K) of the deltas of K runs of one tensor, everything read once."""
     deltas = [Delta(base, [run]) for run in runs]
     gram = np.zeros((len(runs), len(runs)))
     with Files(source for delta in deltas for source in delta.sources) as files:
-        for span in deltas[0].spans(share=2 * len(runs)):
-            gram += inner_products(delta.block(files, *span) for delta in deltas)
-    return split_of(gram)
+        for span in deltas[0].spans(share=2 * len(runs) + 1):
+            start = deltas[0].base_block(files, *span)
+            gram += inner_products(delta.block(files, *span, start) for delta in deltas)
+    return gram
+
+
+def split_runs(base: Tensor, runs: Sequence[Tensor | LowRank | None]) -> Split:
+    """Mean and variance of the deltas of K runs of one tensor."""
+    return split_of(products_of_runs(base, runs))

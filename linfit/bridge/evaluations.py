@@ -42,7 +42,7 @@ def read_evaluations(sources: Sequence[str], metric: str) -> Evaluations:
             taus.append(float(label if file else ""))
         except ValueError:
             raise ValueError(f"give one table, or TAU=FILE for each τ, got {source!r}") from None
-        found.append(_from_result(Path(file), metric))
+        found.append(read_result(Path(file), metric))
     values, errors, directions = zip(*found)
     larger = next((direction for direction in directions if direction is not None), None)
     sizes = sorted({np.size(value) for value in values if isinstance(value, np.ndarray)})
@@ -85,7 +85,8 @@ def _from_table(path: Path, metric: str) -> Evaluations:
     return Evaluations(column("tau"), column(metric), found)
 
 
-def _from_result(path: Path, metric: str) -> _Result:
+def read_result(path: Path, metric: str) -> _Result:
+    """A metric of one model, from any FILE that `read_evaluations` takes."""
     if path.is_dir():
         path = _latest_result(path)
     if path.suffix == ".jsonl":

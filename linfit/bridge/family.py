@@ -33,6 +33,19 @@ class Family(NamedTuple):
         """What each fine-tuned model says about a tensor; an adapter that leaves it alone says the base."""
         return [member.version(name) for member in self.tuned]
 
+    def comparable(self, only: str | None = None) -> list[str]:
+        """Floating tensors that all have in one shape, whose names fit the shell pattern; ValueError without any."""
+
+        def fits(name: str) -> bool:
+            tensor = self.template.tensors[name]
+            everywhere = None not in (self.base.version(name), *self.versions(name))
+            return everywhere and tensor.dtype in FLOATS and tensor.size > 0 and name not in self.shared_rows
+
+        names = [name for name in self.names if fits(name) and matches("*" if only is None else only, name)]
+        if not names:
+            raise ValueError(f"only={only!r} fits no floating tensor that base and tuned share")
+        return names
+
 
 def open_family(base: str | Path, tuned: Paths, *, shared: bool = False, mixed_dtypes: bool = False) -> Family:
     """Open a base and its fine-tuned versions (or adapters) and check that they fit together.

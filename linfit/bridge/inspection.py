@@ -9,8 +9,7 @@ import numpy as np
 
 from linfit.bridge.checkpoint import Files
 from linfit.bridge.delta import Delta, inner_products, split_of
-from linfit.bridge.family import Family, Paths, matches, open_family
-from linfit.bridge.numbers import FLOATS
+from linfit.bridge.family import Family, Paths, open_family
 from linfit.bridge.output import Progress
 from linfit.bridge.signal import noise_level, optimal_shrinkage
 from linfit.bridge.spectrum import spectrum_of, top_directions
@@ -106,10 +105,7 @@ def inspect(
     if subspace < 1:
         raise ValueError(f"subspace must be at least 1, got {subspace}")
     family = open_family(base, tuned, shared=shared, mixed_dtypes=True)
-    pattern = "*" if only is None else only
-    names = [name for name in family.names if _comparable(family, name) and matches(pattern, name)]
-    if not names:
-        raise ValueError(f"only={only!r} fits no floating tensor that base and tuned share")
+    names = family.comparable(only)
     reports = []
     for done, name in enumerate(names, start=1):
         reports.append(_report(family, name, subspace))
@@ -124,12 +120,6 @@ def inspect(
         notes.append("base and tuned are identical")
     paths = [tuned] if isinstance(tuned, str | Path) else tuned
     return Inspection(str(base), [str(path) for path in paths], reports, notes)
-
-
-def _comparable(family: Family, name: str) -> bool:
-    tensor = family.template.tensors[name]
-    everywhere = None not in (family.base.version(name), *family.versions(name))
-    return everywhere and tensor.dtype in FLOATS and tensor.size > 0 and name not in family.shared_rows
 
 
 def _report(family: Family, name: str, subspace: int) -> TensorReport:

@@ -5,9 +5,9 @@
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import fsum, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +42,7 @@ def merge(
     rank: int | None = None,
     layer_tau: Mapping[str, float] | None = None,
     run_weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     dtype: str | None = None,
     shared: bool = False,
     workers: int = 2,
@@ -59,7 +60,7 @@ def merge(
         method: a key of `METHODS`; "shrink" needs two runs or more.
         rank: singular values kept by method "rank".
         layer_tau: shell pattern of tensor names → τ; the first match wins.
-        run_weights: (K,), sum 1; equal by default.
+        run_weights, weights: (K,), sum 1, equal by default; or of any sum, or tensor name or shell pattern → (K,).
         dtype: stored format; that of the tuned model by default.
         shared: average only the tensors and rows that all have.
         workers: threads that read, compute and write.
@@ -74,18 +75,17 @@ def merge(
     _check_arguments(taus, method, rank, layer_tau)
     target = None if dtype is None else stored_dtype(dtype)
     family = open_family(base, tuned, shared=shared, mixed_dtypes=target is not None)
-    weights = _run_weights(run_weights, len(family.tuned), method)
-    notes = list(family.notes)
-    notes += [f"τ = {value:g} is outside [0, 1]: extrapolation" for value in taus if not 0 <= value <= 1]
+    chosen = _weights(weights, run_weights, family, method)
+    notes = [*family.notes, *_extrapolations(taus, chosen)]
     filtered = f"{method}: {METHODS[method]}" + (f", r = {rank}" if rank else "")
     return write_checkpoints(
         out,
-        {f"tau_{value:g}": _card(family, value, layer_tau, filtered, weights) for value in taus},
+        {f"tau_{value:g}": _card(family, value, layer_tau, filtered, chosen) for value in taus},
         family.template,
-        _Plan(family, _taus(taus, layer_tau, family.names), method, rank, weights, target, notes),
+        _Plan(family, _taus(taus, layer_tau, family.names), method, rank, chosen, target, notes),
         title="Merged with linfit",
         inputs=[family.base, *family.tuned],
-        arguments={"merge": [2, taus, method, rank, list(layer_tau.items()), weights, target, shared]},
+        arguments={"merge": [2, taus, method, rank, list(layer_tau.items()), chosen, target, shared]},
         side_folders=dict.fromkeys((family.template.folder, family.tuned[0].folder)),
         dtype=target,
         notes=notes,
@@ -120,6 +120,44 @@ def _run_weights(weights: Sequence[float] | None, runs: int, method: str) -> lis
     return [float(weight) for weight in weights]
 
 
+def _weights(
+    weights: Sequence[float] | Mapping[str, Sequence[float]] | None,
+    run_weights: Sequence[float] | None,
+    family: Family,
+    method: str,
+) -> dict[str, list[float]]:
+    """For each tensor of the output, the weight of each run."""
+    runs = len(family.tuned)
+    if weights is None:
+        return dict.fromkeys(family.names, _run_weights(run_weights, runs, method))
+    if run_weights is not None or method == "shrink":
+        other = "method shrink, which chooses its own" if method == "shrink" else "run_weights"
+        raise ValueError(f"weights cannot be combined with {other}")
+    patterns = weights if isinstance(weights, Mapping) else {"*": weights}
+    for pattern, values in patterns.items():
+        if len(values) != runs or not all(map(isfinite, values)):
+            raise ValueError(f"weights must be {runs} finite numbers, one for each tuned model, got {list(values)}")
+        if pattern not in family.names and not any(matches(pattern, name) for name in family.names):
+            raise ValueError(f"weights for {pattern!r} fit no tensor; there are {some(family.names, 'tensor', 3)}")
+    chosen = {name: _first_match(patterns, name) for name in family.names}
+    if left_out := [name for name, found in chosen.items() if found is None]:
+        raise ValueError(f"weights must say something of every tensor; missing {some(left_out, 'tensor')}")
+    return {name: [float(value) for value in found or ()] for name, found in chosen.items()}
+
+
+def _extrapolations(taus: list[float], weights: Mapping[str, list[float]]) -> list[str]:
+    found = [f"τ = {value:g} is outside [0, 1]: extrapolation" for value in taus if not 0 <= value <= 1]
+    if any(min(row) < 0 or _sum(row) > 1 for row in weights.values()):
+        found.append("weights are negative, or sum to more than 1: extrapolation")
+    return found
+
+
+def _first_match(patterns: Mapping[str, Sequence[float]], name: str) -> Sequence[float] | None:
+    """What the tensor's own name says, or else the first pattern that fits it."""
+    fitting = (values for pattern, values in patterns.items() if matches(pattern, name))
+    return patterns[name] if name in patterns else next(fitting, None)
+
+
 def _taus(taus: list[float], patterns: Mapping[str, float], names: Sequence[str]) -> dict[str, list[float]]:
     """For each tensor of the output, τ in each output folder."""
     fixed: dict[str, float] = {}
@@ -131,7 +169,9 @@ def _taus(taus: list[float], patterns: Mapping[str, float], names: Sequence[str]
     return {name: [fixed.get(name, tau) for tau in taus] for name in names}
 
 
-def _card(family: Family, tau: float, layer_tau: Mapping[str, float], method: str, weights: list[float]) -> dict:
+def _card(
+    family: Family, tau: float, layer_tau: Mapping[str, float], method: str, weights: Mapping[str, list[float]]
+) -> dict[str, str]:
     """Where a merged model comes from; OWNER/NAME@REVISION for a snapshot in the cache of the Hugging Face Hub."""
     labels = []
     for folder in (each.folder.resolve() for each in (family.base, *family.tuned)):
@@ -139,13 +179,24 @@ def _card(family: Family, tau: float, layer_tau: Mapping[str, float], method: st
         in_cache = folder.parent.name == "snapshots" and repository.startswith("models--")
         name = repository.removeprefix("models--").replace("--", "/") + "@" if in_cache else ""
         labels.append(f"`{name}{folder.name}`")
+    sets = {tuple(row): name for name, row in reversed(list(weights.items()))}  # each with the first tensor that has it
+    listed = [", ".join(f"{label} ({weight:g})" for label, weight in zip(labels[1:], row)) for row in sets]
+    if len(sets) > 1:
+        listed = [f"{line} for `{name}`" for line, name in zip(listed, sets.values())]
+        listed = [f"{len(sets)} sets of weights by tensor, such as {listed[-1]}"]
     return {
         "base": labels[0],
-        "fine-tuned": ", ".join(f"{label} ({weight:g})" for label, weight in zip(labels[1:], weights)),
+        "fine-tuned": listed[0],
         "τ": f"{tau:g}" + (f", by layer: {dict(layer_tau)}" if layer_tau else ""),
         "method": method,
         "arithmetic": "float32, rounded once to the stored dtype",
     }
+
+
+def _sum(weights: Iterable[float]) -> float:
+    """Their sum; 1 where only rounding keeps it from being 1, so that τ = 1 needs no bit of the base."""
+    total = fsum(weights)
+    return 1.0 if abs(total - 1) < 1e-6 else total
 
 
 _one_decomposition = threading.Lock()
@@ -159,7 +210,7 @@ class _Plan:
     taus: dict[str, list[float]]  # by tensor, one for each output
     method: str
     rank: int | None
-    weights: list[float]
+    weights: dict[str, list[float]]  # by tensor, one for each run
     dtype: str | None
     notes: list[str]
 
@@ -185,8 +236,8 @@ class _Plan:
             factor = split_runs(base, runs).tau(averaged=len(runs))
             taus = [tau * factor for tau in taus]
         if elementwise:
-            moved = [(run, weight) for run, weight in zip(full, self.weights) if run is not base]
-            total = sum(weight for _, weight in moved) if len(moved) < len(full) else 1
+            moved = [(run, weight) for run, weight in zip(full, self.weights[name]) if run is not base]
+            total = _sum(weight for _, weight in moved)
             rows = [[1 - tau * total, *(tau * weight for _, weight in moved)] for tau in taus]
             return mixed(own, [base, *(run for run, _ in moved)], rows, dtype, family.shared_rows.get(name))
         if self.method == "rank" and spectral:
@@ -203,7 +254,7 @@ class _Plan:
         runs = self.family.versions(own.name)
 
         def piece(files: Files, write: Write) -> None:
-            delta = Delta(base, runs, self.weights)
+            delta = Delta(base, runs, self.weights[own.name])
             columns, item = delta.shape[1], ITEM_SIZE[dtype]
             with _one_decomposition:
                 apply = self._filter(own, delta, files) if spectral else None
@@ -246,3 +297,20 @@ def read_layer_taus(path: str | Path) -> dict[str, float]:
     if not (isinstance(content, dict) and content and all(type(value) in (int, float) for value in content.values())):
         raise ValueError(f"{path} must hold an object of name pattern → τ, or `linfit inspect --json` of several runs")
     return content
+
+
+def read_weights(path: str | Path) -> dict[str, list[float]]:
+    """Weights of the runs by tensor from what `linfit plan --json` writes, for `merge(weights=…)`.
+
+    Those that minimise the loss where it was given losses, else those of each group of tensors, and for tensors that
+    it did not compare those of all. Raises ValueError for another file.
+    """
+    try:
+        content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        fit = content.get("fit")
+        groups = [] if fit else [(name, group["weights"]) for group in content["groups"] for name in group["tensors"]]
+        rows = [*groups, ("*", fit["weights"] if fit else content["weights"])]
+        found = {name: [float(value["value"]) for value in row] for name, row in rows}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} must be what `linfit plan --json` writes") from None
+    return found

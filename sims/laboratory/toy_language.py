@@ -6,7 +6,7 @@ transformers wrote and really trained. Characters are tokens; two small language
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ import xarray as xr
 
 from linfit.bridge import delta_singular_values, inspect, merge, noise_level
 
-__all__ = ["build", "counting_text", "encode", "make_family", "merges_along_tau", "story_text"]
+__all__ = [
+    "build", "counting_text", "encode", "held_out_losses", "make_family", "merges_along_tau", "reversal_text",
+    "story_text",
+]  # fmt: skip
 
 _ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789+=.,?!"
 _CONTEXT = 32
@@ -26,6 +29,11 @@ def counting_text(generator: np.random.Generator, lines: int) -> str:
     """The fine-tuning task: lines such as `17+25=42.`"""
     pairs = generator.integers(0, 50, size=(lines, 2))
     return "".join(f"{a}+{b}={a + b}.\n" for a, b in pairs)
+
+
+def reversal_text(generator: np.random.Generator, lines: int) -> str:
+    """Another task: lines such as `1742?2471.`"""
+    return "".join(f"{number}?{str(number)[::-1]}.\n" for number in generator.integers(100, 10_000, size=lines))
 
 
 def story_text(generator: np.random.Generator, lines: int) -> str:
@@ -96,7 +104,7 @@ def _train(model: Any, tokens: np.ndarray, *, steps: int, rate: float = 3e-3, se
     model.eval()
 
 
-def _held_out_losses(model: Any, tokens: np.ndarray) -> np.ndarray:
+def held_out_losses(model: Any, tokens: np.ndarray) -> np.ndarray:
     """Mean next-token loss of each of the consecutive windows of a token stream (windows,), in nats."""
     import torch
 
@@ -113,6 +121,7 @@ def make_family(
     *,
     architecture: str = "llama",
     runs: int = 3,
+    recipes: Sequence[tuple[str, int]] | None = None,
     hidden: int = 64,
     pretrain_steps: int = 400,
     finetune_steps: int = 100,
@@ -126,9 +135,13 @@ def make_family(
     """Pretrain a base on stories and a few sums, fine-tune it on few sums, and save all; their folders.
 
     `base`, `tuned_0`, …, each fine-tuned on other data with AdamW, are written by transformers in shards of
-    `shard_size`, in the format `dtype` of torch.
+    `shard_size`, in the format `dtype` of torch. `recipes` says of each run on which of "sums" and "reversals" and on
+    which split of the data it is fine-tuned, in place of `runs` splits of sums; the seed is always the run's own.
     """
     import torch
+
+    texts = {"sums": counting_text, "reversals": reversal_text}
+    chosen = [("sums", run) for run in range(runs)] if recipes is None else list(recipes)
 
     def save(name: str) -> Path:
         path = Path(folder) / name
@@ -139,13 +152,15 @@ def make_family(
 
     generator = np.random.default_rng([seed, 0])
     text = encode(story_text(generator, 1600) + counting_text(generator, 1600))
+    if any(task != "sums" for task, _ in chosen):
+        text = np.concatenate([text, encode(reversal_text(generator, 1600))])
     model = build(architecture, hidden=hidden, seed=seed, tied=tied)
     _train(model, text, steps=pretrain_steps, seed=seed)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     base, tuned = save("base"), []
-    for run in range(runs):
+    for run, (task, split) in enumerate(chosen):
         model.to(torch.float32).load_state_dict(start)
-        text = encode(counting_text(np.random.default_rng([seed, 1 + run]), finetune_lines))
+        text = encode(texts[task](np.random.default_rng([seed, 1 + split]), finetune_lines))
         _train(model, text, steps=finetune_steps, seed=run, rate=finetune_rate)
         tuned.append(save(f"tuned_{run}"))
     return base, tuned
@@ -172,7 +187,7 @@ def merges_along_tau(taus: np.ndarray, *, lines: int, seed: int, **family: Any) 
             for path in merge(base, members, Path(folder) / name, tau=taus.tolist()).folders:
                 model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
                 for task, tokens in held_out.items():
-                    losses[task].append(_held_out_losses(model, tokens))
+                    losses[task].append(held_out_losses(model, tokens))
         inspection = inspect(base, tuned)
         values = delta_singular_values(base, tuned[0], matrix)
     rows, columns = next(tensor.shape for tensor in inspection.tensors if tensor.name == matrix)
