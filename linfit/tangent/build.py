@@ -13,8 +13,21 @@ from linfit.filters import Filter, GradientFlow
 from linfit.internal.checks import ArrayLike, Maybe, count, non_negative, real_array, same_size
 from linfit.internal.linear_algebra import eigh
 from linfit.tangent.diagnostics import diagnose
-from linfit.tangent.jacobian import MEMORY, Apply, Linearised, Moving, Network, Report
-from linfit.tangent.jacobian import in_batches, kernel_of, linearised, network, outputs, outputs_like, samples
+from linfit.tangent.jacobian import (
+    MEMORY,
+    Apply,
+    Linearised,
+    Moving,
+    Network,
+    Report,
+    in_batches,
+    kernel_of,
+    linearised,
+    network,
+    outputs,
+    outputs_like,
+    take,
+)
 from linfit.tangent.krylov import krylov
 from linfit.tangent.prediction import LOSSES, Domain, Prediction
 from linfit.tangent.selection import noise_from_leaving_out
@@ -115,6 +128,11 @@ def _data(net: Network, name: str, pairs: Pairs, loss: str, memory: int) -> _Dat
     values = in_batches(outputs, net, x, memory)
     if not bool(jnp.isfinite(values).all()):
         raise ValueError(f"apply must return finite outputs, got NaN or Inf on {name}")
+    alone = outputs(net, take(x, slice(0, 1)))
+    if float(jnp.abs(alone - values[:1]).max()) > 1e-2 * float(jnp.abs(values).max()):
+        raise ValueError(
+            f"apply must treat each sample on its own, got another output for one of {name} without the rest"
+        )
     return _Data(x, values, labels)
 
 
@@ -174,7 +192,14 @@ def _dense(
 
 
 def _krylov(
-    net: Network, data: dict[str, _Data], root: Array, starts: Array, loss: str, products: int, memory: int, report: Report
+    net: Network,
+    data: dict[str, _Data],
+    root: Array,
+    starts: Array,
+    loss: str,
+    products: int,
+    memory: int,
+    report: Report,
 ) -> Prediction:
     """By products with the kernel; the outputs of every domain come along in the forward pass of each."""
     n, k = data["train"].labels.shape

@@ -21,11 +21,10 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from linfit.filters import Filter
-from linfit.internal.checks import count, real_array, same_size
+from linfit.internal.checks import count, real_array
 
 __all__ = ["Krylov", "krylov"]
 
@@ -68,7 +67,7 @@ class Krylov(eqx.Module):
         seen = jnp.where(close.any(axis=1), 0, points)
         truncation = jnp.max(jnp.abs(seen[:, None, None] * h), axis=-3).sum(-2)
         size = jnp.linalg.norm(g_nodes[..., None] * self.coefficients, axis=-2)
-        return truncation + len(self.vectors) * jnp.finfo(nodes.dtype).eps * nodes.max() * size
+        return truncation + 4 * len(self.vectors) ** 0.5 * jnp.finfo(nodes.dtype).eps * nodes.max() * size
 
 
 def _points(nodes: Array) -> Array:

@@ -41,7 +41,9 @@ class _Walk:
             return (variable.val, None) if isinstance(variable, Literal) else known[variable]
 
         for equation in jaxpr.eqns:
-            arguments, sources = (list(part) for part in zip(*map(read, equation.invars))) if equation.invars else ([], [])
+            arguments, sources = (
+                (list(part) for part in zip(*map(read, equation.invars))) if equation.invars else ([], [])
+            )
             results = self._step(equation, arguments, sources)
             known.update(zip(equation.outvars, zip(*results)))
         return tuple(list(part) for part in zip(*map(read, jaxpr.outvars)))  # type: ignore[return-value]
