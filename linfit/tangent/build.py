@@ -202,7 +202,6 @@ def _krylov(
     report: Report,
 ) -> Prediction:
     """By products with the kernel; the outputs of every domain come along in the forward pass of each."""
-    n, k = data["train"].labels.shape
     left = tuple(linearised(net, part.x, memory) for part in data.values())
     result = krylov(lambda block: _products(left, root, block), starts, products, report)
     sizes = np.cumsum([part.labels.size for part in data.values()])[:-1]
@@ -262,11 +261,8 @@ def _prediction(
 def _with_noise_and_diagnostics(
     prediction: Prediction, net: Network, data: dict[str, _Data], noise_std: Maybe, plan: Filter | None, memory: int
 ) -> Prediction:
-    if noise_std is not None:
-        noise = non_negative("noise_std", noise_std, ndim=0)
-    else:
-        noise = noise_from_leaving_out(prediction)
-    prediction = dataclasses.replace(prediction, noise_std=jnp.asarray(noise, prediction.eigenvalues.dtype))
+    known = noise_from_leaving_out(prediction) if noise_std is None else non_negative("noise_std", noise_std, ndim=0)
+    prediction = dataclasses.replace(prediction, noise_std=jnp.asarray(known, prediction.eigenvalues.dtype))
     if plan is None:
         times = prediction.default_times()
         plan = GradientFlow(times[int(jnp.argmin(prediction.losses(GradientFlow(times)).mean(-1)))])

@@ -45,7 +45,7 @@ class Krylov(eqx.Module):
         return jnp.einsum("nq,...qb->...nb", self.vectors, weighted)
 
     def error(self, filter: Filter) -> Array:
-        """A bound on ‖K·(g(K)r − its approximation)‖ (…, b), in units of r, for every filter; a term for rounding included.
+        """A bound on ‖K·(g(K)r − its approximation)‖ (…, b), in units of r, a term for rounding included.
 
         >>> import jax
         >>> from linfit import Ridge
@@ -117,7 +117,7 @@ def krylov(
 
 @jax.jit
 def _orthonormal(block: Array, basis: Array, scale: Array) -> tuple[Array, Array]:
-    """An orthonormal basis of what `block` adds to `basis`, and the block's coordinates in it; 0 where it adds nothing."""
+    """What `block` adds to `basis`, orthonormal, and the block's coordinates in it; 0 where it adds nothing."""
     tolerance = len(block) * jnp.finfo(block.dtype).eps * scale
     block = block - basis @ (basis.T @ block)
     block = block - basis @ (basis.T @ block)

@@ -41,12 +41,11 @@ class _Walk:
             return (variable.val, None) if isinstance(variable, Literal) else known[variable]
 
         for equation in jaxpr.eqns:
-            arguments, sources = (
-                (list(part) for part in zip(*map(read, equation.invars))) if equation.invars else ([], [])
-            )
-            results = self._step(equation, arguments, sources)
+            operands = [read(variable) for variable in equation.invars]
+            results = self._step(equation, [value for value, _ in operands], [leaf for _, leaf in operands])
             known.update(zip(equation.outvars, zip(*results)))
-        return tuple(list(part) for part in zip(*map(read, jaxpr.outvars)))  # type: ignore[return-value]
+        ends = [read(variable) for variable in jaxpr.outvars]
+        return [value for value, _ in ends], [leaf for _, leaf in ends]
 
     def _step(self, equation: Any, values: list[Any], leaves: list[int | None]) -> tuple[list[Any], list[int | None]]:
         name, parameters = equation.primitive.name, equation.params

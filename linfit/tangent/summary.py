@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from linfit.filters import Filter, GradientFlow, Ridge
-from linfit.tangent.prediction import Prediction, losses
+from linfit.tangent.prediction import Prediction, Which, losses
 from linfit.tangent.selection import default_penalties
 
 __all__ = ["Estimate", "summary"]
@@ -58,13 +58,11 @@ def summary(prediction: Prediction, filter: Filter) -> dict[str, Estimate]:
     if alpha.ndim != 1:
         raise ValueError(f"filter must be one filter, got hyperparameters of shape {alpha.shape[:-1]}")
     tau = prediction.best_tau(filter)
-    numbers = {
-        "best_tau": Estimate(float(tau), _label_error(prediction, filter, _best), _tau_error(prediction, alpha, tau))
-    }
-    for name, at in (("at_0", 0.0), ("at_1", 1.0), ("at_best", tau)):
+    by_labels = _label_error(prediction, filter, lambda alpha: _vertex(prediction, alpha))
+    numbers = {"best_tau": Estimate(float(tau), by_labels, _tau_error(prediction, alpha, tau))}
+    for name, at in (("at_0", 0.0), ("at_1", 1.0), ("at_best", None)):
         numbers[f"task_loss_{name}"] = _loss(prediction, filter, alpha, at, "test")
-    if prediction.other is not None:
-        for name, at in (("at_1", 1.0), ("at_best", tau)):
+        if prediction.other is not None and name != "at_0":
             numbers[f"forgetting_{name}"] = _loss(prediction, filter, alpha, at, "other")
     numbers["best_time"] = _best_on(prediction, prediction.default_times(), GradientFlow)
     if prediction.loss == "squared":
@@ -72,18 +70,19 @@ def summary(prediction: Prediction, filter: Filter) -> dict[str, Estimate]:
     return numbers
 
 
-def _loss(prediction: Prediction, filter: Filter, alpha: Array, tau: float | Array, which: str) -> Estimate:
-    """Mean loss at τ; on `other`, its rise."""
-    domain = prediction.domain(which)  # type: ignore[arg-type]
-    step = domain.moved(alpha)
-    each = losses(prediction.loss, domain.outputs + tau * step, domain.labels)
-    if which == "other":
-        each = each - losses(prediction.loss, domain.outputs, domain.labels)
+def _loss(prediction: Prediction, filter: Filter, alpha: Array, tau: float | None, which: Which) -> Estimate:
+    """Mean loss at τ, or at the best τ; on `other`, its rise."""
+    domain = prediction.domain(which)
 
-    def mean(prediction: Prediction, alpha: Array) -> Array:  # at the best τ its slope is 0, so τ may stand still
-        return losses(prediction.loss, domain.outputs + tau * domain.moved(alpha), domain.labels).mean()
+    def each(alpha: Array, tau: Array | float) -> Array:
+        now = losses(prediction.loss, domain.outputs + tau * domain.moved(alpha), domain.labels)
+        return now if which == "test" else now - losses(prediction.loss, domain.outputs, domain.labels)
 
-    return Estimate(float(each.mean()), _label_error(prediction, filter, mean), _deviation(each))
+    values = each(alpha, prediction.best_tau(filter) if tau is None else tau)
+    by_labels = _label_error(
+        prediction, filter, lambda alpha: each(alpha, _vertex(prediction, alpha) if tau is None else tau).mean()
+    )
+    return Estimate(float(values.mean()), by_labels, _deviation(values))
 
 
 def _deviation(values: Array) -> float:
@@ -91,18 +90,19 @@ def _deviation(values: Array) -> float:
     return float(jnp.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("inf")
 
 
-def _best(prediction: Prediction, alpha: Array) -> Array:
+def _vertex(prediction: Prediction, alpha: Array) -> Array:
+    """τ* of the parabola of squared loss on the test data."""
     domain = prediction.test
     moved = domain.moved(alpha)
     return jnp.sum(moved * (domain.labels - domain.outputs)) / jnp.sum(moved**2)
 
 
-def _label_error(prediction: Prediction, filter: Filter, quantity: Callable[[Prediction, Array], Array]) -> float:
+def _label_error(prediction: Prediction, filter: Filter, quantity: Callable[[Array], Array]) -> float:
     """σ‖W^{1/2}U ∂q/∂c‖, for squared loss with α = g(s)·c."""
     if prediction.loss != "squared" or prediction.krylov is not None:
         return float("nan")
     g = filter(prediction.eigenvalues)
-    slope = jax.grad(lambda c: quantity(prediction, g * c))(prediction.coefficients)
+    slope = jax.grad(lambda c: quantity(g * c))(prediction.coefficients)
     by_label = prediction.root_weights[:, None] * (prediction.vectors @ slope)
     return float(prediction.noise_std * jnp.linalg.norm(by_label))
 
