@@ -73,11 +73,11 @@ def predict(
         apply: (params, x) ↦ outputs (n, …), each sample on its own.
         params: the pretrained weights θ₁, any pytree.
         train, test, other: (x, y): fine-tuning data, held-out data of the task, and of what should not be forgotten.
-            y as the outputs, (n, …); or (n,) integers below k, the classes of k outputs, as for S3FT's targets.
+            y as the outputs, (n, …), such as S3FT's targets; or (n,) integers below k, classes.
         loss: "squared", ‖y − f‖² per sample, or "entropy", cross-entropy of softmax(f).
         moving: which parameters move, as in `linfit.tangent.kernel`: all by default; LoRA's factors, the last layer.
         sample_weights: w ≥ 0 (n,) of the training loss, such as FLOW's, not normalised.
-        label_draws: (D, n, …) other labels of the same samples, for `decomposition`; squared loss.
+        label_draws: (D, n, …) other labels of the samples, for `decomposition`; squared loss.
         noise_std: σ of the training labels, per output, if it is known; else from leaving one out (dense, squared).
         plan: the run that is planned, such as GradientFlow(step size × steps), at which `diagnostics` are taken; else
             the flow with the stopping time that is best on the test data.
@@ -87,7 +87,6 @@ def predict(
 
     Raises ValueError for data that do not fit, NaN or Inf in outputs, and what `kernel` refuses.
 
-    >>> import jax
     >>> from linfit import GradientFlow, predict
     >>> x = jax.random.normal(jax.random.key(0), (30, 4))
     >>> prediction = predict(lambda w, x: x @ w, jnp.zeros((4, 1)), (x[:20], x[:20, :1]), (x[20:], x[20:, :1]))
