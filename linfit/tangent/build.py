@@ -103,12 +103,13 @@ def predict(
     n, k = data["train"].labels.shape
     for name, part in data.items():
         same_size(f"outputs of {name}", part.labels.shape[1], "those of train", k)
+    steps = PRODUCTS if products is None else count("products", products)
     dense = products is None and n * k <= DENSE
     if not dense and loss != "squared":
         raise ValueError(f"train must have n·k ≤ {DENSE} for cross-entropy and no products, got n·k = {n * k}")
     starts = root[:, None, None] * jnp.moveaxis(draws - data["train"].outputs, 0, -1)
     build = _dense if dense else _krylov
-    prediction = build(net, data, root, starts.reshape(n * k, -1), loss, products or PRODUCTS, memory, report)
+    prediction = build(net, data, root, starts.reshape(n * k, -1), loss, steps, memory, report)
     return _with_noise_and_diagnostics(prediction, net, data, noise_std, plan, memory)
 
 
