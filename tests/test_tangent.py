@@ -535,7 +535,8 @@ assert len(product.sharding.device_set) == 4, product.sharding
 assert product.sharding.shard_shape(product.shape) == (4, 2)
 np.testing.assert_allclose(product, kernel_product(apply, w, x)(y), rtol=1e-10)
 for structured in (True, False):
-    np.testing.assert_allclose(kernel(apply, w, there, structured=structured), kernel(apply, w, x), rtol=1e-9, atol=1e-9)
+    got = kernel(apply, w, there, structured=structured)
+    np.testing.assert_allclose(got, kernel(apply, w, x), rtol=1e-9, atol=1e-9)
 for products in (None, 12):
     one = predict(apply, w, (x, y), (x, y), products=products).outputs(GradientFlow(3.0))
     four = predict(apply, w, (there, y), (there, y), products=products).outputs(GradientFlow(3.0))

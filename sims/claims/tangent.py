@@ -165,7 +165,7 @@ def g1_variance(normal: Normal, gain: float, weighted: int, tau: float, penalty:
     """Test and other, from ridge fitted in the weights to pure noise (replicates, 2)."""
     instance = _Instance(normal, gain, weighted)
     prediction = instance.predict(noise_std=noise_std)
-    stated = [prediction.along(Ridge(penalty), name)(tau).variance for name in ("test", "other")]  # type: ignore[arg-type]
+    stated = [prediction.along(Ridge(penalty), name)(tau).variance for name in ("test", "other")]
     J, w = instance.J[0], np.repeat(instance.sample_weights, OUTPUTS)
     noise = noise_std * normal(SAMPLES * OUTPUTS, 512)
     steps = np.linalg.solve(J.T @ (w[:, None] * J) + SAMPLES * penalty * np.eye(J.shape[1]), J.T @ (w[:, None] * noise))
@@ -180,7 +180,7 @@ def g1_variance(normal: Normal, gain: float, weighted: int, tau: float, penalty:
     tolerance=1e-5,
 )
 def g1_entropy(normal: Normal, gain: float, weighted: int, time: float) -> Sides:
-    """Outputs on the three domains (3, n·k), beside Runge and Kutta's fixed steps in the weights of the linear model."""
+    """Outputs on the three domains (3, n·k), beside fixed Runge-Kutta steps in the linear model's weights."""
     instance = _Instance(normal, gain, weighted)
     instance.y = np.exp(instance.y) / np.exp(instance.y).sum(-1, keepdims=True)
     J, w = instance.J[0], instance.sample_weights[:, None]
