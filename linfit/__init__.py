@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads: a pub
     from linfit import merges as merges
     from linfit import network as network, problem as problem, reduction as reduction, risk as risk
     from linfit import robust as robust, selection as selection, solve as solve, spectra as spectra
-    from linfit import targets as targets
+    from linfit import tangent as tangent, targets as targets
     from linfit import weighting as weighting
     from linfit.covariance import Dense as Dense, Diagonal as Diagonal, Empirical as Empirical
     from linfit.design import column_blocks as column_blocks, sample_design as sample_design
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads: a pub
     from linfit.risk import Parabola as Parabola, Risk as Risk, RiskForm as RiskForm, excess_risks as excess_risks
     from linfit.selection import Selection as Selection, leave_one_out as leave_one_out, select as select
     from linfit.solve import fine_tune as fine_tune, gradient_descent as gradient_descent, interpolate as interpolate
+    from linfit.tangent import Prediction as Prediction, predict as predict
     from linfit.targets import Targets as Targets, s3ft_targets as s3ft_targets
     from linfit.weighting import flow_weights as flow_weights
 

@@ -11,6 +11,7 @@ One eigendecomposition serves every (τ, λ), and for given λ the best τ is a 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
@@ -143,7 +144,7 @@ def select(
 
     residual = y - X @ theta_1
     if validation is None:
-        return _minimise(residual, _leave_one_out_path(X, residual), penalties, taus)
+        return minimise(residual, _leave_one_out_path(X, residual), penalties, taus)
     if not isinstance(validation, tuple | list) or len(validation) != 2:
         raise ValueError(f"validation must be a pair (X_val, y_val), got {type(validation).__name__}")
     try:
@@ -158,33 +159,46 @@ def select(
     def learned(penalty: Array) -> Array:  # X_val(θ̂_λ − θ₁), (…, n_val)
         return (Ridge(penalty)(jnp.maximum(s, 0)) * coefficients) @ basis.T
 
-    return _minimise(y_val - X_val @ theta_1, learned, penalties, taus)
+    return minimise(y_val - X_val @ theta_1, learned, penalties, taus)
 
 
-def _minimise(residual: Array, learned: Callable[[Array], Array], penalties: Array, taus: Array) -> Selection:
-    """The surface mean (r − τd(λ))² and its minimum: τ in closed form, log λ by Brent between grid neighbours."""
-    squares = (residual - taus[:, None] * learned(penalties)[:, None]) ** 2  # (L, T, n)
+def minimise(residual: Array, learned: Callable[[Array], Array], penalties: Array, taus: Array) -> Selection:
+    """The surface mean ‖r − τd(λ)‖² and its minimum: τ in closed form, log λ by Brent between grid neighbours.
+
+    Residuals r (n,) or (n, k), d = learned(λ) of shapes (…, n) or (…, n, k).
+    """
     n = residual.shape[0]
 
-    def profile(penalty: ArrayLike) -> tuple[float, float]:
-        d = learned(jnp.asarray(penalty))
-        tau = float(residual @ d / (d @ d)) if bool(d @ d > 0) else 0.0
-        return tau, float(jnp.mean((residual - tau * d) ** 2))
+    def per_sample(values: Array) -> Array:  # Σ over the outputs, if there are several
+        return values.sum(-1) if residual.ndim == 2 else values
 
-    profiled = [profile(penalty)[1] for penalty in penalties]
+    def best_tau_of(d: Array) -> float:
+        moved = float(jnp.sum(d**2))
+        return float(jnp.sum(residual * d)) / moved if moved > 0 else 0.0
+
+    def profile(penalty: ArrayLike) -> float:
+        d = learned(jnp.asarray(penalty))
+        return float(jnp.sum((residual - best_tau_of(d) * d) ** 2)) / n
+
+    along_penalties = learned(penalties)
+    squares = jax.lax.map(lambda tau: per_sample((residual - tau * along_penalties) ** 2), taus)
+    squares = jnp.moveaxis(squares, 0, 1)  # (L, T, n)
+    profiled = [profile(penalty) for penalty in penalties]
     best = int(np.argmin(profiled))
     best_penalty = float(penalties[best])
     if 0 < best < len(profiled) - 1 and penalties[best - 1] > 0:
         bounds = tuple(float(jnp.log(penalties[neighbour])) for neighbour in (best - 1, best + 1))
-        refined = scipy.optimize.minimize_scalar(lambda x: profile(np.exp(x))[1], bounds=bounds, method="bounded")
+        refined = scipy.optimize.minimize_scalar(lambda x: profile(np.exp(x)), bounds=bounds, method="bounded")
         if refined.fun < profiled[best]:
             best_penalty = float(np.exp(refined.x))
-    best_tau, _ = profile(best_penalty)
     d = learned(jnp.asarray(best_penalty))
-    best_squares, moved = (residual - best_tau * d) ** 2, float(d @ d)
+    best_tau, moved = best_tau_of(d), float(jnp.sum(d**2))
+    missed = residual - best_tau * d
+    best_squares = per_sample(missed**2)
     paired = squares - best_squares
     best_mean, best_error = _mean_and_error(best_squares)
-    gain, gain_error = _mean_and_error((residual - d) ** 2 - best_squares)
+    gain, gain_error = _mean_and_error(per_sample((residual - d) ** 2) - best_squares)
+    slope_error = float(jnp.sqrt(jnp.sum(per_sample(d * missed) ** 2)))
     return Selection(
         penalties=np.asarray(penalties),
         taus=np.asarray(taus),
@@ -193,10 +207,10 @@ def _minimise(residual: Array, learned: Callable[[Array], Array], penalties: Arr
         indistinguishable=np.asarray(paired.mean(-1) <= paired.std(-1, ddof=1) / n**0.5),
         best_penalty=best_penalty,
         best_tau=best_tau,
-        best_tau_error=float(jnp.sqrt(jnp.sum(d**2 * best_squares))) / moved if moved > 0 else float("inf"),
+        best_tau_error=slope_error / moved if moved > 0 else float("inf"),
         best_mean_squared_error=best_mean,
         best_standard_error=best_error,
-        pretrained_mean_squared_error=float(jnp.mean(residual**2)),
+        pretrained_mean_squared_error=float(jnp.sum(residual**2)) / n,
         gain_over_full=gain,
         gain_over_full_error=gain_error,
     )

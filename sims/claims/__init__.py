@@ -18,7 +18,7 @@ __all__ = ["Claim", "all_claims", "claim"]
 
 SECTIONS = (
     "spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier", "combinations",
-    "pipelines", "merges",
+    "pipelines", "merges", "tangent",
 )  # fmt: skip
 """Modules that have claims, in the order of the docs."""
 
