@@ -160,10 +160,6 @@ def fine_tuned_product(
 
     >>> from theory.overtraining import fine_tuned_product
     >>> fine_tuned_product([1.0, 0.0], [1.0, 0.5], [[1.0, 0.3], [0.0, 0.2]], time=2.0).round(3)
-    ?? from theory.overtraining import fine_tuned_product
-     Array([0.1559, 0.0239], dtype=float64)
-
-
     Array([[1.006, 0.266],
            [0.035, 0.009]], dtype=float64)
     """
@@ -190,15 +186,6 @@ def late_slope(target: ArrayLike, finetune_target: ArrayLike, time: ArrayLike, p
 
     >>> from theory.overtraining import late_slope
     >>> late_slope([1.0, 0.1], [[0.0, 0.5], [0.5, 0.0]], time=[0.02, 0.5]).round(4)  # a task orthogonal to A
-    ?? from theory.overtraining import late_slope
-     ?? from theory.overtraining import fine_tuned_product
-     Array([0.1559, 0.0239], dtype=float64)
-
-
-    Array([[1.006, 0.266],
-           [0.035, 0.009]], dtype=float64)
-
-
     Array([[-3.530e-02, -1.000e-04],
            [-1.052e-01,  4.050e-02]], dtype=float64)
     """
@@ -261,25 +248,6 @@ def second_order_slope(
 
     >>> from theory.overtraining import second_order_slope
     >>> second_order_slope([1.0, 0.1], [[0.0, 0.5], [0.5, 0.0]], time=[0.02]).round(4)
-    ?? from theory.overtraining import second_order_slope
-     ?? from theory.overtraining import learning_jumps
-     ?? from theory.overtraining import late_slope
-     ?? from theory.overtraining import fine_tuned_product
-     Array([0.1559, 0.0239], dtype=float64)
-
-
-    Array([[1.006, 0.266],
-           [0.035, 0.009]], dtype=float64)
-
-
-    Array([[-3.530e-02, -1.000e-04],
-           [-1.052e-01,  4.050e-02]], dtype=float64)
-
-
-    Array([[-0.4778, -0.0042],
-           [ 0.0563,  0.0144]], dtype=float64)
-
-
     Array([[-0.0349, -0.0001]], dtype=float64)
     """
     task, time = _task(target, finetune_target), non_negative("time", time)
@@ -330,20 +298,6 @@ def learning_jumps(target: ArrayLike, finetune_target: ArrayLike, time: ArrayLik
 
     >>> from theory.overtraining import learning_jumps
     >>> learning_jumps([1.0, 0.1], [[0.0, 0.5], [0.5, 0.0]], time=[0.1, 0.5]).round(4)
-    ?? from theory.overtraining import learning_jumps
-     ?? from theory.overtraining import late_slope
-     ?? from theory.overtraining import fine_tuned_product
-     Array([0.1559, 0.0239], dtype=float64)
-
-
-    Array([[1.006, 0.266],
-           [0.035, 0.009]], dtype=float64)
-
-
-    Array([[-3.530e-02, -1.000e-04],
-           [-1.052e-01,  4.050e-02]], dtype=float64)
-
-
     Array([[-0.4778, -0.0042],
            [ 0.0563,  0.0144]], dtype=float64)
     """
