@@ -481,3 +481,9 @@ def sharpness_and_forgetting(
     settings = {"steps": steps, "batch": batch, "noise_std": noise_std, "level": level, "scales": scales, "size": size}
     variables = {name: (dims, columns[:, :, index]) for index, name in enumerate(names)}
     return xr.Dataset(variables, {"schedule": list(schedules), "step_size": step_sizes}, settings)
+
+
+def key_from(normals: np.ndarray) -> Array:
+    """A key made of standard normals, for claims, which have no other source of randomness."""
+    words = np.frombuffer(np.ascontiguousarray(normals[:1]).tobytes(), np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words))
