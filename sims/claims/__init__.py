@@ -16,7 +16,9 @@ from sims.parameters import Parameter
 
 __all__ = ["Claim", "all_claims", "claim"]
 
-SECTIONS = ("spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier")
+SECTIONS = (
+    "spectral", "overadaptation", "equivalents", "flow", "overtraining", "misaligned", "s3ft", "frontier",
+)  # fmt: skip
 """Modules that have claims, in the order of the docs."""
 
 

@@ -209,9 +209,8 @@ def _coupling(task: _Task) -> _Coupling:
     off = inside * (1 - jnp.eye(task.a.size, dtype=inside.dtype))
     diagonal = jnp.diagonal(inside, axis1=-2, axis2=-1)
     sizes = off**2 + off.mT**2
-    rows, columns = jnp.sum((task.U.T @ task.B) ** 2, axis=-1), jnp.sum((task.B @ task.V) ** 2, axis=-2)
-    outside = rows + columns - 2 * diagonal**2 - sizes.sum(axis=-1)
-    outside = jnp.maximum(outside, 0) if task.B.shape[-2:] != inside.shape[-2:] else jnp.zeros_like(outside)
+    rows, columns = task.U.T @ task.B - inside @ task.V.T, task.B @ task.V - task.U @ inside
+    outside = jnp.sum(rows**2, axis=-1) + jnp.sum(columns**2, axis=-2)
     return _Coupling(task.a - diagonal, sizes, off * off.mT, outside)
 
 
