@@ -3,8 +3,8 @@
 import numpy as np
 import scipy.optimize
 
-from sims.claims import Normal, Sides, identity, inequality
-from sims.claims.networks import MODES, aligned, coefficients, flow, late_slopes, loss, singular_vectors, turned
+from sims.claims import Normal, Sides, existence, identity, inequality
+from sims.claims.networks import MODES, Layers, aligned, coefficients, flow, late_slopes, loss, singular_vectors, turned
 from sims.parameters import DECAY, Parameter
 from theory import overtraining as theory
 
@@ -21,7 +21,9 @@ def _task(normal: Normal, decay: float, strength: float, same: float, other: flo
     return a, U, V, A, same * A + other * strength * normal(5, 4) / 2
 
 
-def _after(s: np.ndarray, U: np.ndarray, V: np.ndarray, B: np.ndarray, times: np.ndarray | float, penalty: float = 0.0):
+def _after(
+    s: np.ndarray, U: np.ndarray, V: np.ndarray, B: np.ndarray, times: np.ndarray | float, penalty: float = 0.0
+) -> list[Layers]:
     """The fine-tuned layers at each time, from the features s."""
     return flow(aligned(U, V, s), B, times, penalty)
 
@@ -200,3 +202,25 @@ def n5_jumps(normal: Normal, penalty: float, **task: float) -> Sides:
     ours = np.asarray(theory.learning_jumps(A, B, [0.0, short], penalty))[:, :MODES]
     unit = np.abs(measured)
     return np.append(-2 * ours[0] / a**2, (ours[1] - ours[0]) / short**2 / unit), np.append(np.ones(3), measured / unit)
+
+
+@existence(
+    "N5.mechanism",
+    "The degradation at the tuned learning rate grows where that rate shrinks more slowly than sensitivity grows.",
+    R"2\,\tfrac{d}{dt}\log\eta^* + \tfrac{d}{dt}\log S > 0 \iff \tfrac{d}{dt}[L_\mathrm{after} - L_\mathrm{before}] > 0",
+    source="paper 2503.19206 (the mechanism); ours (here, one step of gradient descent)",
+    parameters=_TASK | {"start": Parameter(low=0.3, high=3.0), "step": Parameter(low=0.05, high=1.0)},
+)
+def n5_mechanism(normal: Normal, start: float, step: float, **task: float) -> Sides:
+    a, U, V, A, B = _task(normal, **task)
+    levels = []
+    for time in np.array([start, start + step]) / a[0]:
+        w1, w2 = aligned(U, V, np.asarray(theory.singular_values(0.05 * a.min(), a, time)))
+        ways = (B - w1 @ w2) @ w2.T, w1.T @ (B - w1 @ w2)
+        after = lambda rate, w=(w1, w2), ways=ways: (w[0] + rate * ways[0], w[1] + rate * ways[1])  # noqa: E731
+        search = {"bounds": (0, 2 / a[0]), "method": "bounded", "options": {"xatol": 1e-9}}
+        rate = scipy.optimize.minimize_scalar(lambda rate, after=after: loss(after(rate), B), **search).x
+        sensitivity = float(theory.gaussian_sensitivity(w1, w2, 1e-3))
+        levels.append((rate**2 * sensitivity, loss(after(rate), A) - loss((w1, w2), A)))
+    (before, degraded), (later, degraded_later) = levels
+    return 0.0, np.sign(later - before) * (degraded_later - degraded) / a[0] ** 2

@@ -1,7 +1,7 @@
 """Overtraining measured: pretrain a two-layer linear network, keep checkpoints, perturb or fine-tune each one.
 
 Weights are trained as full matrices by gradient descent, on the target itself or on tokens that stream by once;
-closed forms (docs, N1–N4) are only put beside what was measured. Losses are ½‖W − A‖²_F, times are step size × steps.
+closed forms (docs, N1–N5) are only put beside what was measured. Losses are ½‖W − A‖²_F, times are step size × steps.
 """
 
 from collections.abc import Callable
