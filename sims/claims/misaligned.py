@@ -207,14 +207,14 @@ def n5_jumps(normal: Normal, penalty: float, **task: float) -> Sides:
 @existence(
     "N5.mechanism",
     "The degradation at the tuned learning rate grows where that rate shrinks more slowly than sensitivity grows.",
-    R"2\,\tfrac{d}{dt}\log\eta^* + \tfrac{d}{dt}\log S > 0 \iff \tfrac{d}{dt}[L_\mathrm{after} - L_\mathrm{before}] > 0",
+    R"\tfrac{d}{dt}\log(\eta^{*2}S) > 0 \iff \tfrac{d}{dt}[L_\mathrm{after} - L_\mathrm{before}] > 0",
     source="paper 2503.19206 (the mechanism); ours (here, one step of gradient descent)",
-    parameters=_TASK | {"start": Parameter(low=0.3, high=3.0), "step": Parameter(low=0.05, high=1.0)},
+    parameters=_TASK | {"start": Parameter(low=0.25, high=6.0), "step": Parameter(low=0.05, high=1.0)},
 )
 def n5_mechanism(normal: Normal, start: float, step: float, **task: float) -> Sides:
     a, U, V, A, B = _task(normal, **task)
     levels = []
-    for time in np.array([start, start + step]) / a[0]:
+    for time in (start / a[-1], start / a[-1] + step / a[0]):
         w1, w2 = aligned(U, V, np.asarray(theory.singular_values(0.05 * a.min(), a, time)))
         ways = (B - w1 @ w2) @ w2.T, w1.T @ (B - w1 @ w2)
         after = lambda rate, w=(w1, w2), ways=ways: (w[0] + rate * ways[0], w[1] + rate * ways[1])  # noqa: E731

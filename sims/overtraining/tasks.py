@@ -110,8 +110,8 @@ def optimal_rates(data: xr.Dataset) -> xr.Dataset:
 
     From `fine_tuned_losses` of one schedule and penalty: `step_size` of least fine-tuning loss, `pretrain`, `finetune`
     and the `degradation` there. `trend` is the exponent of the tuned rate in the pretraining time over the later half
-    of the checkpoints. Between one checkpoint and the next (interval), `growth` is 2Δlog(tuned rate) + Δlog(sensitivity)
-    with the sensitivity to Gaussian noise (docs, N2): positive where the rate shrinks more slowly than that grows.
+    of the checkpoints. From one checkpoint to the next (interval), `growth` is 2Δlog(tuned rate) + Δlog(sensitivity),
+    the sensitivity to Gaussian noise (docs, N2): positive where the rate shrinks more slowly than that grows.
     `degrades` is the change of log(degradation), `rises` that of log(pretraining loss after fine-tuning).
     """
     best = tuned(data)
