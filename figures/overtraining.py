@@ -87,7 +87,7 @@ def _shades(count: int) -> np.ndarray:
 
 
 def _mark(axis: Axes, time: float, height: float, colour: object) -> None:
-    axis.plot(time, height, "v", color=colour, markersize=8, markeredgecolor="white")
+    axis.plot(time, height, "v", color=colour, markersize=8, markeredgecolor="white", zorder=3)
 
 
 def _mark_inflection(axis: Axes, curve: xr.DataArray, colour: object) -> None:
@@ -412,7 +412,8 @@ def _draw_rates(data: xr.Dataset) -> Figure:
         axes[3].plot(one.growth.where(clear), one.degrades.where(clear), "o", color=colour)
     for axis, label in zip(axes, labels.values()):
         axis.set(xscale="log", yscale="log", xlabel="pretraining time", ylabel=label)
-        readable_ticks(axis.xaxis, axis.yaxis)
+        readable_ticks(axis.xaxis)
+    readable_ticks(axes[0].yaxis, axes[2].yaxis)
     for line in (axes[3].axhline, axes[3].axvline):
         line(0, color="grey", linewidth=0.8, zorder=0)
     axes[3].set(xlabel="change of log(rate² × sensitivity)", ylabel="change of log(degradation)")

@@ -76,7 +76,7 @@ def n1_unbalanced(normal: Normal, time: float, imbalance: float, **start: float)
 )
 def n1_time(normal: Normal, share: float, imbalance: float, **start: float) -> Sides:
     (initial, a), (U, V) = targets(**start), singular_vectors(normal)
-    times = np.asarray(theory.learning_time(initial, a, initial + share * (a - initial), imbalance))
+    times = np.clip(theory.learning_time(initial, a, initial + share * (a - initial), imbalance), 0, 1e3 / a.min())
     order = np.argsort(times)
     path = flow(aligned(U, V, initial, imbalance), U * a @ V.T, times[order])
     reached = np.array([_diagonal(U, V, layers)[mode] for layers, mode in zip(path, order)])
@@ -234,7 +234,7 @@ def n3(normal: Normal, gamma: float, imbalance: float, m: int, k: int, **start: 
 )
 def n3_total(normal: Normal, gamma: float, imbalance: float, m: int, k: int, **start: float) -> Sides:
     initial, a = targets(**start)
-    turn = float(theory.inflection_time(initial, a, gamma, (m, MODES, k), imbalance))
+    turn = min(float(theory.inflection_time(initial, a, gamma, (m, MODES, k), imbalance)), 1e3 / a.min())
     path = modes(initial, a, max(40 / a.min(), turn), gamma, m, k, imbalance)
     heights = np.array([path.heights(time).sum() for time in np.linspace(0, 40 / a.min(), 400)])
     # flat at the turn, and nowhere lower
@@ -266,7 +266,7 @@ def n3_finite(normal: Normal, gamma: float, m: int, k: int, **start: float) -> S
 )
 def n3_earlier(normal: Normal, gamma: float, factor: float, m: int, k: int, **start: float) -> Sides:
     initial, a = targets(**start)
-    turn = float(theory.inflection_time(initial, a, gamma, (m, MODES, k)))
+    turn = min(float(theory.inflection_time(initial, a, gamma, (m, MODES, k))), 1e3 / a.min())
     if turn == 0:
         turn = 1e-12  # nothing is earlier
     path = modes(initial, a, 2 * turn, factor * gamma, m, k)
@@ -370,7 +370,7 @@ def n4_no_inflection(normal: Normal, stretch: float, finetune_time: float, **sta
 def n4_turns(normal: Normal, stretch: float, finetune_time: float, **start: float) -> Sides:
     initial, a = targets(**start)
     b = a * stretch ** np.array([1.0, 0.5, 1.5])
-    turns = np.asarray(theory.fine_tuning_inflection_times(initial, a, b, finetune_time))
+    turns = np.minimum(theory.fine_tuning_inflection_times(initial, a, b, finetune_time), 1e3 / a.min())
     path = modes(initial, a, max(turns.max(), 1.0), 0.0, 1, 1)
     there = [np.prod(path.weights(turn), axis=0)[mode] for mode, turn in enumerate(turns)]
     ends = np.array([fine_tuned_mode(s, target, finetune_time) for s, target in zip(there, b)])
@@ -410,7 +410,7 @@ def n4_peak(normal: Normal, initial: float, stretch: float, finetune_time: float
 )
 def n4_penalty(normal: Normal, stretch: float, finetune_time: float, penalty: float, **start: float) -> Sides:
     initial, a = targets(**start)
-    turns = np.asarray(theory.fine_tuning_inflection_times(initial, a, stretch * a, finetune_time))
+    turns = np.minimum(theory.fine_tuning_inflection_times(initial, a, stretch * a, finetune_time), 1e3 / a.min())
     path = modes(initial, a, max(turns.max(), 1.0), 0.0, 1, 1)
     there = np.array([np.prod(path.weights(turn), axis=0)[mode] for mode, turn in enumerate(turns)])
     held = np.array([fine_tuned_mode(s, stretch * goal, finetune_time, penalty) for s, goal in zip(there, a)])
