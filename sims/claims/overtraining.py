@@ -219,10 +219,11 @@ def n2_progressive(normal: Normal, time: float, **start: float) -> Sides:
 )
 def n3(normal: Normal, gamma: float, imbalance: float, m: int, k: int, **start: float) -> Sides:
     initial, a = targets(**start)
-    last = 40 / a.min()
-    path = modes(initial, a, last, gamma, m, k, imbalance)
-    ours = np.asarray(theory.mode_inflection_times(initial, a, gamma, (m, MODES, k), imbalance))
-    return np.append(a * ours, 1.0), np.append(a * path.turns(last), 1.0)  # 1: where all are 0
+    last, ours, searched = 40 / a.min(), [], []
+    for c in (0.0, imbalance):
+        searched.append(modes(initial, a, last, gamma, m, k, c).turns(last))
+        ours.append(theory.mode_inflection_times(initial, a, gamma, (m, MODES, k), c))
+    return np.append(a * ours, 1.0), np.append(a * searched, 1.0)  # 1: where all are 0
 
 
 @inequality(
