@@ -29,6 +29,8 @@ _AFTER: dict[str, Any] = {"fmt": "o-", "capsize": 0, "markersize": 2.2}
 """Looks of losses after fine-tuning, with their standard errors."""
 _TASKS = {"unrelated": "unrelated task", "rotated": "rotated by 0.5 rad", "stretched": "features × 1.5"}
 _TASK_COLOURS = {"unrelated": "#D55E00", "same + noise": "#0072B2", "rotated": "#009E73", "stretched": "#CC79A7"}
+_SHORT = 0.4
+"""Fine-tuning times up to which the second order is drawn."""
 _KIND_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 _SAME_VECTORS = ("shared", "stretched", "shrunk", "removed", "permuted")
 
@@ -343,7 +345,7 @@ def _draw_kinds(data: xr.Dataset) -> Figure:
         shown = [task for task in data.task.values if (task in _SAME_VECTORS) == bool(names)]
         for task, colour in zip(shown, _KIND_COLOURS):
             here = data.sel(task=task)
-            aligned, short = here.sel(start="aligned"), here.finetune_time <= 1
+            aligned, short = here.sel(start="aligned"), here.finetune_time <= _SHORT
             bars(axes[column], aligned, "share", color=colour, fmt="o-", label=task)
             axes[column].plot(data.finetune_time[short], aligned.visible[short], "--", color=colour, linewidth=1)
             axes[2 + column].plot(data.finetune_time, np.maximum(aligned.rise, 1e-4), "o-", color=colour)
@@ -373,7 +375,7 @@ def _caption_kinds(data: xr.Dataset) -> str:
     return (
         "Which fine-tuning tasks overtrain: share of tasks whose pretraining loss after fine-tuning rises late in pretraining by more than 1% "
         "of its least value (upper row) and the median rise (lower row; values below 0.0001 drawn there), against the fine-tuning time. Dashed: "
-        "share for which learning some feature raises the loss to second order in T, the jump criterion, drawn for T ≤ 1. Open: Gaussian "
+        f"share for which learning some feature raises the loss to second order in T, the jump criterion, drawn for T ≤ {_SHORT}, where that order means something. Open: Gaussian "
         f"unaligned starts. Largest for {most} ({100 * float(peak.max()):.0f}%); none for {', '.join(never) or 'no kind'}.{rotated} Where the "
         f"median rise exceeds 5%, the share with D_r > 0 for the weakest feature is within {gap:.2f} of the share on average. "
         f"m = h = k = {data.attrs['size']}, a_i = 1/i, s₀ = {data.initial:g}; gradient descent, step size {data.step_size} in pretraining and "
@@ -414,8 +416,8 @@ def _draw_rates(data: xr.Dataset) -> Figure:
         axis.set(xscale="log", yscale="log", xlabel="pretraining time", ylabel=label)
         readable_ticks(axis.xaxis)
     readable_ticks(axes[0].yaxis, axes[2].yaxis)
-    for line in (axes[3].axhline, axes[3].axvline):
-        line(0, color="grey", linewidth=0.8, zorder=0)
+    axes[3].axhline(0, color="grey", linewidth=0.8, zorder=0)
+    axes[3].axvline(0, color="grey", linewidth=0.8, zorder=0)
     axes[3].set(xlabel="change of log(rate² × sensitivity)", ylabel="change of log(degradation)")
     axes[0].legend(fontsize=6)
     return panel_letters(axes)

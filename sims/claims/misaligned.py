@@ -58,9 +58,9 @@ def n5(normal: Normal, time: float, penalty: float, **task: float) -> Sides:
 )
 def n5_product(normal: Normal, time: float, penalty: float, **task: float) -> Sides:
     a, U, V, _, B = _task(normal, **task)
-    s, basis, task = a * np.exp(normal(MODES)), np.eye(MODES), U.T @ B @ V
-    predicted = [theory.fine_tuned_product(s, a, task, time, strength) for strength in (0.0, penalty)]
-    measured = [_after(s, basis, basis, task, time, strength)[0] for strength in (0.0, penalty)]
+    s, basis, inside = a * np.exp(normal(MODES)), np.eye(MODES), U.T @ B @ V
+    predicted = [theory.fine_tuned_product(s, a, inside, time, strength) for strength in (0.0, penalty)]
+    measured = [_after(s, basis, basis, inside, time, strength)[0] for strength in (0.0, penalty)]
     return np.stack(predicted), np.stack([layers[0] @ layers[1] for layers in measured])
 
 

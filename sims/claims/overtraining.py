@@ -1,5 +1,6 @@
 """§7 as claims: features learned one after another, progressive sensitivity, inflection (docs, N1–N4)."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from linfit import network
@@ -126,7 +127,7 @@ def n1_steps(normal: Normal, step_size: float, penalty: float, final: float) -> 
             ways = slope @ w2.T + penalty * (w1 - begun[0]), w1.T @ slope + penalty * (w2 - begun[1])
             w1, w2 = w1 - rate * ways[0], w2 - rate * ways[1]
         ends.append([*np.ravel(w1 @ w2), np.sum((X @ (w1 @ w2).T - Y) ** 2) / (2 * len(X))])
-    objective, begun = network.data_objective(X, Y), network.TwoLayer(*begun)
+    objective = network.data_objective(X, Y)
     schedules = np.stack(
         [
             network.constant(step_size, steps),
@@ -134,7 +135,7 @@ def n1_steps(normal: Normal, step_size: float, penalty: float, final: float) -> 
             network.warmup_stable_decay(step_size, steps, 3 / steps, 6 / steps),
         ]
     )
-    trained = network.descend(begun, objective, schedules, penalty=penalty)
+    trained = network.descend(network.TwoLayer(*map(jnp.asarray, begun)), objective, schedules, penalty=penalty)
     losses = np.asarray(network.loss(trained, objective))
     return np.column_stack([np.reshape(trained.product, (3, -1)), losses]), np.array(ends)
 
@@ -170,7 +171,7 @@ def n2(normal: Normal, m: int, h: int, k: int, gamma: float, ratio: float) -> Si
 )
 def n2_noise(normal: Normal, gamma: float, ratio: float) -> Sides:
     size = 256
-    centre = network.TwoLayer(normal(size, size), normal(size, size))
+    centre = network.TwoLayer(jnp.asarray(normal(size, size)), jnp.asarray(normal(size, size)))
     moved = network.perturb(key_from(normal(4)), centre, gamma, ratio * gamma)
     begun = network.sample_network(key_from(normal(4)), (size, size, size), gamma, ratio * gamma)
     noise = [np.ravel(after - before) for after, before in zip(moved, centre)] + [np.ravel(layer) for layer in begun]
