@@ -162,9 +162,12 @@ def _draw_perturbed(data: xr.Dataset) -> Figure:
 
 def _caption_perturbed(data: xr.Dataset) -> str:
     z = data.perturbed_z.where(data.gamma > 0, drop=True)
+    turns = data.inflection_flow.where(data.gamma > 0, drop=True)
+    times = ", ".join(f"{time:.3g} at γ = {gamma:g}" for gamma, time in zip(turns.gamma.values, turns.values))
+    growing = bool((data.sensitivity_line.diff("line_time") >= 0).all())
     return (
         "The more has been learned, the more a perturbation of fixed size destroys. (a) Loss after adding N(0, γ²) to every weight: "
-        "it turns up at the inflection (triangles, closed form), earlier for larger γ. (b) The rise itself never stops growing. "
+        f"it turns up at the inflection (triangles, closed form), {times}. (b) The rise itself {'grows throughout' if growing else 'does not grow throughout'}. "
         f"Lines: closed form; points: trained weights, mean of {data.replicas} perturbations ± one standard error, the largest "
         f"gap to the expectation at the same weights {float(abs(z).max()):.1f} standard errors over "
         f"{z.size} (correlated) values. {_setting(data)}"
@@ -364,7 +367,7 @@ def _draw_kinds(data: xr.Dataset) -> Figure:
 def _caption_kinds(data: xr.Dataset) -> str:
     peak = data.rise.sel(start="aligned").max("finetune_time")
     never = [str(task) for task in data.task.values if float(data.rise.sel(task=task, start="aligned").max()) < 1e-6]
-    most = str(peak.task[int(peak.argmax())].values)
+    most = str(peak.task[int(peak.argmax("task"))].values)
     turned = [task for task in ("R A Rᵀ", "sides") if float(peak.sel(task=task)) < 0.1 * float(peak.max())]
     rotated = (
         f" Rotations do rise, but little ({', '.join(f'{t} {100 * float(peak.sel(task=t)):.2g}%' for t in turned)})."
@@ -465,10 +468,14 @@ def _draw_tokens(data: xr.Dataset) -> Figure:
 
 
 def _caption_tokens(data: xr.Dataset) -> str:
+    last = data.isel(budget=-1)
+    losses, rises = last.loss.values, (last.perturbed.isel(gamma=-1) - last.loss).values
+    turns = np.isfinite(sims.inflection(data.perturbed.rename(budget="time"))).sum("schedule").values
     return (
-        "Time as a budget of tokens, each seen once by stochastic gradient descent: the same U-curves under perturbation (triangles: the "
-        "least of each), at a constant rate (a) and with every budget a run of its own, decayed to its end (b), which reaches a lower loss "
-        f"and the same sensitivity. m = h = k = {data.attrs['size']}, a_i = 1/i, x ~ N(0, I), label noise {data.noise_std}, batch {data.batch}, "
+        "Time as a budget of tokens, each seen once by stochastic gradient descent: pretraining loss under perturbation (triangles: the least "
+        "of each, where it climbs by more than 1% after it), at a constant rate (a) and with every budget a run of its own, decayed to its end (b). "
+        f"It climbs in {', '.join(f'{count} of {len(losses)}' for count in turns)} schedules for γ = {', '.join(f'{g:g}' for g in data.gamma.values)}. At the "
+        f"largest budget the loss is {losses[0]:.2g} (a) and {losses[1]:.2g} (b), the rise under the largest γ {rises[0]:.3g} and {rises[1]:.3g}. m = h = k = {data.attrs['size']}, a_i = 1/i, x ~ N(0, I), label noise {data.noise_std}, batch {data.batch}, "
         f"rate {data.step_size}, initial entries N(0, {data.scale}²); mean of {data.replicas} seeds ± one standard error, the perturbation "
         f"averaged exactly. Seed {data.seed}."
     )

@@ -262,7 +262,8 @@ def critical_time(target: ArrayLike, finetune_target: ArrayLike, penalty: ArrayL
 
     0 where g_i = a_i − B_ii < 0, a feature that is stretched, and at g_i = 0 if another is mixed in. ∞ where g_i ≥ 0
     and none is: a feature that is only removed or shrunk never turns. With a penalty −log(1 − μT*)/μ, and ∞ from
-    μT* = 1. Its relative error is O(T*(a₁ + ‖B‖ + μ)): no guide where that is ~ 1. Arguments as in `late_slope`.
+    μT* = 1. The relative error is O(T*(a₁ + ‖B‖ + μ)): a guide where that is below 0.2, and beyond 0.3 the feature may
+    not turn at all. Arguments as in `late_slope`.
 
     >>> from theory.overtraining import critical_time
     >>> critical_time([1.0, 0.1], [[0.0, 0.5], [0.5, 0.0]]).round(4)
