@@ -470,7 +470,7 @@ def _draw_tokens(data: xr.Dataset) -> Figure:
 def _caption_tokens(data: xr.Dataset) -> str:
     last = data.isel(budget=-1)
     losses, rises = last.loss.values, (last.perturbed.isel(gamma=-1) - last.loss).values
-    turns = np.isfinite(sims.inflection(data.perturbed.rename(budget="time"))).sum("schedule").values
+    turns = (sims.inflection(data.perturbed.rename(budget="time")) < np.inf).sum("schedule").values
     return (
         "Time as a budget of tokens, each seen once by stochastic gradient descent: pretraining loss under perturbation (triangles: the least "
         "of each, where it climbs by more than 1% after it), at a constant rate (a) and with every budget a run of its own, decayed to its end (b). "
