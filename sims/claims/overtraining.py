@@ -241,7 +241,7 @@ def n3_total(normal: Normal, gamma: float, imbalance: float, m: int, k: int, **s
     heights = np.array([path.heights(time).sum() for time in np.linspace(0, 40 / a.min(), 400)])
     # flat at the turn, and nowhere lower
     slope = path.slopes(turn).sum() / np.abs(path.slopes(turn)).sum() if turn > 0 else 0.0
-    return 0.0, np.append((heights - path.heights(turn).sum()) / heights[0], 1e-6 - abs(slope))
+    return 0.0, np.append((heights - path.heights(turn).sum()) / heights[0], 1e-4 - abs(slope))
 
 
 @inequality(

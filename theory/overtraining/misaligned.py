@@ -91,7 +91,7 @@ def _free(s: Array, U: Array, V: Array, B: Array, time: Array, *, substeps: int)
 # free), so ∂/∂s = (1/2w)∂/∂w has a limit at 0, read off next to it.
 def _penalised(s: Array, U: Array, V: Array, B: Array, time: Array, penalty: Array) -> tuple[Array, Array]:
     """W(T) (m, k) and ∂W(T)/∂s (d, m, k) with a penalty."""
-    eps = float(jnp.finfo(B.dtype).eps)
+    eps, time, penalty = float(jnp.finfo(B.dtype).eps), time.astype(B.dtype), penalty.astype(B.dtype)
     w = jnp.sqrt(jnp.maximum(s, eps * (jnp.max(s) + jnp.max(jnp.abs(B)))))
     units, objective = jnp.eye(s.size, dtype=B.dtype), target_objective(B)
     start, turned = TwoLayer(U * w, (V * w).T), TwoLayer(U * units[:, None], units[:, :, None] * V.T)
@@ -116,7 +116,7 @@ def _penalised(s: Array, U: Array, V: Array, B: Array, time: Array, penalty: Arr
         stepsize_controller=control,
         max_steps=10_000,
     )
-    now, moved = jax.tree.map(lambda leaf: leaf[0], solution.ys)
+    now, moved = jax.tree.map(lambda leaf: leaf[0].astype(B.dtype), solution.ys)
     return now.product, (moved.w1 @ now.w2 + now.w1 @ moved.w2) / (2 * w)[:, None, None]
 
 
