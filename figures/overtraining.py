@@ -11,9 +11,12 @@ import xarray as xr
 from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
 from figures.style import Picture, bars, canvas, panel_letters, readable_ticks, seed_of
+from linfit import network
+from linfit.network import TwoLayer
 from sims import overtraining as sims
 from theory import overtraining as theory
 
@@ -25,6 +28,11 @@ _FINETUNE_STEPS = 100
 _AFTER: dict[str, Any] = {"fmt": "o-", "capsize": 0, "markersize": 2.2}
 """Looks of losses after fine-tuning, with their standard errors."""
 _TASKS = {"unrelated": "unrelated task", "rotated": "rotated by 0.5 rad", "stretched": "features × 1.5"}
+_TASK_COLOURS = {"unrelated": "#D55E00", "same + noise": "#0072B2", "rotated": "#009E73", "stretched": "#CC79A7"}
+_SHORT = 0.4
+"""Fine-tuning times up to which the second order is drawn."""
+_KIND_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+_SAME_VECTORS = ("shared", "stretched", "shrunk", "removed", "permuted")
 
 
 def pictures(key: Array, quick: bool) -> Iterator[Picture]:
@@ -54,6 +62,10 @@ def pictures(key: Array, quick: bool) -> Iterator[Picture]:
     gammas, levels = np.geomspace(0.01, 0.5, 120), np.linspace(0, 0.12, 25)
     turns = sims.inflection_times(data, target, gammas, levels, initial=_START["initial"])
     yield Picture("inflection_time", "Inflection time", turns, _draw_inflections, _caption_inflections)
+    data = _kinds(keys[5], quick).assign_attrs(seed)
+    yield Picture("task_kinds", "Which tasks overtrain", data, _draw_kinds, _caption_kinds)
+    data = _rates(checkpoints, times, target, tasks, quick).assign_attrs(seed, **_START)
+    yield Picture("tuned_rate", "The tuned learning rate", data, _draw_rates, _caption_rates)
     data = _tokens(keys[3], quick).assign_attrs(seed)
     yield Picture("token_budget", "Overtraining on a token budget", data, _draw_tokens, _caption_tokens)
     data = _sharpness(keys[4], quick).assign_attrs(seed)
@@ -77,7 +89,7 @@ def _shades(count: int) -> np.ndarray:
 
 
 def _mark(axis: Axes, time: float, height: float, colour: object) -> None:
-    axis.plot(time, height, "v", color=colour, markersize=8, markeredgecolor="white")
+    axis.plot(time, height, "v", color=colour, markersize=8, markeredgecolor="white", zorder=3)
 
 
 def _mark_inflection(axis: Axes, curve: xr.DataArray, colour: object) -> None:
@@ -150,9 +162,12 @@ def _draw_perturbed(data: xr.Dataset) -> Figure:
 
 def _caption_perturbed(data: xr.Dataset) -> str:
     z = data.perturbed_z.where(data.gamma > 0, drop=True)
+    turns = data.inflection_flow.where(data.gamma > 0, drop=True)
+    times = ", ".join(f"{time:.3g} at γ = {gamma:g}" for gamma, time in zip(turns.gamma.values, turns.values))
+    growing = bool((data.sensitivity_line.diff("line_time") >= 0).all())
     return (
         "The more has been learned, the more a perturbation of fixed size destroys. (a) Loss after adding N(0, γ²) to every weight: "
-        "it turns up at the inflection (triangles, closed form), earlier for larger γ. (b) The rise itself never stops growing. "
+        f"it turns up at the inflection (triangles, closed form), {times}. (b) The rise itself {'grows throughout' if growing else 'does not grow throughout'}. "
         f"Lines: closed form; points: trained weights, mean of {data.replicas} perturbations ± one standard error, the largest "
         f"gap to the expectation at the same weights {float(abs(z).max()):.1f} standard errors over "
         f"{z.size} (correlated) values. {_setting(data)}"
@@ -197,13 +212,25 @@ def _draw_after(data: xr.Dataset) -> Figure:
 
 
 def _caption_after(data: xr.Dataset) -> str:
+    rises = {task: 100 * (curve.isel(time=-1) / curve.min("time") - 1) for task, curve in _shown_curves(data).items()}
+    words = "; ".join(f"{_TASKS[task]} {_range(rise)}" for task, rise in rises.items())
+    tuned = sims.tuned(data.sel(task="unrelated")).pretrain
     return (
-        "Pretraining loss (upper row) and fine-tuning loss (lower row) after fine-tuning each checkpoint. On an unrelated task (a) the "
-        "final pretraining loss falls and then climbs with more pretraining: catastrophic overtraining, earlier at larger rates "
-        "(triangles). On a rotated task (b) there is none, on the same features made stronger (c) only where fine-tuning overshoots, "
-        "lines there: closed recursion of the modes. Dotted: each checkpoint at the rate of its own least fine-tuning loss, which forgets "
-        f"as much after little pretraining as after much. Grey: before fine-tuning. {_fine_tuning_setting(data)}"
+        "Pretraining loss (upper row) and fine-tuning loss (lower row) after fine-tuning each checkpoint. Where the final pretraining loss climbs with "
+        "more pretraining by more than 1% of its least value, that is catastrophic overtraining, and a triangle marks the least. The climb at the "
+        f"rates shown: {words}. Lines in (c): closed recursion of the modes. Dotted: each checkpoint at the rate of its own least fine-tuning loss; on the "
+        f"unrelated task its pretraining loss lies between {float(tuned.min()):.2g} and {float(tuned.max()):.2g} after any pretraining. "
+        f"Grey: before fine-tuning. {_fine_tuning_setting(data)}"
     )
+
+
+def _shown_curves(data: xr.Dataset) -> dict[str, xr.DataArray]:
+    return {task: data.pretrain.sel(task=task, step_size=data.shown_rate.values) for task in _TASKS}
+
+
+def _range(percent: xr.DataArray) -> str:
+    low, high = float(percent.min()), float(percent.max())
+    return f"{low:.2g} to {high:.2g}%"
 
 
 def _draw_penalised(data: xr.Dataset) -> Figure:
@@ -226,10 +253,16 @@ def _draw_penalised(data: xr.Dataset) -> Figure:
 
 
 def _caption_penalised(data: xr.Dataset) -> str:
+    rate = float(data.step_size.sel(step_size=0.016, method="nearest"))
+    fixed, tuned = data.sel(step_size=rate), sims.tuned(data)
+    turns, costs = sims.inflection(fixed.pretrain).values, fixed.finetune.isel(time=-1).values
+    times = ", ".join(f"{turn:.3g}" for turn in turns)
+    climbs = (tuned.pretrain.isel(time=-1) / tuned.pretrain.min("time") - 1).values
     return (
-        "A penalty (μ/2)‖θ − θ_pre‖² on an unrelated task, at one learning rate: it delays the inflection (a, triangles) and costs "
-        "fine-tuning loss (b). (c) With every checkpoint at the rate of its own least fine-tuning loss: without a penalty the loss is "
-        f"high and flat, with one the U-curve is back. {_fine_tuning_setting(data)}"
+        f"A penalty (μ/2)‖θ − θ_pre‖² on an unrelated task, at one learning rate: the inflection (a, triangles) is at {times} for μ = "
+        f"{', '.join(f'{mu:g}' for mu in data.penalty.values)}{', later each time' if (np.diff(turns) > 0).all() else ''}; the fine-tuning loss (b) "
+        f"of the last checkpoint is {', '.join(f'{cost:.2g}' for cost in costs)}. (c) With every checkpoint at the rate of its own least "
+        f"fine-tuning loss the last lies {', '.join(f'{100 * climb:.2g}%' for climb in climbs)} above the least. {_fine_tuning_setting(data)}"
     )
 
 
@@ -242,23 +275,20 @@ def _draw_inflections(data: xr.Dataset) -> Figure:
     figure, axes = canvas(3, height=2.6)
     modes, exact = (values.where(values > 0) for values in (data.mode_inflection, data.inflection))
     for index, colour in zip((0, 1, 3, 7), _shades(4)):
-        mode = modes.isel(mode=index)
-        axes[0].plot(data.gamma, mode, color=colour, linewidth=0.9)
-        at = (data.gamma[0], mode[0])
-        axes[0].annotate(f"mode {index + 1}", at, (2, 2), textcoords="offset points", fontsize=6)
+        axes[0].plot(data.gamma, modes.isel(mode=index), color=colour, linewidth=0.9, label=f"mode {index + 1}")
     axes[0].plot(data.gamma, exact, color="black", label="all modes")
     axes[0].set(xscale="log", yscale="log", xlabel="perturbation γ", ylabel="inflection time")
     readable_ticks(axes[0].yaxis)
-    axes[0].legend()
+    axes[0].legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=2)
 
-    for task, marker, colour in zip(data.task.values, "os^D", ("#D55E00", "#0072B2", "#009E73", "#CC79A7")):
+    for marker, (task, colour) in zip("os^D", _TASK_COLOURS.items()):
         turns = data.fine_tuning_inflection.sel(task=task)
         for penalty, line, fill in ((0.0, "-", "full"), (1.0, ":", "none")):
             curve = _proper(turns.sel(penalty=penalty))
             axes[1].plot(curve.step_size, curve, line, marker=marker, fillstyle=fill, color=colour)
-        label = task if np.isfinite(turns).any() else f"{task}: none"
+        label = task if bool(_proper(turns).notnull().any()) else f"{task}: none by 1%"
         axes[1].plot([], [], "-", marker=marker, color=colour, label=label)
-    axes[1].plot([], [], ":", marker="o", fillstyle="none", color="grey", label="with μ = 1")
+    axes[1].plot([], [], ":", marker="o", fillstyle="none", color="black", label="with μ = 1")
     axes[1].set(xscale="log", yscale="log", xlabel="learning rate", ylabel="inflection time")
     axes[1].set_ylim(0.4, data.last_time * 1.2)
     readable_ticks(axes[1].yaxis)
@@ -266,7 +296,9 @@ def _draw_inflections(data: xr.Dataset) -> Figure:
 
     both = _proper(data.combined_inflection.transpose("gamma_after", "step_size"))
     norm = mpl.colors.LogNorm(0.5, data.last_time)
-    axes[2].set_facecolor("0.88")
+    axes[2].add_patch(
+        Rectangle((0, 0), 1, 1, transform=axes[2].transAxes, facecolor="none", edgecolor="0.6", hatch="///", zorder=0)
+    )
     mesh = axes[2].pcolormesh(data.step_size, data.gamma_after, both, cmap="viridis", norm=norm, rasterized=True)
     axes[2].set(xscale="log", xlabel="learning rate", ylabel="perturbation γ")
     figure.colorbar(mesh, ax=axes[2], label="inflection time")
@@ -276,11 +308,140 @@ def _draw_inflections(data: xr.Dataset) -> Figure:
 
 
 def _caption_inflections(data: xr.Dataset) -> str:
+    free, held = (_proper(data.fine_tuning_inflection.sel(penalty=mu)) for mu in (0.0, 1.0))
+    both = (free.notnull() & held.notnull()).values
+    later = int((held > free).values[both].sum())
+    found = [str(task) for task in data.task.values if bool(free.sel(task=task).notnull().any())]
     return (
         "When more pretraining starts to hurt. (a) Gaussian perturbation, closed form: modes alone (thin) and all together; the line ends "
-        "where no mode is worth its sensitivity. (b) Fine-tuning: earlier at larger rates, later with a penalty; no point where the final "
-        "pretraining loss does not climb by more than 1% from its least value, or where it is least without any pretraining. (c) Both: fine-tuned to an unrelated task, then "
-        f"perturbed; grey: none within the times simulated, or at once. {_fine_tuning_setting(data)}"
+        f"where no mode is worth its sensitivity. (b) Fine-tuning: found for {', '.join(found) or 'no task'}; with the penalty later in {later} of the "
+        f"{int(both.sum())} cases that have both. No point where the final pretraining loss does not climb by more than 1% from its least value (a "
+        "smaller climb need not be absent), or where it is least without any pretraining. (c) Both: fine-tuned to an unrelated task, then "
+        f"perturbed; hatched: none within the times simulated, or at once. {_fine_tuning_setting(data)}"
+    )
+
+
+def _kinds(key: Array, quick: bool) -> xr.Dataset:
+    """Late rises of every kind of task, from aligned and from Gaussian starts."""
+    size, draws, last, count = (4, 6, 60.0, 13) if quick else (6, 40, 200.0, 33)
+    target_key, task_key, start_key = jax.random.split(key, 3)
+    target, rate = sims.sample_target(target_key, size), 0.05
+    times = np.unique(np.rint(np.concatenate([[0.0], np.geomspace(0.5, last, count - 1)]) / rate)) * rate
+    begun = network.sample_network(start_key, (size, size, size), 0.01)
+    starts = {
+        "aligned": sims.pretrain(target, times, initial=_START["initial"], step_size=rate),
+        "Gaussian": network.descend(
+            begun, target, network.constant(rate, round(last / rate)), np.rint(times / rate).astype(int)
+        ),
+    }
+    tasks = sims.sample_kinds(task_key, target, draws)
+    setting: dict[str, Any] = {"finetune_times": np.geomspace(0.05, 10, 6 if quick else 12), "step_size": 0.025}
+    parts = [sims.late_rises(checkpoints, target, tasks, **setting) for checkpoints in starts.values()]
+    data = xr.concat(parts, "start", combine_attrs="override").assign_coords(start=list(starts))
+    return data.assign_attrs(initial=_START["initial"], step_size=rate)
+
+
+def _draw_kinds(data: xr.Dataset) -> Figure:
+    _, axes = canvas(2, 2, height=2.2, sharex=True)
+    groups = {"singular vectors shared": _SAME_VECTORS, "other singular vectors": ()}
+    for column, (title, names) in enumerate(groups.items()):
+        shown = [task for task in data.task.values if (task in _SAME_VECTORS) == bool(names)]
+        for task, colour in zip(shown, _KIND_COLOURS):
+            here = data.sel(task=task)
+            aligned, short = here.sel(start="aligned"), here.finetune_time <= _SHORT
+            bars(axes[column], aligned, "share", color=colour, fmt="o-", label=task)
+            axes[column].plot(data.finetune_time[short], aligned.visible[short], "--", color=colour, linewidth=1)
+            axes[2 + column].plot(data.finetune_time, np.maximum(aligned.rise, 1e-4), "o-", color=colour)
+            gaussian = np.maximum(here.sel(start="Gaussian").rise, 1e-4)
+            axes[2 + column].plot(data.finetune_time, gaussian, "o", fillstyle="none", color=colour)
+        axes[column].set(xscale="log", ylim=(-0.06, 1.06))
+        axes[column].set_title(title, fontsize=8, loc="right")
+        axes[column].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes[2 + column].set(xscale="log", yscale="log", ylim=(0.7e-4, None), xlabel="fine-tuning time T")
+        readable_ticks(axes[2 + column].xaxis)
+    axes[0].set_ylabel("share that rises by > 1%")
+    axes[2].set_ylabel("late rise, median")
+    return panel_letters(axes)
+
+
+def _caption_kinds(data: xr.Dataset) -> str:
+    peak = data.rise.sel(start="aligned").max("finetune_time")
+    never = [str(task) for task in data.task.values if float(data.rise.sel(task=task, start="aligned").max()) < 1e-6]
+    most = str(peak.task[int(peak.argmax("task"))].values)
+    turned = [task for task in ("R A Rᵀ", "sides") if float(peak.sel(task=task)) < 0.1 * float(peak.max())]
+    rotated = (
+        f" Rotations do rise, but little ({', '.join(f'{t} {100 * float(peak.sel(task=t)):.2g}%' for t in turned)})."
+        if turned
+        else ""
+    )
+    gap = float(abs(data.predicted - data.share).where(data.rise.isel(start=0) > 0.05).mean())
+    return (
+        "Which fine-tuning tasks overtrain: share of tasks whose pretraining loss after fine-tuning rises late in pretraining by more than 1% "
+        "of its least value (upper row) and the median rise (lower row; values below 0.0001 drawn there), against the fine-tuning time. Dashed: "
+        f"share for which learning some feature raises the loss to second order in T, the jump criterion, drawn for T ≤ {_SHORT}, where that order means something. Open: Gaussian "
+        f"unaligned starts. Largest for {most} ({100 * float(peak.max()):.0f}%); none for {', '.join(never) or 'no kind'}.{rotated} Where the "
+        f"median rise exceeds 5%, the share with D_r > 0 for the weakest feature is within {gap:.2f} of the share on average. "
+        f"m = h = k = {data.attrs['size']}, a_i = 1/i, s₀ = {data.initial:g}; gradient descent, step size {data.step_size} in pretraining and "
+        f"{data.finetune_step_size} in fine-tuning; {data.draws} tasks of each kind ± one standard error. Seed {data.seed}."
+    )
+
+
+def _rates(checkpoints: TwoLayer, times: np.ndarray, target: Array, tasks: dict[str, Array], quick: bool) -> xr.Dataset:
+    """Tuned rates for a budget of one step and of many."""
+    later, parts, budgets = times > 0, [], (1, 16)
+    saved = jax.tree.map(lambda layer: layer[np.flatnonzero(later)], checkpoints)
+    grid = np.geomspace(0.05, 2.0, 40 if quick else 160)
+    for steps in budgets:
+        setting: dict[str, Any] = {"step_sizes": grid, "penalties": np.zeros(1), "steps": steps}
+        data = sims.fine_tuned_losses(saved, times[later], target, tasks, **setting)
+        parts.append(sims.optimal_rates(data.sel(penalty=0.0, schedule="constant", drop=True)))
+    return xr.concat(parts, "steps", combine_attrs="drop_conflicts").assign_coords(steps=list(budgets))
+
+
+def _draw_rates(data: xr.Dataset) -> Figure:
+    _, axes = canvas(2, 2, height=2.3)
+    labels = {
+        "step_size": "optimal learning rate",
+        "finetune": "in-domain loss after",
+        "pretrain": "pretraining loss after",
+    }
+    for task, colour in _TASK_COLOURS.items():
+        for steps, line in zip(data.steps.values, ("o-", ":")):
+            curve = data.sel(task=task, steps=steps)
+            for axis, name in zip(axes, labels):
+                axis.plot(data.time, curve[name], line, color=colour, label=task if line == "o-" else None)
+            if line == "o-":
+                _mark_inflection(axes[2], curve.pretrain, colour)
+        one = data.sel(task=task, steps=data.steps[0])
+        clear = abs(one.degrades) > 1e-3
+        axes[3].plot(one.growth.where(clear), one.degrades.where(clear), "o", color=colour)
+    for axis, label in zip(axes, labels.values()):
+        axis.set(xscale="log", yscale="log", xlabel="pretraining time", ylabel=label)
+        readable_ticks(axis.xaxis)
+    readable_ticks(axes[0].yaxis, axes[2].yaxis)
+    axes[3].axhline(0, color="grey", linewidth=0.8, zorder=0)
+    axes[3].axvline(0, color="grey", linewidth=0.8, zorder=0)
+    axes[3].set(xlabel="change of log(rate² × sensitivity)", ylabel="change of log(degradation)")
+    axes[0].legend(fontsize=6)
+    return panel_letters(axes)
+
+
+def _caption_rates(data: xr.Dataset) -> str:
+    few, many = data.steps.values
+    one = data.sel(steps=few)
+    clear = abs(one.degrades) > 1e-3
+    agree = ((one.growth > 0) == (one.degrades > 0)).where(clear)
+    trends = ", ".join(f"{task} {float(one.trend.sel(task=task)):+.2f}" for task in _TASK_COLOURS)
+    turns = {task: float(sims.inflection(one.pretrain.sel(task=task))) for task in _TASK_COLOURS}
+    rising = [task for task, turn in turns.items() if np.isfinite(turn)]
+    flat = float((data.pretrain.sel(steps=many).max("time") / data.pretrain.sel(steps=many).min("time")).max())
+    return (
+        f"Every checkpoint at the learning rate of its own least in-domain loss, for a budget of {few} step (points) and of {many} (dotted). (a) The "
+        f"tuned rate; exponents of the pretraining time over the later half for {few} step: {trends}. (b) In-domain loss after tuning, paired with "
+        f"(c) the pretraining loss there: with {few} step it climbs late for {', '.join(rising) or 'no task'} (triangles: the least); with {many} "
+        f"it varies by a factor of at most {flat:.2g} over all checkpoints. (d) The authors' mechanism between one checkpoint and the next, {few} step: "
+        "degradation should grow (up) where the tuned rate shrinks more slowly than sensitivity to noise grows (right); the signs agree in "
+        f"{int(agree.sum())} of {int(clear.sum())} intervals. {_setting(data)}"
     )
 
 
@@ -307,10 +468,14 @@ def _draw_tokens(data: xr.Dataset) -> Figure:
 
 
 def _caption_tokens(data: xr.Dataset) -> str:
+    last = data.isel(budget=-1)
+    losses, rises = last.loss.values, (last.perturbed.isel(gamma=-1) - last.loss).values
+    turns = (sims.inflection(data.perturbed.rename(budget="time")) < np.inf).sum("schedule").values
     return (
-        "Time as a budget of tokens, each seen once by stochastic gradient descent: the same U-curves under perturbation (triangles: the "
-        "least of each), at a constant rate (a) and with every budget a run of its own, decayed to its end (b), which reaches a lower loss "
-        f"and the same sensitivity. m = h = k = {data.attrs['size']}, a_i = 1/i, x ~ N(0, I), label noise {data.noise_std}, batch {data.batch}, "
+        "Time as a budget of tokens, each seen once by stochastic gradient descent: pretraining loss under perturbation (triangles: the least "
+        "of each, where it climbs by more than 1% after it), at a constant rate (a) and with every budget a run of its own, decayed to its end (b). "
+        f"It climbs in {', '.join(f'{count} of {len(losses)}' for count in turns)} schedules for γ = {', '.join(f'{g:g}' for g in data.gamma.values)}. At the "
+        f"largest budget the loss is {losses[0]:.2g} (a) and {losses[1]:.2g} (b), the rise under the largest γ {rises[0]:.3g} and {rises[1]:.3g}. m = h = k = {data.attrs['size']}, a_i = 1/i, x ~ N(0, I), label noise {data.noise_std}, batch {data.batch}, "
         f"rate {data.step_size}, initial entries N(0, {data.scale}²); mean of {data.replicas} seeds ± one standard error, the perturbation "
         f"averaged exactly. Seed {data.seed}."
     )
@@ -346,13 +511,22 @@ def _draw_sharpness(data: xr.Dataset) -> Figure:
     return panel_letters(axes)
 
 
+def _correlations(data: xr.Dataset) -> str:
+    mean = data.mean("replica")
+    values = {
+        name: xr.corr(*(mean[part].sel(schedule=name) for part in ("sharpness", "forgetting")))
+        for name in data.schedule.values
+    }
+    return ", ".join(f"{name} {float(value):+.2f}" for name, value in values.items())
+
+
 def _caption_sharpness(data: xr.Dataset) -> str:
     first, second = data.scales
     return (
         "From an unbalanced start, small or decaying rates leave the layers unbalanced, and the minimum sharp (a, largest Hessian eigenvalue "
-        "by Lanczos; dashed: the least possible for this target). (b) Sharper checkpoints forget more by the time that fine-tuning has "
-        f"reached the same fine-tuning loss, {data.level}, within each schedule; every point is one peak rate. Checkpoints of the constant rate "
-        f"still carry gradient noise, which fine-tuning removes: their forgetting is lower for that reason too. m = h = k = {data.attrs['size']}, "
+        "by Lanczos; dashed: the least possible for this target). (b) Forgetting by the time that fine-tuning has reached the same fine-tuning "
+        f"loss, {data.level}; every point is one peak rate. Correlation of sharpness and forgetting over the rates: {_correlations(data)}. Checkpoints "
+        f"of the constant rate still carry gradient noise, which fine-tuning removes: their forgetting is lower for that reason too. m = h = k = {data.attrs['size']}, "
         f"a_i = 1/i, initial entries N(0, {first}²) and N(0, {second}²), {data.steps} steps of batch {data.batch}, label noise "
         f"{data.noise_std}; fine-tuned by gradient descent to A plus independent entries; mean of {data.sizes['replica']} seeds ± one standard "
         f"error. Seed {data.seed}."

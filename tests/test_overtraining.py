@@ -1,7 +1,9 @@
 """Overtraining: closed forms against integrators and search; simulations against closed forms and plain loops.
 
-What the claims N1–N4 verify by themselves is not repeated here.
+What the claims N1–N5 verify by themselves is not repeated here.
 """
+
+from functools import partial
 
 import jax
 import jax.flatten_util
@@ -14,6 +16,7 @@ import xarray as xr
 
 from linfit import network
 from sims import overtraining as sims
+from sims.overtraining import training
 from tests.oracles import numpy_descent
 from theory import overtraining as theory
 
@@ -182,6 +185,201 @@ def test_degradation_grows_with_pretraining_and_with_the_rate_but_not_without_ex
     assert stretched.argmax() > 200
 
 
+B3 = np.array([[0.5, 0.3, -0.2], [0.1, 0.6, 0.4], [-0.3, 0.2, 0.1]])
+
+
+@pytest.mark.slow
+@pytest.mark.numerical
+def test_late_slope_is_the_difference_of_losses(rtol):
+    """Between features a little larger and a little smaller, fine-tuned in closed form; the claims integrate."""
+    step, A = 0.02, np.diag(A3)
+    for penalty in (0.0, 0.8):
+        losses = [
+            [
+                np.sum((theory.fine_tuned_product(A3 + side * unit, A3, B3, 0.7, penalty) - A) ** 2) / 2
+                for unit in step * np.eye(3)
+            ]
+            for side in (2, 1, -1, -2)
+        ]
+        slopes = (8 * (np.array(losses[1]) - losses[2]) - losses[0] + losses[3]) / (12 * step)
+        np.testing.assert_allclose(
+            theory.late_slope(A3, B3, 0.7, penalty), slopes, rtol=1e-4, atol=max(1e-6, 30 * rtol)
+        )
+
+
+@pytest.mark.slow
+def test_late_slope_does_not_depend_on_the_basis():
+    """Matrices of any shape, rows and columns of B outside the singular vectors of A included."""
+    generator = np.random.default_rng(0)
+    U, V = (np.linalg.qr(generator.standard_normal((n, n)))[0] for n in (5, 4))
+    A, B = np.zeros((5, 4)), 0.4 * generator.standard_normal((5, 4))
+    A[range(4), range(4)] = [2.0, 1.0, 0.5, 0.2]
+    for function in (theory.late_slope, theory.second_order_slope, theory.learning_jumps):
+        np.testing.assert_allclose(function(U @ A @ V.T, U @ B @ V.T, 0.3), function(A, B, 0.3), rtol=1e-9)
+    square = np.zeros((5, 5))  # with a column more, the fifth feature is absent
+    square[:, :4], a = B, np.array([2.0, 1.0, 0.5, 0.2, 0.0])
+    for function in (theory.late_slope, theory.second_order_slope):
+        np.testing.assert_allclose(function(a, square, 0.3)[:4], function(A, B, 0.3), rtol=1e-9)
+    np.testing.assert_allclose(theory.critical_time(a, square)[:4], theory.critical_time(A, B), rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_equal_and_absent_features():
+    R = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))[0]
+    a = np.array([1.0, 1.0, 0.3])
+    for function in (theory.late_slope, theory.learning_jumps):
+        in_their_basis, of_matrices = function(a, B3, 0.5), function(R * a @ R.T, R @ B3 @ R.T, 0.5)
+        np.testing.assert_allclose(of_matrices, [*[in_their_basis[:2].mean()] * 2, in_their_basis[2]], rtol=1e-9)
+    rank_one = np.diag([1.0, 0.0, 0.0])
+    assert np.isnan(theory.late_slope(rank_one, B3, 0.5)).tolist() == [False, True, True]
+    assert np.isnan(theory.critical_time(rank_one, B3)).tolist() == [False, True, True]
+    small = theory.late_slope([1.0, 1e-9], B3[:2, :2], 0.5), theory.late_slope([1.0, 0.0], B3[:2, :2], 0.5)
+    np.testing.assert_allclose(*small, rtol=1e-6)
+    held = [theory.late_slope([1.0, 0.0], B3[:2, :2], 0.5, penalty) for penalty in (0.0, 1e-9)]
+    np.testing.assert_allclose(*held, rtol=1e-6)
+
+
+def test_critical_time_on_both_sides_of_its_conditions():
+    """Stretched: at once; kept, with another mixed in: at once, without: never; shrunk with nothing else: never."""
+    A, turned = np.diag(A3), np.linalg.qr(np.random.default_rng(2).standard_normal((3, 3)))[0]
+    mixed = A + 0.1 * (np.ones((3, 3)) - np.eye(3))
+    for B, expected in ((1.5 * A, 0.0), (mixed, 0.0), (A, np.inf), (0.5 * A, np.inf), (0 * A, np.inf)):
+        np.testing.assert_array_equal(theory.critical_time(A3, B), expected)
+        np.testing.assert_array_equal(theory.critical_time(turned @ A, turned @ B), expected)
+    free, held = theory.critical_time(A3, 0.95 * mixed), theory.critical_time(A3, 0.95 * mixed, [0.0, 1.0, 100.0])
+    np.testing.assert_allclose(held[0], free)
+    np.testing.assert_allclose((1 - np.exp(-held[1])), free)
+    assert (held[1] > free).all()
+    assert np.isinf(held[2]).all()
+    # the exact slope changes its sign nearby, and not for a task that only shrinks
+    signs = [
+        np.sign(theory.late_slope(A3, 0.99 * mixed, factor * theory.critical_time(A3, 0.99 * mixed)[2])[2])
+        for factor in (0.5, 2)
+    ]
+    assert signs == [-1, 1]
+    assert (theory.late_slope(A3, 0.5 * A, [0.1, 1.0, 10.0]) <= 0).all()
+
+
+def test_long_fine_tuning_keeps_its_relative_precision():
+    """Thousands of times: the slopes decay with the slowest feature of B, as the flow linearised at its end says."""
+    a, b = np.array([1.0, 0.5]), np.array([[0.8, 0.1], [0.1, 0.4]])
+    early, late = theory.late_slope(a, b, [60.0, 70.0])
+    rate = 2 * np.linalg.svd(b)[1].min()
+    np.testing.assert_allclose(late / early, np.exp(-10 * rate), rtol=1e-6)
+    assert np.isfinite(theory.late_slope(a, b, 5000.0)).all()
+    with pytest.raises(ValueError, match="time must be at most"):
+        theory.late_slope(a, b, 1e9)
+
+
+def late(function, penalty, B, time=0.7, a=A3):
+    return function(jnp.asarray(a), B, time, penalty)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_misaligned_quantities_transform(penalty):
+    step, way = 1e-6, np.array([[0.3, -0.1, 0.5], [0.2, 0.4, -0.6], [0.1, 0.2, 0.3]])
+    stack = jnp.stack([B3, 2 * B3])
+    for function in (theory.late_slope, theory.second_order_slope, theory.learning_jumps):
+        one = partial(late, function, penalty)
+        np.testing.assert_allclose(jax.jit(one)(B3), one(B3), rtol=1e-6)
+        np.testing.assert_allclose(jax.vmap(one)(stack), one(stack), rtol=1e-6)
+        slope = jax.grad(lambda *args, one=one: jnp.sum(one(*args)))(jnp.asarray(B3))
+        moved = [jnp.sum(one(B3 + side * step * way)) for side in (1, -1)]
+        np.testing.assert_allclose(jnp.sum(slope * way), (moved[0] - moved[1]) / (2 * step), rtol=1e-5)
+        assert np.isfinite(jax.grad(lambda a, one=one: jnp.sum(one(B3, 0.7, a)))(jnp.asarray(A3))).all()
+        assert one(jnp.asarray(B3, jnp.float32), jnp.float32(0.7), jnp.asarray(A3, jnp.float32)).dtype == jnp.float32
+    assert np.isfinite(jax.grad(lambda B: theory.late_slope(A3, B, 1.0)[2])(jnp.zeros((3, 3)))).all()
+
+
+def test_the_rotated_task_overtrains():
+    """A = diag(1, .1), turned by .5 on both sides, T = 1: the loss climbs from t = 20 to t = 120."""
+    angle = 0.5
+    R = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    a, s = np.array([1.0, 0.1]), theory.singular_values(1e-3, [1.0, 0.1], [20.0, 120.0])
+    for B, ends in ((R * a @ R.T, (0.0727, 0.0788)), (R * a @ R, (0.1095, 0.1127))):
+        losses = np.sum((theory.fine_tuned_product(s, a, B, 1.0) - np.diag(a)) ** 2, axis=(1, 2)) / 2
+        np.testing.assert_allclose(losses, ends, atol=1e-4)
+        assert theory.late_slope(a, B, 1.0)[1] > 0
+
+
+@pytest.mark.slow
+def test_jumps_tell_visible_overtraining():
+    """Among random tasks and short times the sign of the jump is that of the loss with and without the feature."""
+    generator, a = np.random.default_rng(3), np.array([1.0, 0.5, 0.05])
+    B = 0.7 * generator.standard_normal((200, 3, 3))
+    jumps = np.asarray(theory.learning_jumps(a, B, 0.15))
+    losses = [
+        np.sum((theory.fine_tuned_product(a * there, a, B, 0.15) - np.diag(a)) ** 2, axis=(1, 2)) / 2
+        for there in np.tri(4, 3, -1)
+    ]
+    agree = np.sign(jumps) == np.sign(np.diff(np.array(losses), axis=0).T)
+    assert agree.mean() > 0.93
+    assert 0.1 < (jumps[:, 2] > 0).mean() < 0.9
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    target = sims.sample_target(jax.random.key(0), 4)
+    times = np.concatenate([[0.0], np.geomspace(0.5, 80, 14)])
+    checkpoints = sims.pretrain(target, times, initial=1e-3, step_size=0.05)
+    tasks = sims.sample_kinds(jax.random.key(1), target, 12)
+    return (
+        target,
+        tasks,
+        sims.late_rises(checkpoints, target, tasks, finetune_times=np.array([0.1, 1.0]), step_size=0.02),
+    )
+
+
+@pytest.mark.slow
+def test_kinds_of_task_are_what_they_say(kinds):
+    target, tasks, _ = kinds
+    U, a, Vt = np.linalg.svd(target)
+    inside = {name: U.T @ np.asarray(stack) @ Vt.T for name, stack in tasks.items()}
+    off = {name: abs(matrices - matrices * np.eye(4)).max() for name, matrices in inside.items()}
+    assert all(
+        (off[name] < 1e-12) == (name in ("shared", "stretched", "shrunk", "removed", "permuted")) for name in off
+    )
+    diagonals = {name: np.diagonal(matrices, axis1=1, axis2=2) for name, matrices in inside.items()}
+    for name, factor in (("stretched", 1.5), ("shrunk", 0.5), ("A + other", 1.0), ("orthogonal", 0.0)):
+        np.testing.assert_allclose(diagonals[name], np.tile(factor * a, (12, 1)), atol=1e-12)
+    for name in ("permuted", "R A Rᵀ", "sides"):
+        values = np.linalg.svd(np.asarray(tasks[name]))[1]
+        np.testing.assert_allclose(values, np.tile(a, (12, 1)), rtol=1e-9)
+    np.testing.assert_allclose(inside["R A Rᵀ"], inside["R A Rᵀ"].swapaxes(1, 2), atol=1e-12)
+    assert abs(inside["sides"] - inside["sides"].swapaxes(1, 2)).max() > 0.01
+
+
+@pytest.mark.slow
+def test_which_kinds_overtrain(kinds):
+    late = kinds[2].isel(finetune_time=1)
+    for never in ("shrunk", "removed"):
+        assert float(late.share.sel(task=never)) == float(late.predicted.sel(task=never)) == 0
+    for often in ("random", "A + other", "stretched"):
+        assert float(late.share.sel(task=often)) >= 0.5
+        assert float(late.predicted.sel(task=often)) > 0.7
+    assert float(late.rise.sel(task="random")) > 10 * float(late.rise.sel(task="sides"))
+    assert float(late.predicted.sel(task="sides")) > 0.5  # it rises, hardly visibly
+
+
+def test_tuned_rates_and_the_mechanism():
+    times = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    rates = 0.3 / times  # the best of a made-up table; sensitivity grows like t
+    grid = np.geomspace(0.01, 0.5, 300)
+    finetune = (np.log(grid)[:, None] - np.log(rates)) ** 2
+    dims = ("task", "step_size", "time")
+    data = xr.Dataset(
+        {"finetune": (dims, finetune[None]), "pretrain": (dims, (1 + grid[:, None] ** 2 * times)[None])}
+        | {"spread": (dims, np.tile(times, (1, 300, 1))), "pretrain_before": ("time", np.ones(5))},
+        {"task": ["made up"], "step_size": grid, "time": times},
+    )
+    best = sims.optimal_rates(data).sel(task="made up")
+    np.testing.assert_allclose(best.trend, -1, atol=0.02)
+    np.testing.assert_allclose(best.growth, -np.log(2), atol=0.05)  # 2Δlog η + Δlog S = −2 log 2 + log 2
+    np.testing.assert_allclose(best.degrades, best.growth, atol=1e-9)
+    assert (best.rises < 0).all()
+
+
 @pytest.mark.parametrize("imbalance", [0.0, 0.5])
 def test_trained_singular_values_follow_the_closed_form(imbalance):
     target, times = sims.sample_target(jax.random.key(0), 3), np.linspace(0, 6, 13)
@@ -306,7 +504,7 @@ def test_token_stream_is_fresh_and_does_not_depend_on_the_batch_of_seeds():
     three = sims.pretrain_on_tokens(jax.random.key(2), target, start, rates, save, **settings)
     two = sims.pretrain_on_tokens(jax.random.key(2), target, jax.tree.map(lambda w: w[:2], start), rates, **settings)
     np.testing.assert_allclose(three.w1[1, :2], two.w1, rtol=1e-12)
-    stream = sims._TokenStream(jax.random.split(jax.random.key(0), 1), target, jnp.asarray(0.0), 4)
+    stream = training._TokenStream(jax.random.split(jax.random.key(0), 1), target, jnp.asarray(0.0), 4)
     first, second = stream(jnp.asarray(0)), stream(jnp.asarray(1))
     assert float(jnp.abs(first.covariance - second.covariance).max()) > 0.1
     np.testing.assert_allclose(first.cross, target @ first.covariance, atol=1e-12)
@@ -396,6 +594,13 @@ BAD = {
     "steps": (theory.fine_tuned_singular_values, ([1.0], [2.0], 1.0, 0.0, 0), "steps"),
     "penalty": (theory.fine_tuned_singular_values, ([1.0], [2.0], 1.0, -1.0), "penalty"),
     "pretrain target": (theory.fine_tuning, (0.1, [NAN], [1.0], 1.0, 1.0), "pretrain_target"),
+    "late target": (theory.late_slope, (1.0, 1.0, 1.0), "target"),
+    "late negative": (theory.late_slope, ([-1.0], [[1.0]], 1.0), "target"),
+    "late shape": (theory.late_slope, ([1.0, 0.5], np.eye(3), 1.0), "finetune_target"),
+    "late matrices": (theory.critical_time, (np.ones((2, 3)), np.eye(2)), "finetune_target"),
+    "late time": (theory.late_slope, ([1.0], [[1.0]], -1.0), "time"),
+    "late penalty": (theory.second_order_slope, ([1.0], [[1.0]], 1.0, -1.0), "penalty"),
+    "product modes": (theory.fine_tuned_product, ([1.0, 1.0], [1.0], [[1.0]], 1.0), "singular_values"),
     "finetune target": (theory.fine_tuning_inflection_times, (0.1, [1.0, 2.0], [1.0], 1.0), "finetune_target"),
 }
 

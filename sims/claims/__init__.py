@@ -17,8 +17,8 @@ from sims.parameters import Parameter
 __all__ = ["Claim", "all_claims", "claim"]
 
 SECTIONS = (
-    "spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier", "combinations",
-    "pipelines", "merges", "tangent",
+    "spectral", "overadaptation", "equivalents", "flow", "overtraining", "misaligned", "s3ft", "frontier",
+    "combinations", "pipelines", "merges", "tangent",
 )  # fmt: skip
 """Modules that have claims, in the order of the docs."""
 

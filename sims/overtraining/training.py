@@ -1,7 +1,7 @@
 """Overtraining measured: pretrain a two-layer linear network, keep checkpoints, perturb or fine-tune each one.
 
 Weights are trained as full matrices by gradient descent, on the target itself or on tokens that stream by once;
-closed forms (docs, N1–N4) are only put beside what was measured. Losses are ½‖W − A‖²_F, times are step size × steps.
+closed forms (docs, N1–N5) are only put beside what was measured. Losses are ½‖W − A‖²_F, times are step size × steps.
 """
 
 from collections.abc import Callable
@@ -481,3 +481,9 @@ def sharpness_and_forgetting(
     settings = {"steps": steps, "batch": batch, "noise_std": noise_std, "level": level, "scales": scales, "size": size}
     variables = {name: (dims, columns[:, :, index]) for index, name in enumerate(names)}
     return xr.Dataset(variables, {"schedule": list(schedules), "step_size": step_sizes}, settings)
+
+
+def key_from(normals: np.ndarray) -> Array:
+    """A key made of standard normals, for claims, which have no other source of randomness."""
+    words = np.frombuffer(np.ascontiguousarray(normals[:1]).tobytes(), np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words))
