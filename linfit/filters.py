@@ -184,6 +184,8 @@ class Combination(Filter):
 
     def __init__(self, filters: Sequence[Filter], weights: ArrayLike):
         self.filters, self.weights = tuple(filters), real_array("weights", weights)
+        if not self.filters:
+            raise ValueError("filters must hold at least one filter, got none")
         for filter in self.filters:
             if not isinstance(filter, Filter):
                 raise ValueError(f"filters must be linfit filters such as Ridge(0.1), got {type(filter).__name__}")

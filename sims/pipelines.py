@@ -34,7 +34,7 @@ def simulated_risks(
 
     Args:
         key: of everything that is sampled.
-        stages: `theory.pipelines.Stage`s of one stage each, with whole n.
+        stages: one `theory.pipelines.Stage` for each, with whole n.
         targets: second moments (T, T, p); optima are Gaussian with these.
         tests: spectra (T, p), by default those of the first stage on each task.
         replicates: pipelines that are averaged.

@@ -12,7 +12,16 @@ import linfit
 from linfit import spectra
 from linfit.covariance import Dense, Diagonal, Empirical
 from linfit.design import column_blocks, sample_design, sample_designs, sample_task
-from linfit.filters import GradientDescent, GradientFlow, MinNorm, Ridge, Tabulated
+from linfit.filters import (
+    Combination,
+    GradientDescent,
+    GradientFlow,
+    MinNorm,
+    Ridge,
+    SelfDistillation,
+    SharpnessAware,
+    Tabulated,
+)
 from linfit.problem import FixedShift, RandomShift, TwoTaskProblem, aligned_problem
 from linfit.reduction import risk_forms
 from linfit.risk import Parabola, excess_risks
@@ -30,6 +39,7 @@ FORM = risk_forms(X, PROBLEM).finetune
 
 NOT_REAL = {"complex": 1j, "string": "large", "none": None, "nan": NAN}
 NOT_FINITE = {**NOT_REAL, "inf": INF}
+NEGATIVE_OR_NAN = {**NOT_REAL, "negative": -0.5}
 NEGATIVE = {**NOT_FINITE, "negative": -0.5}
 VECTOR = {
     "scalar": 1.0,
@@ -185,6 +195,15 @@ TABLE = [
     *case(lambda value: Parabola(1.0, 0.5, 0.5, 0.5)(value), "tau", NOT_FINITE),
     *case(lambda value: value * MinNorm(), "tau", {**NOT_FINITE, "filter": MinNorm()}),
     *case(lambda value: (value * Ridge([0.1, 0.2]))(FLAT), "tau", {"not broadcasting": [0.1, 0.2, 0.3]}),
+    *each(SelfDistillation, {"penalty": [0.1, 0.2], "mix": 0.5}, penalty=NEGATIVE_OR_NAN, mix=NOT_FINITE),
+    *case(lambda value: SelfDistillation([0.1, 0.2], value), "mix", {"not broadcasting": [0.1, 0.2, 0.3]}),
+    *each(SharpnessAware, {"time": 1.0, "radius": 0.5}, time=NEGATIVE_OR_NAN, radius=NEGATIVE),
+    *each(
+        Combination,
+        {"filters": [MinNorm(), Ridge(0.1)], "weights": [0.5, 0.5]},
+        filters={"numbers": [1.0, 2.0], "none": [], "too many": [MinNorm()] * 3},
+        weights={**NOT_FINITE, "scalar": 1.0, "size": [1.0], "empty": []},
+    ),
     *case(Tabulated, "values", {**NOT_FINITE, "empty": []}),
     *case(Tabulated(np.ones(3)), "values", {"of another design": np.ones(4)}),
     *[

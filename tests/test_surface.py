@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = ("linfit", "theory", "sims", "figures")
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
-MOST_NAMES, MOST_LINES = 250, 60
+MOST_NAMES, MOST_LINES = 300, 60
 
 
 def module_of(path: Path) -> str:

@@ -157,7 +157,7 @@ def risks(stages: Stage | Sequence[Stage], targets: ArrayLike, tests: Maybe = No
         R_kb = Σ_j M⁽ᵇ⁾_j E(θ_k − θ*_b)_j²
 
     Args:
-        stages: `Stage`s in order; one may stand for many.
+        stages: a `Stage` each, in order; one may stand for many.
         targets: second moments (T, T, p), E θ*_a θ*_b coordinate by coordinate, or (T, T, 1) if all are alike.
         tests: spectra (T, p) of the test covariances M; by default of the first stage that trains on the task.
 
