@@ -117,6 +117,7 @@ def test_distillation_is_the_derivative_in_the_equivalents():
         np.testing.assert_allclose(one.total, other.total, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_equivalents_of_sums_are_quadratic_and_know_their_limits():
     """The parallelogram law; the parts that stand for t = 0, ∞ and λ = ∞; one filter as a sum of halves."""
     a, b = GradientFlow([1.0, 10.0, np.inf, 0.0]), Ridge(0.2)
