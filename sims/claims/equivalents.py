@@ -29,7 +29,7 @@ from theory.equivalents import (
     spectral_edge,
 )
 
-SIZES, REPLICATES = (32, 64), 40
+SIZES, REPLICATES = (32, 64), 24
 
 LAWS = (lambda latent: latent, np.sign, lambda latent: 12**0.5 * (scipy.stats.norm.cdf(latent) - 0.5))
 """Gaussian, Rademacher and uniform coordinates from standard normals."""
@@ -54,21 +54,23 @@ class Population(NamedTuple):
         """Multiplicities (4,)."""
         return n * self.share
 
-    def kappa(self, penalty: complex) -> complex:
-        """κ(λ) as a root of (κ−λ)Π(s_j+κ) = κ Σ share_j s_j Π_{i≠j}(s_i+κ): the positive one, or that on λ's side."""
-        lost = sum(
-            w * s * np.poly(-np.delete(self.s, j)) for j, (s, w) in enumerate(zip(self.s, self.share, strict=True))
-        )
-        polynomial = np.polysub(np.polymul([1, -penalty], np.poly(-self.s)), np.append(lost, 0))
-        roots = np.roots(polynomial)
-        if np.imag(penalty) == 0:
-            real = roots.real[np.abs(roots.imag) < 1e-7 * np.abs(roots).max()]
-            root = max(real.max(), 0.0)
-        else:
-            root = roots[np.argmax(roots.imag * np.sign(np.imag(penalty)))]
-        for _ in range(3 if root != 0 else 0):  # polished
-            root = root - np.polyval(polynomial, root) / np.polyval(np.polyder(polynomial), root)
-        return root
+    def kappa(self, penalties: Any) -> np.ndarray:
+        """κ at each λ (K,), a root of (κ−λ)Π(s_j+κ) = κ Σ share_j s_j Π_{i≠j}(s_i+κ): on λ's side, real ones ≥ 0."""
+        penalties, product = np.asarray(penalties, complex), np.poly(-self.s)
+        lost = sum(w * s * np.poly(-np.delete(self.s, j)) for j, (s, w) in enumerate(zip(self.s, self.share)))
+        known = np.append(product, 0) - np.concatenate([[0], lost, [0]])
+        coefficients = known - penalties[:, None] * np.append(0, product)  # of κ⁵, …, 1
+        companion = np.zeros((penalties.size, 5, 5), complex)
+        companion[:, 0], companion[:, range(1, 5), range(4)] = -coefficients[:, 1:], 1
+        roots = np.linalg.eigvals(companion)
+        rank = np.where(penalties.imag[:, None] == 0, roots.real, roots.imag * np.sign(penalties.imag)[:, None])
+        root = roots[np.arange(penalties.size), np.argmax(rank, axis=1)]
+        for _ in range(3):  # polished
+            powers = root[:, None] ** np.arange(5, -1, -1)
+            slope = np.sum(coefficients[:, :5] * np.arange(5, 0, -1) * powers[:, 1:], axis=1)
+            root = root - np.sum(coefficients * powers, axis=1) / slope
+        # p < n at λ = 0: the root is 0
+        return np.where(penalties.imag == 0, np.where(root.real > 1e-12 * self.s.max(), root.real, 0), root)
 
 
 def _population(aspect: int, decay: float) -> Population:
@@ -159,7 +161,7 @@ def d1_root(normal: Normal, aspect: int, decay: float, n: int, n_ratio: float, *
     spectrum = Spectrum(population.s, population.count(n))
     complex_ones = _penalties(population, **penalties)
     real_ones = np.append(np.abs(complex_ones), 0.0)
-    by_root = [population._replace(share=population.share / n_ratio).kappa(at) for at in (*complex_ones, *real_ones)]
+    by_root = population._replace(share=population.share / n_ratio).kappa([*complex_ones, *real_ones])
     f = population.s / (population.s + np.real(by_root[2:])[:, None])
     freedom = degrees_of_freedom(real_ones, spectrum, n)
     predicted = np.concatenate(
@@ -319,7 +321,7 @@ def _unit(fields: np.ndarray) -> np.ndarray:
 def _by_resolvents(atoms: Atoms, penalties: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(2, 4) for the filter Re Σ_k w_k/(s+λ_k): D1 and D2 as they are written, in single and double sums."""
     s, share = atoms.population
-    kappa = np.array([atoms.population.kappa(at) for at in penalties])
+    kappa = atoms.population.kappa(penalties)
     r = 1 / (s + kappa[:, None])  # (K, 4)
     f = (weights @ (s * r)).real
 
@@ -342,8 +344,8 @@ def _talbot(time: float, nodes: int = 32) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([z, z.conj()]) / time, np.concatenate([w, w.conj()]) / 2
 
 
-def _circle(step_size: float, steps: int, nodes: int = 192) -> tuple[np.ndarray, np.ndarray]:
-    """λ and w of (1−(1−ηs)^k)/s on the circle of radius 1.2."""
+def _circle(step_size: float, steps: int, nodes: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """λ and w of (1−(1−ηs)^k)/s on a circle of radius 1.2."""
     v = 1.2 * np.exp(2j * np.pi * (np.arange(nodes) + 0.5) / nodes)
     return (v - 1) / step_size, v ** (steps + 1) / (v - 1) / nodes
 
@@ -352,11 +354,11 @@ def _edge(population: Population) -> float:
     """Largest x at which κ(−x) is not real: where the density of Σ̂'s eigenvalues ends."""
     s, share = population
     low, high = s.max() * 1e-3, s.max() * 4 * (1 + share.sum() ** 0.5) ** 2
-    for _ in range(60):
-        x = (low + high) / 2
-        inside = abs(np.imag(population.kappa(-x + 1e-30j))) > 1e-6 * x
-        low, high = (x, high) if inside else (low, x)
-    return high
+    for _ in range(6):
+        x = np.linspace(low, high, 65)
+        last = np.flatnonzero(np.abs(population.kappa(-x + 1e-30j).imag) > 1e-6 * x)[-1]
+        low, high = x[last], x[last + 1]
+    return float(high)
 
 
 TRAINING = {
@@ -364,14 +366,15 @@ TRAINING = {
     "time": TIME.within(1.0, 1e3, highest=1e6),
     "speed": Parameter(low=0.1, high=0.9),  # η·s_max
     "steps": Parameter(low=1, high=16, scale="whole"),
-    "more_steps": Parameter(low=17, high=60, scale="whole"),
+    "more_steps": Parameter(low=17, high=40, scale="whole"),
 }
 
 
 @identity(
     "D3.sums",
     "The risk of every filter is the double sum over its resolvents, whatever contour they lie on.",
-    R"R_\mathrm{ft}(\tau) = \textstyle\sum_j M_jS_{jj}(1-\tau f_j)^2 + \tau^2(E_M+V_M),\quad f_j = \sum_k w_k\tfrac{s_j}{s_j+\kappa_k}",
+    R"R_\mathrm{ft}(\tau) = \textstyle\sum_j M_jS_{jj}(1-\tau f_j)^2 + \tau^2(E_M+V_M),\quad "
+    R"f_j = \sum_k w_k\tfrac{s_j}{s_j+\kappa_k}",
     parameters=POPULATION
     | BED
     | TRAINING

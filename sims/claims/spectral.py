@@ -163,7 +163,8 @@ def s0_designs(normal: Normal, law: int, variance: float, noise_std: float, lost
     z, shift, block = (kept * np.asarray(values) / variance**0.5 for values in (x, one.theta_2_star, blocks))
     noise = noise / noise_std
     measured = [z, z**2, z**4, shift, shift**2, noise, noise**2, block, block**2]
-    return np.array([0, 1, fourth, 0, 1, 0, 1, 0, 1.0]), np.stack(measured, axis=-1)
+    means = np.stack([values.reshape(2048, -1).mean(axis=1) for values in measured], axis=-1)
+    return np.array([0, 1, fourth, 0, 1, 0, 1, 0, 1.0]), means
 
 
 @identity(
