@@ -138,7 +138,7 @@ def _shrunk(s: np.ndarray, shape: tuple[int, ...], noise_std: float) -> np.ndarr
     tolerance=1e-4,
 )
 def b1(normal: Normal, optimum: float, curvature: float, noise_std: float, form: int, cubic: float) -> Sides:
-    """τ*, L there and at 1.2, the gain, their errors, χ² and its p-value; from means, with or without errors, or samples.
+    """τ*, L there and at 1.2, the gain, their errors, χ² and its p-value; from means (two ways) or samples.
 
     Errors are those of a fit by `numpy.polyfit` whose data are moved a little, one after another; `cubic` bends the
     measured fit.
@@ -164,7 +164,7 @@ def b1(normal: Normal, optimum: float, curvature: float, noise_std: float, form:
     slopes = np.stack([(numbers(mean + step * e) - numbers(mean - step * e)) / (2 * step) for e in np.eye(5)], axis=1)
     c, b, a = np.polyfit(taus, mean, 2, w=weights)
     residual = mean - (a + b * taus + c * taus**2)
-    spread = {0: np.eye(5) * residual @ residual / 2, 1: np.diag(errors**2), 2: np.cov(data) / n if form == 2 else 0}[
+    spread = {0: np.eye(5) * (residual @ residual) / 2, 1: np.diag(errors**2), 2: np.cov(data) / n if form == 2 else 0}[
         form
     ]
     error = np.sqrt(np.diag(slopes @ spread @ slopes.T))
