@@ -106,11 +106,12 @@ def _filtered(method: str, deltas: list[np.ndarray], rank: int) -> np.ndarray:
 
 def _median(aspect: float) -> float:
     """Of the Marchenko–Pastur law with p/n = β ≤ 1: where its distribution function, integrated on a grid, is ½."""
-    ends = (1 - aspect**0.5) ** 2, (1 + aspect**0.5) ** 2
-    x = ends[0] + (ends[1] - ends[0]) * np.sin(np.linspace(0, np.pi / 2, 4001)) ** 2
-    density = np.sqrt(np.maximum((ends[1] - x) * (x - ends[0]), 0)) / (2 * np.pi * aspect * np.maximum(x, 1e-300))
-    below = scipy.integrate.cumulative_simpson(density * np.gradient(x, edge_order=2), dx=1.0, initial=0)
-    return float(np.interp(below[-1] / 2, below, x))
+    low, high = (1 - aspect**0.5) ** 2, (1 + aspect**0.5) ** 2
+    angle = np.linspace(1e-12, np.pi / 2, 4001)
+    x = low + (high - low) * np.sin(angle) ** 2
+    density = (high - low) ** 2 * (np.sin(angle) * np.cos(angle)) ** 2 / (np.pi * aspect * x)  # in the angle
+    below = scipy.integrate.cumulative_simpson(density, x=angle, initial=0)
+    return float(np.interp(0.5, below, x))
 
 
 def _shrunk(s: np.ndarray, shape: tuple[int, ...], noise_std: float) -> np.ndarray:

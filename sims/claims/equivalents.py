@@ -594,6 +594,35 @@ def _left(ridges: rational.Ridges, s: np.ndarray) -> np.ndarray:
 
 
 @identity(
+    "D4.plan",
+    "Times are grouped by decade and step size so that each group's contour serves all of it.",
+    R"t_{\max}/t < 10,\ \eta' = \eta",
+    parameters={
+        "time": TIME.within(1.0, 1e6, highest=1e9),
+        "decades": Parameter(low=1.2, high=1.8),
+        "step_size": Parameter(low=1e-3, high=10.0, scale="log"),
+        "late": Parameter(low=1.0, high=1.0, highest=2.0),
+    },
+    tolerance=1e-8,
+)
+def d4_plan(normal: Normal, time: float, decades: float, step_size: float, late: float) -> Sides:
+    """1 − s·g(s) at 24 times in any order, of flow, and of descent with two step sizes: (2, 24, 100)."""
+    times = np.round(np.exp(np.log(20 * time) + decades * np.log(10) * np.argsort(normal(24)) / 23))
+    rates = step_size * np.resize([1.0, 0.5], 24)
+    flow = rational.plan(jnp.asarray(times), jnp.ones(24), concrete=True)
+    descent = rational.plan(jnp.asarray(times), jnp.asarray(rates), concrete=True)
+    x = np.logspace(-3, 0, 100) / times.min()  # s for flow, ηs for descent
+    predicted = np.exp(-late * times[:, None] * x), np.exp(late * times[:, None] * np.log1p(-x))
+    flowed = _left(rational.flow_ridges(jnp.asarray(times), flow), x)
+    ridges = rational.descent_ridges(jnp.asarray(times), descent)
+    descended = [
+        _left(ridges._replace(weights=w[None], group=g[None]), x / rate)
+        for w, g, rate in zip(ridges.weights, ridges.group, rates)
+    ]
+    return np.stack(predicted), np.stack([flowed, np.concatenate(descended)])
+
+
+@identity(
     "D4.descent",
     "Complex ridges reproduce gradient descent: few steps at any stable rate, many at rates below 1/s.",
     R"(1-\eta s)^k \approx \mathrm{Re}\textstyle\sum_k w_k\lambda_k/(s+\lambda_k)",
