@@ -43,7 +43,7 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
-METHODS = ("linear", "shrink", "rank", "singular")
+METHODS: tuple[Any, ...] = ("linear", "shrink", "rank", "singular")
 
 
 @identity(
@@ -74,7 +74,7 @@ def b1_merge(normal: Normal, method: int, tau: float, signal: float, rank: int, 
         out, twice = root / "out", [tau, tau / 2]
         written = merge(
             _write(root / "base", base), tuned, out, tau=twice, method=METHODS[method], workers=1, **options
-        )  # type: ignore[arg-type]
+        )
         merged = [_read(Path(folder)) for folder in written.folders]
     predicted, measured = [], []
     for name in base:
@@ -170,7 +170,7 @@ def b1(normal: Normal, optimum: float, curvature: float, noise_std: float, form:
     ]
     error = np.sqrt(np.diag(slopes @ spread @ slopes.T))
     gain, gain_error = curve.gain_over_full
-    known = [
+    known: list[Any] = [
         curve.best_tau,
         curve(curve.best_tau),
         curve(1.2),
@@ -351,7 +351,7 @@ def b4(normal: Normal, gamma: float, initial: int, size: float, lost: float) -> 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         folder = _write(root / "model", {"w": w, "b": vector})
-        scale = {"init_scale": 0.1 * size} if initial else {}
+        scale: dict[str, Any] = {"init_scale": 0.1 * size} if initial else {}
         written = perturb(folder, root / "out", gamma=[gamma, 2 * gamma], seed=seed, workers=1, **scale)
         noisy = [_read(Path(each)) for each in written.folders]
     unit = 0.1 * size if initial else (np.mean(w**2)) ** 0.5

@@ -50,7 +50,7 @@ class Population(NamedTuple):
     s: np.ndarray
     share: np.ndarray
 
-    def count(self, n: int) -> np.ndarray:
+    def multiplicities(self, n: int) -> np.ndarray:
         """Multiplicities (4,)."""
         return n * self.share
 
@@ -114,7 +114,7 @@ def _extrapolated(
     What the mean squares of the latent coordinates explain, whose own mean is known to be 1, is taken out.
     """
     n = SIZES[-1]
-    latents = [LAWS[law](normal(REPLICATES, n, int(count))) for count in population.count(n)]
+    latents = [LAWS[law](normal(REPLICATES, n, int(count))) for count in population.multiplicities(n)]
     control = np.stack([np.mean(latent**2, axis=(1, 2)) - 1 for latent in latents], axis=-1)
     if row_correlation:
         latents = [np.linalg.cholesky(autocorrelation(n, row_correlation)) @ latent for latent in latents]
@@ -158,7 +158,7 @@ def _parts(value: Any) -> np.ndarray:
 def d1_root(normal: Normal, aspect: int, decay: float, n: int, n_ratio: float, **penalties: float) -> Sides:
     """κ at two complex penalties, two real ones and 0, and df₁ and df₂ at the real ones, relative to the roots."""
     population = _population(aspect, decay)
-    spectrum = Spectrum(population.s, population.count(n))
+    spectrum = Spectrum(population.s, population.multiplicities(n))
     complex_ones = _penalties(population, **penalties)
     real_ones = np.append(np.abs(complex_ones), 0.0)
     by_root = population._replace(share=population.share / n_ratio).kappa([*complex_ones, *real_ones])
@@ -304,7 +304,8 @@ def _atoms(
     spread = s**alignment / (share @ s ** (1 + alignment))
     u = np.array([1.0, -1.0, 1.0, -1.0]) * (pretrain_risk / (share @ pretrain)) ** 0.5
     nothing = np.zeros(4)
-    return Atoms(population, pretrain, *((nothing, spread**0.5) if fixed else (spread, nothing)), u, noise_std)
+    spread, shift = (nothing, spread**0.5) if fixed else (spread, nothing)
+    return Atoms(population, pretrain, spread, shift, u, noise_std)
 
 
 def _fields(pair: Pair[Parabola]) -> np.ndarray:
@@ -411,7 +412,7 @@ def d3_sums(
     ridges = [([at], [1.0]) for at in (0.0, penalty, 10 * penalty)]
     flows = [_talbot(time), _talbot(10 * time), _circle(2 * step_size, steps), _circle(step_size, more_steps)]
     ensemble = ([penalty], [tau])
-    problem, count = atoms.problem(n), population.count(n)
+    problem, count = atoms.problem(n), population.multiplicities(n)
     predicted = np.concatenate([_fields(along(problem, n, filter, multiplicities=count)) for filter in filters])
     noisy = atoms._replace(noise_std=noise_ratio * atoms.noise_std)
     measured = np.stack([_by_resolvents(noisy, *map(np.asarray, nodes)) for nodes in (*ridges, *flows, ensemble)])
@@ -462,7 +463,7 @@ def d3_isotropic(
         GradientFlow([time, 10 * time]),
         GradientDescent([2 * step_size, step_size], [steps, more_steps]),
     )
-    problem, count = atoms.problem(n), atoms.population.count(n)
+    problem, count = atoms.problem(n), atoms.population.multiplicities(n)
     predicted = np.concatenate([_fields(along(problem, n, filter, multiplicities=count)) for filter in filters])
     # x = s(1 + β + 2√β cos φ) makes the density smooth and periodic; mass beside it lies at x = 0 if p > n.
     phi = np.pi * (np.arange(4000) + 0.5) / 4000
@@ -481,8 +482,11 @@ def d3_isotropic(
         def double(S: np.ndarray, M: np.ndarray, twice: float = twice, noise: float = noise) -> tuple[float, float]:
             return level * share @ S * twice, noise
 
+        def linear(w: np.ndarray, once: float = once) -> float:
+            return share @ w * once
+
         isotropic = atoms._replace(population=Population(np.full(4, level), share), pretrain=np.full(4, level))
-        measured.append(isotropic.parabolas(lambda w, once=once: share @ w * once, double))
+        measured.append(isotropic.parabolas(linear, double))
     unit = _unit(np.array(measured))
     return predicted / unit, np.array(measured) / unit
 
@@ -490,17 +494,11 @@ def d3_isotropic(
 RISKS = DESIGN | BED
 
 
-def _risks(
-    normal: Normal,
-    filters: list[tuple[Filter, Callable[[np.ndarray], np.ndarray]]],
-    law: int,
-    row_correlation: float,
-    **values: Any,
-) -> Sides:
+def _risks(normal: Normal, filters: list[tuple[Filter, Any]], law: int, row_correlation: float, **values: Any) -> Sides:
     """Slope, bias and variance on both domains for filters, each with its g(s) once more, of one shape (…, n)."""
     atoms, n = _atoms(**values), SIZES[-1]
     population = atoms.population
-    problem, count = atoms.problem(n), population.count(n)
+    problem, count = atoms.problem(n), population.multiplicities(n)
     predicted = np.concatenate([_fields(along(problem, n, filter, multiplicities=count)) for filter, _ in filters])
 
     def statistic(level: Level) -> np.ndarray:
@@ -513,7 +511,10 @@ def _risks(
                 bias = np.einsum("h...k,...kl,h...l->h...", g, table, g, optimize=True)
                 return bias / level.n, np.sum(g**2 * level.diagonal(M), axis=-1) / level.n
 
-            found.append(atoms.parabolas(lambda w, g=g: np.sum(g * level.diagonal(w), axis=-1) / level.n, double))
+            def linear(w: np.ndarray, g: np.ndarray = g) -> np.ndarray:
+                return np.sum(g * level.diagonal(w), axis=-1) / level.n
+
+            found.append(atoms.parabolas(linear, double))
         return np.moveaxis(np.concatenate(found), 0, 2)
 
     unit = _unit(predicted)[..., 1:]
@@ -532,7 +533,7 @@ def _risks(
     sizes=SIZES,
 )
 def d3(normal: Normal, penalty: float, **values: Any) -> Sides:
-    filters = [
+    filters: list[tuple[Filter, Any]] = [
         (MinNorm(), lambda s: np.where(s > 0, 1 / np.where(s > 0, s, 1), 0)[None]),
         (Ridge([penalty, 10 * penalty]), lambda s: np.stack([1 / (s + penalty), 1 / (s + 10 * penalty)])),
     ]
@@ -561,7 +562,7 @@ def d4(
         return np.stack([sum(eta * (1 - eta * s) ** k for k in range(count)) for eta, count in both])
 
     descent = GradientDescent([2 * step_size, step_size], [steps, more_steps])
-    filters = [(GradientFlow([time, 10 * time]), flowed), (descent, descended)]
+    filters: list[tuple[Filter, Any]] = [(GradientFlow([time, 10 * time]), flowed), (descent, descended)]
     return _risks(normal, filters, aspect=aspect, decay=decay, **values)
 
 
@@ -660,7 +661,7 @@ def d5(normal: Normal, penalty: float, aspect: int, decay: float, law: int, row_
     """df₁/n, 1 − λ/κ and tr Σ̂(Σ̂+λ)⁻¹/n, λ in units of tr Σ/n."""
     population = _population(aspect, decay)
     at, n = penalty * population.share @ population.s, SIZES[-1]
-    spectrum = Spectrum(population.s, population.count(n))
+    spectrum = Spectrum(population.s, population.multiplicities(n))
     kappa = float(effective_regularization(at, spectrum, n))
     predicted = np.array([float(degrees_of_freedom(at, spectrum, n).first) / n, 1 - at / kappa])
 
@@ -695,7 +696,9 @@ def d5_signal(normal: Normal, u_ratio: float, **values: Any) -> Sides:
 def d5_edge(normal: Normal, aspect: int, decay: float, n: int, scale: float) -> Sides:
     """The edge by the grid over the one by bisection, minus 1, and 1% minus that."""
     population = _population(aspect, decay)
-    above = float(spectral_edge(Spectrum(scale * population.s, population.count(n)), n)) / _edge(population) - 1
+    above = (
+        float(spectral_edge(Spectrum(scale * population.s, population.multiplicities(n)), n)) / _edge(population) - 1
+    )
     return 0.0, np.array([above, 0.01 - above])
 
 

@@ -75,7 +75,7 @@ def _relative(predicted: Any, measured: Any) -> Sides:
 def s0_spectra(normal: Normal, exponent: float, rate: float, level: float, trace: float, other_trace: float) -> Sides:
     """Five spectra as they are and with their trace given, or `other_trace` times it: (10, 12)."""
     p, spikes = 12, np.exp(normal(3))
-    made = [
+    made: list[tuple[Any, tuple[Any, ...], list[float]]] = [
         (spectra.isotropic, (level,), [level] * p),
         (spectra.power_law, (exponent,), [(j + 1.0) ** -exponent for j in range(p)]),
         (spectra.exponential, (rate,), [np.exp(-rate) ** j for j in range(p)]),
@@ -153,7 +153,7 @@ def s0_designs(normal: Normal, law: int, variance: float, noise_std: float, lost
     """
     name = list(LAWS)[law]
     fourth = {"gaussian": 3.0, "rademacher": 1.0, "uniform": 9 / 5, "student": 3 + 6 / (8 - 4)}[name]
-    key, other = (wrap_key_data(np.abs(1e8 * normal(2)).astype(np.uint32)) for _ in range(2))
+    key, other = (wrap_key_data(jnp.asarray(np.abs(1e8 * normal(2)).astype(np.uint32))) for _ in range(2))
     flat = [np.full(size, 1.0) for size in (SAMPLES, 1)]
     wide, long = (TwoTaskProblem(one, variance * one, RandomShift(variance * one), noise_std) for one in flat)
     one, many = sample_task(key, wide, 1), sample_task(other, long, SAMPLES, law=name)
