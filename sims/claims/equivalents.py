@@ -151,7 +151,8 @@ def _parts(value: Any) -> np.ndarray:
     "The effective penalty is the one root of its equation on the penalty's side, for p below or above n.",
     R"(\kappa-\lambda)\textstyle\prod_j(s_j+\kappa) = \tfrac{\kappa}{n}\sum_j m_js_j\prod_{i\neq j}(s_i+\kappa)",
     parameters=POPULATION
-    | {name: RESOLVENTS[name] for name in ("penalty", "other_penalty", "phase", "other_phase")}
+    | {name: RESOLVENTS[name] for name in ("penalty", "other_penalty")}
+    | {"phase": Parameter(low=0.0, high=3.1), "other_phase": Parameter(low=-3.1, high=0.0)}
     | {"n": Parameter(low=8, high=1024, scale="whole"), "n_ratio": Parameter(low=1.0, high=1.0, highest=2.0)},
     tolerance=1e-9,
 )

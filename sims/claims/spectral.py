@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+import scipy.special
 from jax import Array
 from jax.random import wrap_key_data
 
 from linfit import (
     Empirical,
     FixedShift,
+    GradientDescent,
+    GradientFlow,
+    MinNorm,
     RandomShift,
     Ridge,
     TwoTaskProblem,
@@ -186,6 +190,32 @@ def s1(normal: Normal, **values: Any) -> Sides:
     predicted.append(gradient_descent(exact.X, y, theta_1, step_size=step_size, steps=steps))
     maps = [*exact.maps, exact.tau * exact.maps[1], exact.maps[-1]]
     return np.stack(predicted), np.stack([theta_1 + R @ residual for R in maps])
+
+
+@identity(
+    "S1.limits",
+    "The filters have their limits where the eigenvalue is zero or tiny.",
+    R"g(0) = 1/\lambda,\ t,\ \eta k,\quad g(0) = 0\ \text{for min-norm}",
+    parameters={name: EXACT[name] for name in ("penalty", "time", "steps")}
+    | {
+        "step_size": Parameter(low=1e-3, high=1.9, scale="log"),
+        "tiny": Parameter(low=1e-13, high=1e-3, scale="log"),
+        "other_time": Parameter(low=1.0, high=1.0, scale="log", lowest=0.5, highest=2.0),
+    },
+    tolerance=1e-9,
+)
+def s1_limits(
+    normal: Normal, penalty: float, time: float, steps: int, step_size: float, tiny: float, other_time: float
+) -> Sides:
+    """g at 0, `tiny` and 1, relative to what sums of powers give: flow by its series, descent step by step."""
+    s = np.array([0.0, tiny, 1.0])
+    small = [np.sum([time ** (j + 1) * (-at) ** j / scipy.special.factorial(j + 1) for j in range(12)]) for at in s[:2]]
+    flow = np.array([*small, 1 - np.exp(-time)]) * other_time
+    descent = sum(step_size * (1 - step_size * s) ** j for j in range(steps))
+    filters = Ridge(penalty), GradientFlow(time), GradientDescent(step_size, steps)
+    predicted, measured = np.stack([filter(s) for filter in filters]), np.stack([1 / (s + penalty), flow, descent])
+    min_norm = MinNorm()(s[::2])
+    return np.append(predicted / measured, min_norm), np.append(np.ones((3, 3)), [0.0, 1.0])
 
 
 @identity(
