@@ -262,25 +262,33 @@ def s2_covariances(
     penalty: float,
     other_penalty: float,
 ) -> Sides:
-    """Bias² and variance of ridge on both domains, and c = R(0), relative to R_ft(θ₁): (2, 3)."""
+    """Bias² and variance of ridge on both domains, and c = R(0), relative to R_ft(θ₁), for two kinds: (2, 2, 3)."""
     n, p = SIZES[0]
-    pretrain, finetune, spread = _covariances(normal, kind, decay)
-    shift = FixedShift(normal(p)) if fixed else RandomShift(spread)
-    u = None if kind == 1 else pretrain_size * normal(p)
-    problem = TwoTaskProblem(pretrain, finetune, shift, 1.0, u)
-    X, m = normal(n, p), moments(problem)._replace(noise_std=noise_std)
+    predicted, measured = [], []
+    for one, given in ((kind, fixed), ((kind + KINDS // 2) % KINDS, 1 - fixed)):
+        pretrain, finetune, spread = _covariances(normal, one, decay)
+        shift = FixedShift(normal(p)) if given else RandomShift(spread)
+        u = None if one == 1 else pretrain_size * normal(p)
+        problem = TwoTaskProblem(pretrain, finetune, shift, 1.0, u)
+        X, m = normal(n, p), moments(problem)._replace(noise_std=noise_std)
+        start = np.trace(m.second @ m.finetune)
+        predicted.append(_ridge_by_forms(X, problem, noise_std, penalty, one) / start)
+        risks = m.risks(X, ridge_map(X, penalty * other_penalty))
+        measured.append(np.hstack([risks, [[start], [m.u @ m.pretrain @ m.u]]]) / start)
+    return np.array(predicted), np.array(measured)
+
+
+def _ridge_by_forms(X: np.ndarray, problem: TwoTaskProblem, noise_std: float, penalty: float, kind: int) -> np.ndarray:
+    """Bias², variance and c of both domains (2, 3), the design in blocks or the last of a stack for some kinds."""
     if kind == 0:
         forms = risk_forms(iter([X[:, :7], X[:, 7:]]), problem)
     else:
         forms = risk_forms(np.stack([X[::-1], X]) if kind == 4 else X, problem)
     predicted = []
     for form in forms:
-        risk, start = form.with_noise_std(noise_std)(Ridge(penalty)), form.constant
-        predicted.append(np.array([risk.bias, risk.variance, start]).reshape(3, -1)[:, -1])
-    R = ridge_map(X, penalty * other_penalty)
-    starts = [[np.trace(m.second @ m.finetune)], [m.u @ m.pretrain @ m.u]]
-    measured = np.hstack([m.risks(X, R), starts])
-    return np.array(predicted) / starts[0][0], measured / starts[0][0]
+        risk = form.with_noise_std(noise_std)(Ridge(penalty))
+        predicted.append(np.array([risk.bias, risk.variance, form.constant]).reshape(3, -1)[:, -1])
+    return np.array(predicted)
 
 
 def _covariances(normal: Normal, kind: int, decay: float) -> list[Any]:
@@ -293,7 +301,7 @@ def _covariances(normal: Normal, kind: int, decay: float) -> list[Any]:
         [*diagonal, spectrum],
         [2 * spectrum, spectrum, np.full(p, 0.7)],
         [Empirical(1.5 * features[0]), first, second],
-        [first, dense, spectrum],
+        [dense, second, spectrum],
         [dense, np.full(p, 1.3), first],
         [dense, first, 3 * dense],
     ][kind]
