@@ -242,7 +242,6 @@ KINDS = 6
     "The quadratic form is the same however covariances are given, and for designs in blocks or stacks.",
     R"\Sigma = \mathrm{diag}(s),\ \Sigma \in \mathbb R^{p\times p},\ \Sigma = F^\top F/m,\ \Sigma = c\,\Sigma'",
     parameters={
-        "kind": Parameter(low=0, high=KINDS - 1, scale="whole"),
         "decay": DECAY.within(0.0, 1.5),
         "fixed": EXACT["fixed"],
         "noise_std": NOISE_STD.within(0.1, 10**0.5),
@@ -254,7 +253,6 @@ KINDS = 6
 )
 def s2_covariances(
     normal: Normal,
-    kind: int,
     decay: float,
     fixed: int,
     noise_std: float,
@@ -262,17 +260,17 @@ def s2_covariances(
     penalty: float,
     other_penalty: float,
 ) -> Sides:
-    """Bias² and variance of ridge on both domains, and c = R(0), relative to R_ft(θ₁), for two kinds: (2, 2, 3)."""
+    """Bias² and variance of ridge on both domains, and c = R(0), relative to R_ft(θ₁): (kinds, 2, 3)."""
     n, p = SIZES[0]
     predicted, measured = [], []
-    for one, given in ((kind, fixed), ((kind + KINDS // 2) % KINDS, 1 - fixed)):
-        pretrain, finetune, spread = _covariances(normal, one, decay)
-        shift = FixedShift(normal(p)) if given else RandomShift(spread)
-        u = None if one == 1 else pretrain_size * normal(p)
+    for kind in range(KINDS):
+        pretrain, finetune, spread = _covariances(normal, kind, decay)
+        shift = FixedShift(normal(p)) if (kind + fixed) % 2 else RandomShift(spread)
+        u = None if kind == 1 else pretrain_size * normal(p)
         problem = TwoTaskProblem(pretrain, finetune, shift, 1.0, u)
         X, m = normal(n, p), moments(problem)._replace(noise_std=noise_std)
         start = np.trace(m.second @ m.finetune)
-        predicted.append(_ridge_by_forms(X, problem, noise_std, penalty, one) / start)
+        predicted.append(_ridge_by_forms(X, problem, noise_std, penalty, kind) / start)
         risks = m.risks(X, ridge_map(X, penalty * other_penalty))
         measured.append(np.hstack([risks, [[start], [m.u @ m.pretrain @ m.u]]]) / start)
     return np.array(predicted), np.array(measured)
