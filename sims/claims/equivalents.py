@@ -37,10 +37,7 @@ LAWS = (lambda latent: latent, np.sign, lambda latent: 12**0.5 * (scipy.stats.no
 ASPECTS = (0.5, 2.0, 4.0, 1.0)
 """p/n; the last one, where the risk of min-norm is infinite, lies outside the assumptions."""
 
-POPULATION = {
-    "aspect": Parameter(low=0, high=2, scale="whole", highest=3),
-    "decay": DECAY.within(0.0, 1.5, highest=3.0),
-}
+POPULATION = {"aspect": Parameter(low=0, high=2, scale="whole"), "decay": DECAY.within(0.0, 1.5, highest=3.0)}
 DESIGN = POPULATION | {"law": Parameter(low=0, high=2, scale="whole"), "row_correlation": Parameter(highest=0.9)}
 
 
@@ -379,7 +376,7 @@ TRAINING = {
     R"f_j = \sum_k w_k\tfrac{s_j}{s_j+\kappa_k}",
     parameters=POPULATION
     | BED
-    | TRAINING
+    | {name: value._replace(lowest=None, highest=None) for name, value in TRAINING.items()}
     | {"n": Parameter(low=8, high=1024, scale="whole"), "tau": TAU.within(-0.5, 1.5)}
     | {"noise_ratio": Parameter(low=1.0, high=1.0, scale="log", lowest=0.5, highest=2.0)},
     tolerance=1e-6,
