@@ -257,7 +257,7 @@ def _least_risks(X: np.ndarray, m: Moments, chosen: dict[str, float]) -> dict[st
         for suffix, ensembled in (("", False), (" + ensemble", True)):
 
             def tau_and_risk(value: float, filter: Any = filter, ensembled: bool = ensembled) -> tuple[float, float]:
-                start, slope, curvature = parabola(lambda tau: view.risk(tau * filter(value)))
+                start, slope, curvature = view.along(filter(value))
                 tau = slope / curvature if ensembled else 1.0
                 return tau, start - 2 * tau * slope + tau**2 * curvature
 

@@ -111,10 +111,16 @@ class Primal(NamedTuple):
     noise: np.ndarray
     """σ²(VᵀΣ₂V)_jj/n (p,)."""
 
-    def risk(self, g: np.ndarray) -> np.ndarray:
-        """R_ft of filter values g (…, p)."""
-        missed = 1 - self.eigenvalues * g
-        return np.sum(missed @ self.cross * missed, axis=-1) + g**2 @ (self.eigenvalues * self.noise)
+    def along(self, g: np.ndarray) -> tuple[float, float, float]:
+        """(c, b, a) of R_ft(τ) = c − 2bτ + aτ² for filter values g (p,), term by term: no cancellation at small g."""
+        learned = self.eigenvalues * g
+        curvature = learned @ self.cross @ learned + g**2 @ (self.eigenvalues * self.noise)
+        return float(self.cross.sum()), float(self.cross.sum(axis=1) @ learned), float(curvature)
+
+    def risk(self, g: np.ndarray) -> float:
+        """R_ft of filter values g (p,)."""
+        start, slope, curvature = self.along(g)
+        return start - 2 * slope + curvature
 
     def least_risk(self) -> float:
         """That of the best values, by normal equations over the directions that X reaches."""
@@ -122,7 +128,7 @@ class Primal(NamedTuple):
         matrix = self.cross[np.ix_(reached, reached)] + np.diag(self.noise[reached] / self.eigenvalues[reached])
         g = np.zeros(reached.size)
         g[reached] = np.linalg.solve(matrix, self.cross.sum(axis=1)[reached]) / self.eigenvalues[reached]
-        return float(self.risk(g))
+        return self.risk(g)
 
 
 def primal(X: np.ndarray, m: Moments) -> Primal:

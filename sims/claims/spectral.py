@@ -176,7 +176,9 @@ def s0_designs(normal: Normal, law: int, variance: float, noise_std: float, lost
     x, noise = np.asarray(many.X)[:, 0], np.asarray(many.y - many.X @ many.theta_2_star)
     blocks = np.concatenate([np.ravel(block) for block in column_blocks(key, wide, 1)])
     kept = np.arange(SAMPLES) >= lost * SAMPLES
-    z, shift, block = (kept * np.asarray(values) / variance**0.5 for values in (x, one.theta_2_star, blocks))
+    z, shift, block = (
+        kept * np.round(np.asarray(values) / variance**0.5, 12) for values in (x, one.theta_2_star, blocks)
+    )
     noise = noise / noise_std
     measured = [z, z**2, _shape(z), shift, shift**2, noise, noise**2, block, block**2]
     means = np.stack([values.reshape(2048, -1).mean(axis=1) for values in measured], axis=-1)
