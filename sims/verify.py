@@ -116,7 +116,7 @@ def _studentised(samples: np.ndarray) -> np.ndarray:
     """
     count = len(samples)
     mean, spread = samples.mean(axis=0), samples.std(axis=0, ddof=1)
-    spread = np.maximum(spread, np.finfo(float).eps * (np.abs(samples).max(axis=0) + np.finfo(float).tiny))
+    spread = np.maximum(spread, np.finfo(float).eps * (np.abs(samples).max(axis=0) + np.finfo(float).tiny ** 0.25))
     t = mean / spread * count**0.5
     skewness = np.mean((samples - mean) ** 3, axis=0) / spread**3 / count**0.5
     return t + skewness * (2 * t**2 + 1) / 6 + skewness**2 * t**3 / 27

@@ -255,7 +255,7 @@ def test_exit_code_and_message_when_a_claim_fails(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ids": ("X7",)}, "ID must be among S1, "),
+        ({"ids": ("X7",)}, "ID must be among S0.spectra, "),
         ({"instances": 0}, "--instances must be at least 1, got 0"),
         ({"seed": -1}, "--seed must be between 0 and"),
         ({"seed": 2**32}, "--seed must be between 0 and"),

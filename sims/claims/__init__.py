@@ -18,7 +18,7 @@ __all__ = ["Claim", "all_claims", "claim"]
 
 SECTIONS = (
     "spectral", "overadaptation", "equivalents", "flow", "overtraining", "misaligned", "s3ft", "frontier",
-    "combinations", "pipelines", "merges", "tangent",
+    "combinations", "pipelines", "merges", "tangent", "bridge",
 )  # fmt: skip
 """Modules that have claims, in the order of the docs."""
 
@@ -94,7 +94,7 @@ def all_claims() -> tuple[Claim, ...]:
     """Every claim of every section, in the order in which they are written; ids are unique.
 
     >>> [claim.id for claim in all_claims()][:3]
-    ['S1', 'S2', 'S2.sampled']
+    ['S0.spectra', 'S0.bed', 'S0.designs']
     """
     modules = [import_module(f"sims.claims.{section}") for section in SECTIONS]
     return tuple(value for module in modules for value in vars(module).values() if isinstance(value, Claim))

@@ -4,11 +4,24 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 from jax import Array
 
 from linfit import MinNorm, RandomShift, RiskForm, TwoTaskProblem, aligned_problem, fine_tune, risk_forms, spectra
 from sims.claims import Normal, Sides, existence, identity, inequality, statistical
-from sims.claims.problems import EXACT, EXTREMES, exact_instance, moments, parabola, ridge_map, shifts, without
+from sims.claims.problems import (
+    EXACT,
+    EXTREMES,
+    Moments,
+    agree,
+    exact_instance,
+    moments,
+    parabola,
+    primal,
+    ridge_map,
+    shifts,
+    without,
+)
 from sims.parameters import ALIGNMENT, DECAY, NOISE_STD, TAU, Parameter
 from theory.overadaptation import bayes_penalty, best_of_each_method, combined, overadaptation_condition
 
@@ -72,8 +85,11 @@ def o1(normal: Normal, **values: Any) -> Sides:
     },
 )
 def o1_isotropic(normal: Normal, **values: Any) -> Sides:
-    _, _, form = _on_one_design(normal, SMALL, **values)
-    return 0.0, float(1 - form.optimal_tau(MinNorm()))
+    """1 − τ*, and that it is the vertex of the risk by traces."""
+    design, problem, form = _on_one_design(normal, SMALL, **values)
+    tau, A, m = float(form.optimal_tau(MinNorm())), np.linalg.pinv(np.asarray(design)), moments(problem)
+    _, slope, curvature = parabola(lambda tau: m.totals(np.asarray(design), tau * A)[0])
+    return 0.0, np.array([1 - tau, agree(tau, slope / curvature)])
 
 
 @statistical(
@@ -81,7 +97,9 @@ def o1_isotropic(normal: Normal, **values: Any) -> Sides:
     "Along τ, the risk is bias² plus τ² times the variance of the fine-tuned model.",
     R"R_\mathrm{ft}(\tau) = \mathrm{bias}^2(\tau) + \tau^2\,\mathrm{variance}(1)",
     source="paper 2506.01901 (picture)",
-    parameters=without("fixed", "tau") | {"noise_correlation": Parameter(highest=0.9)},
+    # with fewer samples than features, where there is a bias at τ = 1
+    parameters=without("fixed", "tau")
+    | {"size": Parameter(low=0, high=1, scale="whole"), "noise_correlation": Parameter(highest=0.9)},
 )
 def o2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
     """The fit to noise-free labels misses by the bias; two fits to the same signal differ by twice the variance.
@@ -122,7 +140,7 @@ def o2(normal: Normal, noise_correlation: float, **values: Any) -> Sides:
     },
 )
 def o2_bias(normal: Normal, adversarial: float, **values: float) -> Sides:
-    """−½ d bias²/dτ at τ = 0, relative to R_ft(θ₁).
+    """−½ d bias²/dτ at τ = 0, relative to R_ft(θ₁), and that the form and the traces agree on it.
 
     A share `adversarial` of the signal lies in the one direction for which learning starts by doing harm.
     """
@@ -136,7 +154,8 @@ def o2_bias(normal: Normal, adversarial: float, **values: float) -> Sides:
         problem, shift=RandomShift((1 - adversarial) * np.diag(spread)), pretrain_error=adversarial**0.5 * direction
     )
     start, slope, _ = parabola(lambda tau: moments(problem).risks(X, tau * A)[0, 0])
-    return 0.0, float(slope / start)
+    known = risk_forms(X, problem).finetune.along(MinNorm())
+    return 0.0, np.array([float(known.slope / known.constant), agree(known.slope, slope), agree(known.constant, start)])
 
 
 @identity(
@@ -164,9 +183,97 @@ def o3(normal: Normal, **values: Any) -> Sides:
     | {"tau": TAU.within(-0.99, 0.99, lowest=-1.5, highest=1.5), "pretrain_size": Parameter(highest=3.0)},
 )
 def o3_less(normal: Normal, **values: Any) -> Sides:
+    """1 − R_pre(τ)/R_pre(1) for four fine-tuners, and that the form and the traces agree on both."""
     exact = exact_instance(normal, **values)
-    ensemble, full = (np.array([exact.totals(tau * R)[1] for R in exact.maps]) for tau in (exact.tau, 1.0))
-    return ensemble / full, 1.0
+    form = exact.forms.pretrain
+    ensemble, full = (np.array([form(filter, tau).total for filter in exact.filters]) for tau in (exact.tau, 1.0))
+    by_traces = [np.array([exact.totals(tau * R)[1] for R in exact.maps]) for tau in (exact.tau, 1.0)]
+    return 0.0, np.stack([1 - ensemble / full, agree(ensemble, by_traces[0]), agree(full, by_traces[1])])
+
+
+@identity(
+    "O1.filters",
+    "The condition holds for every filter: it overadapts where the noise it fits exceeds the signal it misses.",
+    R"\tau^* < 1 \iff b\cdot g - g^\top B g < \sigma^2\textstyle\sum_i q_i g_i^2",
+    parameters=without("tau") | {"noise_ratio": Parameter(low=1.0, high=1.0, scale="log", lowest=0.5, highest=2.0)},
+    tolerance=1e-9,
+)
+def o1_filters(normal: Normal, noise_ratio: float, **values: Any) -> Sides:
+    """Signal missed, noise fitted and 1 where τ* < 1, else −1, for three filters, relative to R_ft(θ₁): (3, 3)."""
+    exact = exact_instance(normal, **values, tau=1.0)
+    m, X = exact.moments, exact.X
+    unit, m = np.trace(m.second @ m.finetune), m._replace(noise_std=noise_ratio * m.noise_std)
+    known, found = [], []
+    for filter, R in zip(exact.filters[1:], exact.maps[1:]):
+        condition = overadaptation_condition(exact.forms.finetune, filter)
+        sides = np.array([condition.missed_signal, condition.fitted_noise]) / unit
+        known.append([*sides, 1.0 if condition.overadapted else -1.0])
+        _, slope, curvature = parabola(lambda tau, R=R: m.risks(X, tau * R)[0, 0])
+        fitted = m.risks(X, R)[0, 1]
+        found.append([(slope - curvature) / unit, fitted / unit, 1.0 if slope < curvature + fitted else -1.0])
+    return np.array(known), np.array(found)
+
+
+@identity(
+    "O4.best",
+    "Every method at its best: the λ, t and τ that are found have the least risk there is.",
+    R"\min_{\lambda,\tau} R\bigl(\tfrac{\tau}{s+\lambda}\bigr),\ \min_{t,\tau} R\bigl(\tau\tfrac{1-e^{-ts}}{s}\bigr),"
+    R"\ \min_\tau R(\tau/s),\ R(g^*)",
+    parameters={
+        "decay": DECAY.within(0.0, 2.0),
+        "alignment": ALIGNMENT.within(-1.0, 1.0),
+        "noise_std": NOISE_STD.within(0.1, 10**0.5),
+        "off": Parameter(low=1.0, high=1.0, scale="log", lowest=0.5, highest=2.0),
+    },
+    tolerance=1e-7,
+)
+def o4_best(normal: Normal, off: float, **values: float) -> Sides:
+    """For every method its risk, twice, and its τ: R found among the features, and R at the λ, t and τ of the library.
+
+    Relative to what is measured; λ and t a factor `off` away.
+    """
+    design, problem, form = _on_one_design(normal, SMALL, **values)
+    best, m = best_of_each_method(form), moments(problem)
+    found = _least_risks(np.asarray(design), m, {name: off * float(o.hyperparameter) for name, o in best.items()})
+    risks = np.array([[float(best[name].risk)] * 2 for name in found])
+    taus = np.array([float(best[name].tau) for name in found])
+    measured = np.array(list(found.values()))
+    predicted = np.hstack([risks / measured[:, :2], (taus / measured[:, 2])[:, None]])
+    return predicted, np.ones_like(predicted)
+
+
+def _least_risks(X: np.ndarray, m: Moments, chosen: dict[str, float]) -> dict[str, tuple[float, float, float]]:
+    """Least risk by a search of our own, the risk at the hyperparameter that was chosen, and the best τ there."""
+    view = primal(X, m)
+    s, reached = view.eigenvalues, view.eigenvalues > 0
+    safe = np.where(reached, s, 1.0)
+    families = {
+        "min-norm": (lambda _: reached / safe, None),
+        "ridge": (lambda penalty: 1 / (s + penalty), s.max()),
+        "early stopping": (lambda time: np.where(reached, -np.expm1(-time * s) / safe, time), 1e4 / s.max()),
+    }
+    found = {}
+    for name, (filter, unit) in families.items():
+        for suffix, ensembled in (("", False), (" + ensemble", True)):
+
+            def tau_and_risk(value: float, filter: Any = filter, ensembled: bool = ensembled) -> tuple[float, float]:
+                start, slope, curvature = view.along(filter(value))
+                tau = slope / curvature if ensembled else 1.0
+                return tau, start - 2 * tau * slope + tau**2 * curvature
+
+            tau, at_chosen = tau_and_risk(chosen[name + suffix])
+            least = at_chosen if unit is None else _least(lambda value, f=tau_and_risk: f(value)[1], unit)
+            found[name + suffix] = (min(least, at_chosen), at_chosen, tau)
+    return found | {"oracle": (view.least_risk(), view.least_risk(), 1.0)}
+
+
+def _least(risk: Any, unit: float) -> float:
+    """The least risk over twelve decades of a hyperparameter."""
+    grid = np.log(unit * np.logspace(-8, 4, 49))
+    values = [risk(np.exp(at)) for at in grid]
+    best = int(np.argmin(values))
+    bounds = (grid[max(best - 1, 0)], grid[min(best + 1, 48)])
+    return min(values[best], scipy.optimize.minimize_scalar(lambda at: risk(np.exp(at)), bounds=bounds).fun)
 
 
 @identity(

@@ -7,13 +7,13 @@ import numpy as np
 import scipy.linalg
 
 from linfit import FixedShift, GradientDescent, GradientFlow, MinNorm, RandomShift, Ridge, TwoTaskProblem, risk_forms
-from linfit.covariance import Covariance
+from linfit.covariance import Covariance, Dense, Diagonal, Empirical
 from linfit.problem import Pair
 from sims.claims import Normal
 from sims.parameters import DECAY, NOISE_STD, PENALTY, TAU, TIME, Parameter
 
-SIZES = ((10, 25), (16, 20))
-"""(n, p) of the exact claims: few, because every new shape is compiled."""
+SIZES = ((10, 25), (16, 20), (24, 12))
+"""(n, p) of the exact claims, the last with more samples than features; few, because every new shape is compiled."""
 
 EXACT = {
     "size": Parameter(low=0, high=len(SIZES) - 1, scale="whole"),
@@ -71,18 +71,73 @@ class Moments(NamedTuple):
 
 
 def matrix_of(covariance: Covariance) -> np.ndarray:
-    """Σ (p, p)."""
-    return np.asarray(covariance.apply(np.eye(covariance.size)))  # type: ignore[arg-type]
+    """Σ (p, p) from what is stored, without the operator's own methods."""
+    if isinstance(covariance, Diagonal):
+        return np.diag(np.asarray(covariance.eigenvalues))
+    if isinstance(covariance, Dense):
+        return np.asarray(covariance.matrix)
+    assert isinstance(covariance, Empirical)
+    features = np.asarray(covariance.features)
+    return features.T @ features / len(features)
 
 
 def moments(problem: TwoTaskProblem) -> Moments:
-    """The problem as matrices and vectors."""
-    mean, u = (np.zeros(problem.p) if v is None else np.asarray(v) for v in (problem.gap_mean, problem.pretrain_error))
-    second = np.outer(mean, mean)
-    if problem.gap_covariance is not None:
-        second = second + matrix_of(problem.gap_covariance)
+    """The problem as matrices and vectors, from what it was made of."""
+    u = np.zeros(problem.p) if problem.pretrain_error is None else np.asarray(problem.pretrain_error)
+    mean, spread = -u, np.zeros((problem.p, problem.p))
+    if isinstance(problem.shift, FixedShift):
+        mean = np.asarray(problem.shift.vector) - u
+    else:
+        spread = matrix_of(problem.shift.covariance)
     pretrain, finetune = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
-    return Moments(pretrain, finetune, second, mean, u, float(problem.noise_std))
+    return Moments(pretrain, finetune, spread + np.outer(mean, mean), mean, u, float(problem.noise_std))
+
+
+def agree(value: Any, other: Any, tolerance: float = 1e-9) -> np.ndarray:
+    """What an inequality needs of two ways to one number, in units of the tolerance: positive if they agree."""
+    return 1 - np.abs(np.asarray(value) / np.asarray(other) - 1) / tolerance
+
+
+class Primal(NamedTuple):
+    """Filters by what they learn of each principal direction of X, h = s·g(s) (p,): R = hᵀCh + q·(h²/s), s = 0 aside.
+
+    Measured among the eigenvectors of XᵀX/n, so without the kernel XXᵀ and its quadratic form.
+    """
+
+    eigenvalues: np.ndarray
+    """s (p,) of XᵀX/n, 0 where X does not reach."""
+    cross: np.ndarray
+    """C (p, p): bias² = (1−h)ᵀC(1−h)."""
+    noise: np.ndarray
+    """σ²(VᵀΣ₂V)_jj/n (p,)."""
+
+    def along(self, g: np.ndarray) -> tuple[float, float, float]:
+        """(c, b, a) of R_ft(τ) = c − 2bτ + aτ² for filter values g (p,), term by term: no cancellation at small g."""
+        learned = self.eigenvalues * g
+        curvature = learned @ self.cross @ learned + g**2 @ (self.eigenvalues * self.noise)
+        return float(self.cross.sum()), float(self.cross.sum(axis=1) @ learned), float(curvature)
+
+    def risk(self, g: np.ndarray) -> float:
+        """R_ft of filter values g (p,)."""
+        start, slope, curvature = self.along(g)
+        return start - 2 * slope + curvature
+
+    def least_risk(self) -> float:
+        """That of the best values, by normal equations over the directions that X reaches."""
+        reached = self.eigenvalues > 0
+        matrix = self.cross[np.ix_(reached, reached)] + np.diag(self.noise[reached] / self.eigenvalues[reached])
+        g = np.zeros(reached.size)
+        g[reached] = np.linalg.solve(matrix, self.cross.sum(axis=1)[reached]) / self.eigenvalues[reached]
+        return self.risk(g)
+
+
+def primal(X: np.ndarray, m: Moments) -> Primal:
+    """A design and a problem seen from the features."""
+    n = len(X)
+    s, V = np.linalg.eigh(X.T @ X / n)
+    s = np.where(s > 1e-12 * s[-1], s, 0.0)
+    test = V.T @ m.finetune @ V
+    return Primal(s, (V.T @ m.second @ V) * test, m.noise_std**2 * np.diag(test) / n)
 
 
 class Exact(NamedTuple):
