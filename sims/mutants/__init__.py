@@ -65,7 +65,9 @@ def tables(names: Sequence[str] = ()) -> list[Mutant]:
     for mutant in mutants:
         occurrences = (ROOT / mutant.file).read_text().count(mutant.pattern)
         if occurrences != 1:
-            raise ValueError(f"{mutant.subject}: pattern must occur once in {mutant.file}, got {occurrences} times: {mutant.pattern}")
+            raise ValueError(
+                f"{mutant.subject}: pattern must occur once in {mutant.file}, got {occurrences} times: {mutant.pattern}"
+            )
     selected = {name: [mutant for mutant in mutants if name in (mutant.subject, mutant.file)] for name in names}
     for name, found in selected.items():
         if not found:
@@ -78,7 +80,9 @@ def _table(path: Path) -> Iterator[Mutant]:
     for row in tomllib.loads(path.read_text())["mutant"]:
         missing = {"file", "pattern", "replacement", "why", "claims"} ^ set(row)
         if missing:
-            raise ValueError(f"{path.name}: a mutant has file, pattern, replacement, why, claims; check {', '.join(missing)}")
+            raise ValueError(
+                f"{path.name}: a mutant has file, pattern, replacement, why, claims; check {', '.join(missing)}"
+            )
         yield Mutant(path.stem, **row | {"claims": tuple(row["claims"])})
 
 

@@ -15,7 +15,9 @@ ENOUGH = 0.9
 """Share of the mutants that `--quick` has to notice; in full it is all of them."""
 
 
-def main(names: Positional[tuple[str, ...]] = (), quick: bool = False, jobs: int = os.cpu_count() or 1, seed: int = 0) -> int:
+def main(
+    names: Positional[tuple[str, ...]] = (), quick: bool = False, jobs: int = os.cpu_count() or 1, seed: int = 0
+) -> int:
     """Put every deliberate mistake into a copy of the code and report which claim notices it.
 
     The exit code is 1 if one survives (with --quick: more than a tenth) and 2 if a table no longer applies.
