@@ -1,16 +1,28 @@
 """§4 as claims: FLOW's weights, the moments under them, where learning stalls, Theorem 7.2 (docs, F1–F6)."""
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import scipy.linalg
 import scipy.special
+import scipy.stats
 
-from linfit import FixedShift, GradientDescent, GradientFlow, MinNorm, Ridge, TwoTaskProblem, fine_tune, flow_weights
-from linfit.weighting import robust_weights
+from linfit import (
+    FixedShift,
+    GradientDescent,
+    GradientFlow,
+    MinNorm,
+    Ridge,
+    TwoTaskProblem,
+    excess_risks,
+    fine_tune,
+    flow_weights,
+    gradient_descent,
+)
+from linfit.weighting import Normalisation, effective_sample_size, effective_step, robust_weights
 from sims.claims import Normal, Sides, identity, inequality, statistical
-from sims.claims.problems import dense_covariance, matrix_of
-from sims.parameters import DECAY, NOISE_STD, PENALTY, TEMPERATURE, Parameter
+from sims.claims.problems import dense_covariance, descent_map, flow_map, matrix_of, ridge_map
+from sims.parameters import DECAY, NOISE_STD, PENALTY, TEMPERATURE, WEIGHT, Parameter
 from theory import flow
 
 P, REPLICATES = 4, 4096
@@ -51,6 +63,53 @@ def f1(normal: Normal, temperature: float, temperature_ratio: float) -> Sides:
     return np.stack([w / w.sum() for w in weights]), np.stack(optima)
 
 
+@identity(
+    "F1.step",
+    "At the median temperature FLOW takes steps of 0.43 of the nominal size, and counts as 0.58 of the samples.",
+    R"\mathbb E\,w = (1+2/0.4549)^{-1/2} = 0.43,\quad (\mathbb E\,w)^2/\mathbb E\,w^2 = 0.58",
+    parameters={"noise_std": NOISE_STD.within(0.1, 10.0)},
+    tolerance=2e-3,
+)
+def f1_step(normal: Normal, noise_std: float) -> Sides:
+    """Weights of residuals at the quantiles of a normal, as the library makes them; integrals over its density."""
+    losses = (noise_std * scipy.stats.norm.ppf((np.arange(4000) + 0.5) / 4000)) ** 2
+    weights = flow_weights(losses)
+    predicted = [float(flow.mean_weight(noise_std**2)), float(effective_step(weights))]
+    predicted.append(float(effective_sample_size(weights)) / losses.size)
+    r, temperature = np.linspace(0, 12, 4001), scipy.stats.norm.ppf(0.75) ** 2
+    once, twice = (2 * np.trapezoid(np.exp(-k * r**2 / temperature) * scipy.stats.norm.pdf(r), r) for k in (1, 2))
+    return np.array(predicted), np.array([once, once, once**2 / twice])
+
+
+@identity(
+    "F1.scale",
+    "How the weights are normalised changes the step of descent by their mean and nothing else.",
+    R"\theta_k(\eta, w) = \theta_k(\eta\bar w, w/\bar w)",
+    parameters={
+        "temperature": TEMPERATURE.within(0.2, 5.0),
+        "steps": Parameter(low=1, high=20, scale="whole"),
+        "speed": Parameter("η times the largest eigenvalue", 1.0, 0.1, 1.9, highest=2.5),
+    },
+    tolerance=1e-9,
+)
+def f1_scale(normal: Normal, temperature: float, steps: int, speed: float) -> Sides:
+    """Weights as they are, of mean one, and times n, at steps that make up for it; the iteration written out."""
+    X, y, theta_1 = normal(10, 6), normal(10), normal(6)
+    losses = (y - X @ theta_1) ** 2
+    plain = np.exp(-losses / temperature)
+    step_size = speed * len(X) / np.linalg.norm(np.sqrt(plain)[:, None] * X, 2) ** 2
+    predicted = []
+    for normalisation in get_args(Normalisation):
+        weights = flow_weights(losses, temperature, normalisation=normalisation)
+        scaled = float(step_size * plain.mean() / effective_step(weights))
+        options: dict[str, Any] = {"step_size": scaled, "steps": steps, "sample_weights": weights}
+        predicted.append(gradient_descent(X, y, theta_1, **options))
+    theta = theta_1
+    for _ in range(steps):
+        theta = theta + step_size / len(X) * X.T @ (plain * (y - X @ theta))
+    return np.stack(predicted), np.stack([theta] * 3)
+
+
 Sampled = tuple[tuple[np.ndarray, np.ndarray, float, float], np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -69,6 +128,19 @@ def _sampled(
     r = x @ shift + root_size(noise_tail) * normal(REPLICATES) * noise_std
     temperature = warmth * flow.MEDIAN * (1 + noise_std**2)
     return (covariance, shift, noise_std, temperature), x, r, np.asarray(flow_weights(r**2, temperature))
+
+
+def _moments_by_quadrature(
+    covariance: np.ndarray, shift: np.ndarray, noise_std: float, temperature: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """E w, E w xxᵀ and E w x r: x given r is Gaussian, which leaves integrals over r, by the trapezoidal rule."""
+    a, variance = covariance @ shift, shift @ covariance @ shift + noise_std**2
+    width = 1 / np.sqrt(1 / variance + 2 / temperature)
+    r = np.linspace(-12, 12, 4001) * width
+    density = np.exp(-(r**2) / temperature - r**2 / (2 * variance)) / np.sqrt(2 * np.pi * variance) * (r[1] - r[0])
+    mass, square = density.sum(), density @ r**2
+    along = np.outer(a, a) / variance
+    return mass, mass * (covariance - along) + square / variance * along, square / variance * a
 
 
 @statistical(
@@ -101,6 +173,53 @@ def f2_median(normal: Normal, **values: Any) -> Sides:
     return 0.5, (r**2 <= float(flow.median_temperature(flow.residual_variance(*data[:3])))).astype(float)
 
 
+def _gaussian(normal: Normal, decay: float, noise_std: float, warmth: float) -> tuple[Any, Any, float, float]:
+    """Σ, Δ, σ (in units of √(ΔᵀΣΔ)) and T (in units of the median of r²)."""
+    covariance, shift = dense_covariance(normal(P, P), decay), normal(P)
+    signal = shift @ covariance @ shift
+    return covariance, shift, noise_std * signal**0.5, warmth * flow.MEDIAN * signal * (1 + noise_std**2)
+
+
+@identity(
+    "F2.exact",
+    "The moments under the weights, in whatever way the library gives them, are the integrals that they stand for.",
+    R"\Sigma_w = \int e^{-r^2/T}\,\mathbb E[xx^\top\mid r]\,p(r)\,dr",
+    parameters=DATA,
+    tolerance=1e-9,
+)
+def f2_exact(normal: Normal, **values: float) -> Sides:
+    """Z; Σ_w as a matrix, applied, its diagonal, between rows, as the covariance of coloured noise; E w x r."""
+    data, rows = _gaussian(normal, **values), normal(3, P)
+    weighted, (mass, matrix, first) = flow.weighted_covariance(*data), _moments_by_quadrature(*data)
+    coloured = np.asarray(weighted.colour(np.eye(P)))  # type: ignore[arg-type]
+    mean = flow.mean_weight(flow.residual_variance(*data[:3]), data[3])
+    ways = [weighted.matrix, weighted.apply(rows), weighted.diagonal(), weighted.gram(rows), coloured.T @ coloured]  # type: ignore[arg-type]
+    same = [matrix, rows @ matrix, np.diag(matrix), rows @ matrix @ rows.T, matrix]
+    predicted = [mean / mass, weighted.scale / mass, weighted.moment / np.abs(first).max()]
+    measured = [1.0, 1.0, first / np.abs(first).max()]
+    for one, other in zip(ways, same, strict=True):
+        predicted.append(np.asarray(one) / np.abs(other).max())
+        measured.append(other / np.abs(other).max())
+    return tuple(np.concatenate([np.ravel(part) for part in side]) for side in (predicted, measured))
+
+
+@identity(
+    "F2.constants",
+    "At the median of r² all variances are damped by the same factor, 5.396, whatever v.",
+    R"T = \Phi^{-1}(\tfrac34)^2\,v,\quad 1 + 2v/T = 5.396",
+    source="paper 2502.02797 (T); ours (constants)",
+    parameters={"variance": Parameter(low=0.01, high=100.0, scale="log")},
+    tolerance=1e-9,
+)
+def f2_constants(normal: Normal, variance: float) -> Sides:
+    """T/v, d, Z by default, and the rate of a stall without noise by default."""
+    temperature = flow.median_temperature(variance)
+    stalled = flow.stall([1.0], [variance**0.5], 0.0)
+    predicted = [temperature / variance, flow.damping(variance, temperature), flow.mean_weight(variance), stalled.rate]
+    median = scipy.stats.chi2(1).median()
+    return np.array(predicted), np.array([median, *(1 + 2 / median) ** np.array([-1, -0.5, -1])])
+
+
 def _measured_speeds(sampled: Sampled) -> np.ndarray:
     """In whitened coordinates: along b̂ = Σ^{1/2}Δ (of length 1), across it, their coupling, and the pull along b̂."""
     (covariance, shift, *_), x, r, w = sampled
@@ -126,6 +245,47 @@ def f3(normal: Normal, **values: Any) -> Sides:
     return predicted, _measured_speeds(sampled)
 
 
+@identity(
+    "F3.exact",
+    "Speed, drive, rate and direction of the stall are the integrals that they stand for.",
+    R"\mathrm{rate} = \hat b^\top\Sigma^{-1/2}\Sigma_w\Sigma^{-1/2}\hat b/Z,\ \hat b\propto\Sigma^{1/2}\Delta",
+    source="paper 2502.02797 (stalls); ours (form)",
+    parameters=DATA,
+    tolerance=1e-9,
+)
+def f3_exact(normal: Normal, **values: float) -> Sides:
+    """ΔᵀΣ_wΔ, ΔᵀE w x r and any vᵀΣ_wv with vᵀΣΔ = 0, relative to the same without weights."""
+    data = covariance, shift, *_ = _gaussian(normal, **values)
+    stalled, (mass, matrix, first) = flow.stall(*data), _moments_by_quadrature(*data)
+    signal, across = shift @ covariance @ shift, normal(P)
+    across = across - shift * (across @ covariance @ shift) / signal
+    speed = across @ matrix @ across / (across @ covariance @ across)
+    rate, drive = shift @ matrix @ shift / signal / speed, shift @ first / signal / speed
+    predicted = [stalled.mean_weight, stalled.mean_weight, stalled.rate, stalled.drive]
+    direction = np.asarray(stalled.direction) * signal**0.5
+    return np.array([*predicted, *direction]), np.array([mass, speed, rate, drive, *shift])
+
+
+@identity(
+    "F3.tails.exact",
+    "The stall of heavy-tailed features is the average of Gaussian ones over their sizes.",
+    R"\Sigma_w = \mathbb E_S[\Sigma_w(S\Sigma)]",
+    parameters=DATA | {"tail": GAUSSIAN._replace(low=0.1, high=1.0, highest=None)},
+    tolerance=1e-6,
+)
+def f3_tails_exact(normal: Normal, decay: float, noise_std: float, warmth: float, tail: float) -> Sides:
+    """Speed, rate and drive in the plane of Δ and a direction across; lognormal sizes by the trapezoidal rule."""
+    temperature, z = warmth * flow.MEDIAN * (1 + noise_std**2), np.linspace(-8, 8, 321)
+    heavy = flow.heavy_tailed_stall(1.0, noise_std, temperature, *flow.lognormal_sizes(tail))
+    drive = heavy.rate * flow.fixed_point_coefficient(noise_std, temperature)
+    sizes, masses = np.exp(tail * z - tail**2 / 2), scipy.stats.norm.pdf(z) * (z[1] - z[0])
+    moments = [_moments_by_quadrature(size * np.eye(2), np.eye(2)[0], noise_std, temperature) for size in sizes]
+    matrix, first = (sum(mass * m[at] for mass, m in zip(masses, moments, strict=True)) for at in (1, 2))
+    speed = matrix[1, 1]
+    measured = np.array([speed, matrix[0, 0] / speed, first[0] / speed])
+    return np.array([heavy.speed, heavy.rate, drive]) / measured, np.ones(3)
+
+
 @statistical(
     "F3.tails",
     "For heavy-tailed features FLOW still slows Δ alone, at another rate.",
@@ -140,19 +300,6 @@ def f3_tails(normal: Normal, **values: Any) -> Sides:
     return predicted, _measured_speeds(sampled)
 
 
-def _moments_by_quadrature(
-    covariance: np.ndarray, shift: np.ndarray, noise_std: float, temperature: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """E w xxᵀ and E w x r: x given r is Gaussian, which leaves integrals over r, by the trapezoidal rule."""
-    a, variance = covariance @ shift, shift @ covariance @ shift + noise_std**2
-    width = 1 / np.sqrt(1 / variance + 2 / temperature)
-    r = np.linspace(-12, 12, 4001) * width
-    density = np.exp(-(r**2) / temperature - r**2 / (2 * variance)) / np.sqrt(2 * np.pi * variance) * (r[1] - r[0])
-    mass, square = density.sum(), density @ r**2
-    along = np.outer(a, a) / variance
-    return mass * (covariance - along) + square / variance * along, square / variance * a
-
-
 def _population(
     normal: Normal, decay: float, noise_std: float, warmth: float
 ) -> tuple[TwoTaskProblem, float, np.ndarray, np.ndarray]:
@@ -164,7 +311,7 @@ def _population(
     noise_std = noise_std * signal**0.5
     temperature = warmth * flow.MEDIAN * (signal + noise_std**2)
     problem = TwoTaskProblem(pretrain, covariance, FixedShift(shift), noise_std, u)
-    return problem, temperature, *_moments_by_quadrature(covariance, gap, noise_std, temperature)
+    return problem, temperature, *_moments_by_quadrature(covariance, gap, noise_std, temperature)[1:]
 
 
 @identity(
@@ -212,6 +359,23 @@ def f4(normal: Normal, **values: Any) -> Sides:
     (_, shift, noise_std, temperature), x, r, w = _sampled(normal, **values)
     tau = float(flow.fixed_point_coefficient(noise_std, temperature))
     return (w * (tau * x @ shift))[:, None] * x, (w * r)[:, None] * x
+
+
+@identity(
+    "F4.exact",
+    "Given the features, Gaussian noise under the weights leaves the mean residual at τ xᵀΔ.",
+    R"\mathbb E[w r\mid x] = \tau\,x^\top\Delta\,\mathbb E[w\mid x],\quad \tau = 1/(1+2\sigma^2/T)",
+    parameters={"noise_std": DATA["noise_std"].within(0.1, 10.0**0.5), "temperature": TEMPERATURE.within(0.1, 10.0)},
+    tolerance=1e-9,
+)
+def f4_exact(normal: Normal, noise_std: float, temperature: float) -> Sides:
+    """At a few xᵀΔ, by the trapezoidal rule over the noise."""
+    signal = normal(5)[:, None]
+    noise = noise_std * np.linspace(-12, 12, 4001)
+    weight = np.exp(-(((signal + noise) ** 2) - np.min((signal + noise) ** 2, axis=1, keepdims=True)) / temperature)
+    weight = weight * np.exp(-((noise / noise_std) ** 2) / 2)
+    mean = np.sum(weight * (signal + noise), axis=1) / np.sum(weight, axis=1)
+    return float(flow.fixed_point_coefficient(noise_std, temperature)) * signal[:, 0], mean
 
 
 @identity(
@@ -272,7 +436,7 @@ def _theorem(
     frame = np.linalg.qr(normal(p, p))[0].T
     covariance = np.eye(p) + rho * (np.outer(frame[0], frame[1]) + np.outer(frame[1], frame[0]))
     temperature = float(flow.temperature_from_beta(beta, rho, distance))
-    moments = _moments_by_quadrature(covariance, -distance * frame[0], noise_std, temperature)
+    _, *moments = _moments_by_quadrature(covariance, -distance * frame[0], noise_std, temperature)
     return frame, covariance, *moments, (temperature / (temperature + 2 * distance**2)) ** 0.5
 
 
