@@ -4,6 +4,7 @@ from typing import Any, get_args
 
 import numpy as np
 import scipy.linalg
+import scipy.optimize
 import scipy.special
 import scipy.stats
 
@@ -21,8 +22,17 @@ from linfit import (
 )
 from linfit.weighting import Normalisation, effective_sample_size, effective_step, robust_weights
 from sims.claims import Normal, Sides, identity, inequality, statistical
-from sims.claims.problems import dense_covariance, descent_map, flow_map, matrix_of, ridge_map
-from sims.parameters import DECAY, NOISE_STD, PENALTY, TEMPERATURE, WEIGHT, Parameter
+from sims.claims.problems import (
+    Moments,
+    dense_covariance,
+    descent_map,
+    flow_map,
+    matrix_of,
+    moments,
+    parabola,
+    ridge_map,
+)
+from sims.parameters import DECAY, NOISE_STD, PENALTY, TAU, TEMPERATURE, TIME, WEIGHT, Parameter
 from theory import flow
 
 P, REPLICATES = 4, 4096
@@ -279,8 +289,8 @@ def f3_tails_exact(normal: Normal, decay: float, noise_std: float, warmth: float
     heavy = flow.heavy_tailed_stall(1.0, noise_std, temperature, *flow.lognormal_sizes(tail))
     drive = heavy.rate * flow.fixed_point_coefficient(noise_std, temperature)
     sizes, masses = np.exp(tail * z - tail**2 / 2), scipy.stats.norm.pdf(z) * (z[1] - z[0])
-    moments = [_moments_by_quadrature(size * np.eye(2), np.eye(2)[0], noise_std, temperature) for size in sizes]
-    matrix, first = (sum(mass * m[at] for mass, m in zip(masses, moments, strict=True)) for at in (1, 2))
+    parts = [_moments_by_quadrature(size * np.eye(2), np.eye(2)[0], noise_std, temperature) for size in sizes]
+    matrix, first = (sum(mass * m[at] for mass, m in zip(masses, parts, strict=True)) for at in (1, 2))
     speed = matrix[1, 1]
     measured = np.array([speed, matrix[0, 0] / speed, first[0] / speed])
     return np.array([heavy.speed, heavy.rate, drive]) / measured, np.ones(3)
@@ -397,25 +407,136 @@ def f4_ridge(normal: Normal, *, penalty: float, **values: Any) -> Sides:
     return ridge / (1 + 2 * unexplained / temperature), np.linalg.solve(matrix + penalty * np.eye(P), first)
 
 
+OPTIMA = {
+    "decay": DECAY.within(0.0, 1.5),
+    "noise_std": DATA["noise_std"].within(0.1, 2.0),
+    "weight": WEIGHT.within(0.1, 10.0),
+}
+
+
+def _pair(m: Moments, moved: np.ndarray) -> np.ndarray:
+    """R_ft and R_pre of θ₁ + moved (P,)."""
+    missed, forgotten = moved - m.mean, moved + m.u
+    return np.array([missed @ m.finetune @ missed, forgotten @ m.pretrain @ forgotten])
+
+
+def _moved(m: Moments, method: str, regularization: float, temperature: float) -> np.ndarray:
+    """θ − θ₁ (P,) of a method at λ or t and T, before averaging; of averaging alone Δ."""
+    if method == "averaging":
+        return m.mean
+    _, matrix, first = _moments_by_quadrature(m.finetune, m.mean, m.noise_std, temperature)
+    s, V = np.linalg.eigh(matrix)
+    g = 1 / (s + regularization) if "ridge" in method else -np.expm1(-regularization * s) / s
+    return V @ (g * (V.T @ first))
+
+
+def _least(m: Moments, weight: float, method: str) -> float:
+    """The least R_ft + κR_pre over t or λ, T for FLOW and τ for averages: the best of a grid, refined."""
+    scale, variance = np.trace(m.finetune), m.mean @ m.finetune @ m.mean + m.noise_std**2
+
+    def total(at: np.ndarray) -> float:
+        temperature = variance * np.exp(at[1]) if "flow" in method else np.inf
+        moved = _moved(m, method, np.exp(at[0]) * (scale if "ridge" in method else 1 / scale), temperature)
+        c, b, a = parabola(lambda tau: float(np.array([1, weight]) @ _pair(m, tau * moved)))
+        return c - b**2 / max(a, 1e-300) if "averaging" in method else c - 2 * b + a
+
+    temperatures = np.linspace(-6, 8, 8) if "flow" in method else [0.0]
+    start = min((np.array([x, t]) for x in np.linspace(-10, 10, 16) for t in temperatures), key=total)
+    settings = {"xatol": 1e-5, "fatol": 1e-9, "maxfev": 300}
+    return float(scipy.optimize.minimize(total, start, method="Nelder-Mead", options=settings).fun)
+
+
+@identity(
+    "F3.optima",
+    "The best of early stopping, ridge and FLOW, averaged or not, are found, and their risks are those they report.",
+    R"\min_{\lambda\,\text{or}\,t,\,T,\,\tau}\ R_\mathrm{ft} + \kappa R_\mathrm{pre}",
+    parameters=OPTIMA,
+    tolerance=1e-3,
+)
+def f3_optima(normal: Normal, weight: float, **values: float) -> Sides:
+    """Of each method its total by another search, and both risks at its hyperparameters, relative; the lower bound."""
+    problem, *_ = _population(normal, warmth=1.0, **values)
+    m, found = moments(problem), flow.population_optima(problem, weight)
+    bound, predicted, measured = found.pop("lower bound"), [], []
+    for method, best in found.items():
+        temperature = float(best.temperature) if "flow" in method else np.inf
+        tau = float(best.tau) if "averaging" in method else 1.0
+        predicted += [best.total, *best.risks]
+        risks = _pair(m, tau * _moved(m, method, float(best.regularization), temperature))
+        measured += [_least(m, weight, method), *risks]
+    learned = np.linalg.solve(weight * m.pretrain + m.finetune, m.finetune @ (m.mean + m.u))
+    lowest = _pair(m, learned - m.u)
+    measured = np.array([*measured, lowest @ [1, weight], *lowest])
+    return np.array([*predicted, bound.total, *bound.risks]) / measured, np.ones(len(measured))
+
+
+@inequality(
+    "F3.ridge",
+    "FLOW with ridge never beats the best average of ridge: it is one of them.",
+    R"\min_{\lambda,T} R(\mathrm{FLOW+ridge}) \ge \min_{\lambda,\tau} R(\mathrm{ridge+averaging})",
+    parameters=OPTIMA,
+    tolerance=1e-6,
+)
+def f3_ridge(normal: Normal, weight: float, **values: float) -> Sides:
+    """By how much, relative: FLOW with ridge by a search, averages of ridge as the library finds them."""
+    problem, *_ = _population(normal, warmth=1.0, **values)
+    averaged = float(flow.population_optima(problem, weight)["ridge + averaging"].total)
+    return 0.0, _least(moments(problem), weight, "flow + ridge") / averaged - 1
+
+
 @identity(
     "F5",
-    "Where the model interpolates, weights do not move the limit of training.",
-    R"n \le p \implies \hat\theta_w = \theta_1 + X^+(y-X\theta_1)",
+    "Where the model interpolates, weights do not move the limit of training, however small.",
+    R"n \le p,\ w > 0 \implies \hat\theta_w = \theta_1 + X^+(y-X\theta_1)",
     parameters={
         "surplus": Parameter("samples beyond features, n = 24 + 8·surplus", -1, -2, -1, "whole", highest=1),
         "noise_std": NOISE_STD.within(0.1, 10.0**0.5),
-        "warmth": DATA["warmth"].within(2.0, 30.0, lowest=1e-2),
+        "warmth": DATA["warmth"].within(0.1, 30.0, lowest=1e-3),
+        "tau": TAU.within(-0.5, 1.5),
     },
-    tolerance=1e-6,
+    tolerance=1e-9,
 )
-def f5(normal: Normal, surplus: int, noise_std: float, warmth: float) -> Sides:
+def f5(normal: Normal, surplus: int, noise_std: float, warmth: float, tau: float) -> Sides:
     p = 24
     n = p + 8 * surplus
     X, theta_1 = normal(n, p), normal(p)
     y = X @ normal(p) + noise_std * normal(n)
     losses = (y - X @ theta_1) ** 2
     weights = flow_weights(losses, warmth * np.median(losses))
-    return theta_1 + np.linalg.pinv(X) @ (y - X @ theta_1), np.asarray(fine_tune(X, y, theta_1, MinNorm(), weights))
+    step = tau * np.linalg.pinv(X) @ (y - X @ theta_1)
+    return theta_1 + step, np.asarray(fine_tune(X, y, theta_1, tau * MinNorm(), weights))
+
+
+@identity(
+    "F5.weighted",
+    "Elsewhere weighted fine-tuning is fine-tuning on W^{1/2}X and W^{1/2}y.",
+    R"\hat\theta_w = \theta_1 + R(W^{1/2}X)\,W^{1/2}(y-X\theta_1)",
+    parameters={
+        "size": Parameter(low=0, high=2, scale="whole"),
+        "warmth": DATA["warmth"].within(0.5, 30.0),
+        "penalty": PENALTY.within(1e-2, 10.0),
+        "time": TIME.within(0.1, 100.0),
+        "speed": Parameter(low=0.1, high=1.9),
+        "steps": Parameter(low=1, high=30, scale="whole"),
+    },
+    tolerance=1e-7,
+)
+def f5_weighted(
+    normal: Normal, size: int, warmth: float, penalty: float, time: float, speed: float, steps: int
+) -> Sides:
+    """Ridge, flow and descent, for n below and above p, and min-norm for n above p or with repeated rows."""
+    n, p = ((10, 16), (10, 16), (25, 10))[size]
+    X, y, theta_1 = normal(n, p), normal(n), normal(p)
+    X = np.concatenate([X[:-2], X[:2]]) if size == 1 else X  # contradictory labels: their weighted mean counts
+    weights = np.asarray(flow_weights((y - X @ theta_1) ** 2, warmth * np.median((y - X @ theta_1) ** 2)))
+    rows, residual = np.sqrt(weights)[:, None] * X, np.sqrt(weights) * (y - X @ theta_1)
+    step_size = float(speed * n / np.linalg.norm(rows, 2) ** 2)
+    filters: list[Any] = [Ridge(penalty), GradientFlow(time), GradientDescent(step_size, steps)]
+    maps = [ridge_map(rows, penalty), flow_map(rows, time), descent_map(rows, step_size, steps)]
+    if size > 0:
+        filters, maps = [*filters, MinNorm()], [*maps, np.linalg.pinv(rows, rcond=1e-12)]
+    fitted = np.stack([np.asarray(fine_tune(X, y, theta_1, filter, weights)) for filter in filters])
+    return theta_1 + np.stack(maps) @ residual, fitted
 
 
 STEPS = np.array([0, 1, 2, 3, 7, 20, 60])
@@ -436,8 +557,8 @@ def _theorem(
     frame = np.linalg.qr(normal(p, p))[0].T
     covariance = np.eye(p) + rho * (np.outer(frame[0], frame[1]) + np.outer(frame[1], frame[0]))
     temperature = float(flow.temperature_from_beta(beta, rho, distance))
-    _, *moments = _moments_by_quadrature(covariance, -distance * frame[0], noise_std, temperature)
-    return frame, covariance, *moments, (temperature / (temperature + 2 * distance**2)) ** 0.5
+    _, *weighted = _moments_by_quadrature(covariance, -distance * frame[0], noise_std, temperature)
+    return frame, covariance, *weighted, (temperature / (temperature + 2 * distance**2)) ** 0.5
 
 
 def _descent(matrix: np.ndarray, first: np.ndarray, step_size: float) -> np.ndarray:
@@ -471,7 +592,7 @@ def f6(normal: Normal, *, step_ratio: float, **values: Any) -> Sides:
     "Without weights, at η = ½, the error alternates between e and −‖e‖ē⊥ and shrinks by ρ.",
     R"\theta_K = \theta_2^* + \rho^K e\ (K\ \text{even}),\ \theta_2^* - \rho^K\|e\|\bar e_\perp\ "
     R"(K\ \text{odd})",
-    source="paper 2502.02797, §7",
+    source="paper 2502.02797, Remark 7.3",
     parameters=THEOREM | {"noise_std": THEOREM["noise_std"].within(0.0)},
     tolerance=1e-10,
 )
@@ -486,7 +607,7 @@ def f6_unweighted(normal: Normal, *, step_ratio: float, **values: Any) -> Sides:
     "F6.stalled",
     "FLOW is stalled along e − βρ‖e‖ē⊥, the top eigenvector of its iteration.",
     R"Q(e-\beta\rho\|e\|\bar e_\perp) = \tfrac{1+\beta\rho^2}{1+\beta}(e-\beta\rho\|e\|\bar e_\perp)",
-    source="paper 2502.02797, Theorem 7.2",
+    source="paper 2502.02797, Remark 7.4",
     parameters=THEOREM,
     tolerance=1e-10,
 )
@@ -503,7 +624,8 @@ TWO_TASKS = {
     "coupling": Parameter("c/(ρs), c = ēᵀΣ₁ē⊥", 0.0, -2.0, 0.9, lowest=-10.0, highest=2.0),
     "spare": Parameter("ē⊥ᵀΣ₁ē⊥ − 1 over the least that goes with s and c", 1.0, 1.0, 4.0, highest=100.0),
 }
-LONG = np.append(np.arange(1.0, 33), [64, 128, 512, 4096, 65536])
+ANY_COUPLING = TWO_TASKS | {"coupling": TWO_TASKS["coupling"].within(-2.0, 2.0, lowest=-10.0, highest=10.0)}
+LONG = np.unique(np.round(np.append(np.arange(1.0, 33), np.geomspace(33, 1e6, 96))))
 
 
 def _block(rho: float, strength: float, coupling: float, spare: float) -> np.ndarray:
@@ -549,14 +671,10 @@ def f6_averaging(normal: Normal, **values: Any) -> Sides:
 
 @inequality(
     "F6.remark",
-    "Remark 7.6: the best FLOW, over T and K, is at least as good as the best averaging.",
+    "The best FLOW, over T and K, is at least as good as the best averaging, its limit for β → 0.",
     R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} \le \min_\omega\mathrm{err}_\mathrm{tot}",
-    source="paper 2502.02797, Remark 7.6",
-    parameters=TWO_TASKS
-    | {
-        "rho": TWO_TASKS["rho"].within(0.0, 0.95),
-        "coupling": TWO_TASKS["coupling"].within(-2.0, 2.0, lowest=-10.0, highest=10.0),
-    },
+    source="paper 2502.02797, Remarks 7.5 and 7.6",
+    parameters=ANY_COUPLING | {"rho": TWO_TASKS["rho"].within(0.0, 0.95)},
     tolerance=1e-3,
 )
 def f6_remark(normal: Normal, **values: Any) -> Sides:
@@ -565,24 +683,89 @@ def f6_remark(normal: Normal, **values: Any) -> Sides:
     return 0.0, 1 - _least_total(values["rho"], block) / _least_average(block)
 
 
-f6_better = inequality(
+@inequality(
     "F6.better",
-    "The best FLOW is better than the best averaging if ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē, and only then.",
+    "The best FLOW is better than the best averaging if ρ > 0 and ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē, and only then.",
     R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot} < \min_\omega\mathrm{err}_\mathrm{tot} \iff "
     R"\bar e^\top\Sigma_1\bar e_\perp < \rho\,\bar e^\top\Sigma_1\bar e",
-    source="paper 2502.02797 (ρ > 0); ours (condition)",
-    parameters=TWO_TASKS,
-)(f6_remark.sides)
+    parameters=ANY_COUPLING,
+    tolerance=1e-9,
+)
+def f6_better(normal: Normal, **values: Any) -> Sides:
+    """What FLOW gains by a search, its sign turned where no finite K is best; whether that is where it should be."""
+    block, finite = _block(**values), bool(np.isfinite(flow.best_flow(values["rho"], _block(**values)).steps))
+    gain = 1 - _least_total(values["rho"], block) / _least_average(block)
+    return 0.0, np.array([gain if finite else -gain, float(finite == (values["coupling"] < 1)) - 0.5])
+
+
+@identity(
+    "F6.best",
+    "The best FLOW, however many steps it takes, is the one that is found, and reached by its β and K.",
+    R"\inf_{\beta,K}\mathrm{err}_\mathrm{tot}(\theta_K)",
+    parameters=TWO_TASKS | {"coupling": TWO_TASKS["coupling"].within(-2.0, 0.99)},
+    tolerance=1e-6,
+)
+def f6_best(normal: Normal, **values: Any) -> Sides:
+    """Its total by another search, to a hundredth of what it gains or 0.1%; and after K steps of the matrix Q."""
+    rho, block = values["rho"], _block(**values)
+    best, searched = flow.best_flow(rho, block), _least_total(rho, block)
+    allowed = max(1e-2 * (_least_average(block) - searched), 1e-3 * searched)
+    _, matrix, _ = _moments_by_quadrature(*_setting(rho), 0.0, float(flow.temperature_from_beta(best.beta, rho)))
+    Q = np.eye(2) - matrix * (1 + 2 / float(flow.temperature_from_beta(best.beta, rho))) ** 0.5
+    position = np.linalg.matrix_power(Q, int(best.steps))[:, 0]
+    reached = position @ _setting(rho)[0] @ position + (position - [1, 0]) @ block @ (position - [1, 0])
+    return np.array([best.total, 1.0]), np.array([reached, float(abs(best.total - searched) < allowed)])
+
+
+def _setting(rho: float) -> tuple[np.ndarray, np.ndarray]:
+    """Σ̃ on ē and ē⊥, and Δ = −e."""
+    return np.array([[1, rho], [rho, 1]]), np.array([-1.0, 0.0])
 
 
 @identity(
     "F6.equal",
     "At ρ = 0 FLOW is averaging: their best total errors are equal.",
     R"\rho = 0 \implies \min_{\beta,K}\mathrm{err}_\mathrm{tot} = \tfrac{s}{s+1}\|e\|^2",
-    source="paper 2502.02797, Remark 7.6",
+    source="paper 2502.02797, Remark 7.1",
     parameters=TWO_TASKS | {"rho": TWO_TASKS["rho"].within(0.0, highest=0.9)},
     tolerance=1e-6,
 )
 def f6_equal(normal: Normal, **values: Any) -> Sides:
-    block = _block(**values)
-    return float(flow.best_averaging(block)), _least_total(values["rho"], block)
+    """At ρ = 0 also as `best_flow` has it."""
+    block, averaging = _block(**values), float(flow.best_averaging(_block(**values)))
+    found = flow.best_flow(0.0, block).total
+    return np.array([averaging, averaging]), np.array([_least_total(values["rho"], block), found])
+
+
+@identity(
+    "F6.temperature",
+    "β and the temperature determine each other.",
+    R"T = 2\beta(1-\rho^2)\|e\|^2/(1-\beta^2\rho^2)",
+    source="paper 2502.02797, Theorem 7.2",
+    parameters={name: THEOREM[name] for name in ("rho", "beta", "distance")},
+    tolerance=1e-9,
+)
+def f6_temperature(normal: Normal, rho: float, beta: float, distance: float) -> Sides:
+    temperature = 2 * beta * (1 - rho**2) * distance**2 / (1 - (beta * rho) ** 2)
+    found = flow.temperature_from_beta(beta, rho, distance), flow.beta_from_temperature(temperature, rho, distance)
+    return np.array([found[0] / temperature, found[1] / beta]), np.ones(2)
+
+
+@identity(
+    "F6.errors",
+    "Both errors of a position in the plane are the risks of its weights, in any number of features.",
+    R"\mathrm{err}_1 = \|\theta-\theta_1^*\|^2_{\Sigma_1},\ \mathrm{err}_2 = \|\theta-\theta_2^*\|^2_{\tilde\Sigma}",
+    source="paper 2502.02797, §7",
+    parameters=TWO_TASKS | {"p": THEOREM["p"], "distance": THEOREM["distance"]},
+    tolerance=1e-9,
+)
+def f6_errors(normal: Normal, *, p: int, distance: float, **values: float) -> Sides:
+    """In the problem's own axes, by matrices and by the library's risks; θ₁* = 0."""
+    rho, block = values["rho"], _block(**values)
+    problem, (x, y) = flow.two_task_problem(rho, block, p=p, distance=distance), normal(2)
+    sigma_1, sigma_2, e = np.eye(p), np.eye(p), distance * np.eye(p)[0]
+    sigma_1[:2, :2], sigma_2[0, 1], sigma_2[1, 0] = block, rho, rho
+    theta = (x - 1) * e + y * distance * np.eye(p)[1]
+    expected = np.array([(theta + e) @ sigma_2 @ (theta + e), theta @ sigma_1 @ theta])
+    found = np.array(flow.errors([x, y], rho, block)) * distance**2, excess_risks(theta, problem, 0 * e, -e)
+    return np.stack(found) / expected, np.ones((2, 2))
