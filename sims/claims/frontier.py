@@ -109,7 +109,7 @@ def e1_exact(normal: Normal, noise_std: float, knob: float) -> Sides:
 
 @identity(
     "E1.huber",
-    "The Huber loss is the path of plain descent at the speed of clipping, and ends at θ₂*: early stopping.",
+    "Descent on the Huber loss is plain descent slowed by P(|r| ≤ c) at every step: early stopping.",
     R"\nabla = -P(|r_k|\le c)\,\Sigma(\theta_2^*-\theta_k)",
     parameters={
         "decay": DECAY.within(0.0, 1.5),
