@@ -1,6 +1,5 @@
 """§4 as claims: FLOW's weights, the moments under them, where learning stalls, Theorem 7.2 (docs, F1–F6)."""
 
-import warnings
 from typing import Any, get_args
 
 import numpy as np
@@ -123,25 +122,23 @@ def f1_scale(normal: Normal, temperature: float, steps: int, speed: float) -> Si
 
 @identity(
     "F1.mask",
-    "Tokens outside the mask and NaN losses count for nothing: weights are those of the others alone.",
+    "Tokens outside the mask, NaN or not, count for nothing: weights are those of the others alone.",
     R"w_i = e^{-\ell_i/T}\ (\text{count}),\ w_i/\bar w\ (\text{mean}),\ n\,w_i\ (\text{none})",
     parameters={"temperature": TEMPERATURE.within(0.2, 5.0), "masked": Parameter(low=1, high=5, scale="whole")},
     tolerance=1e-12,
 )
 def f1_mask(normal: Normal, temperature: float, masked: int) -> Sides:
-    """At the temperature and at the median, in each normalisation; step and sample size; a NaN loss under the mask."""
+    """At the temperature and at the median, in each normalisation; step and sample size."""
     losses, mask = normal(3, 4) ** 2, np.arange(12).reshape(3, 4) >= masked
-    kept = losses[mask][1:]
+    kept, missing = losses[mask], np.where(mask, losses, np.nan)
     predicted, measured = [], []
     for given, used in ((temperature, temperature), (None, np.median(kept))):
-        missing = np.where(np.arange(12).reshape(3, 4) == masked, np.nan, losses)
         plain = np.exp(-kept / used)
         for normalisation, factor in (("count", 1), ("mean", mask.sum() / plain.sum()), ("none", mask.sum())):
-            with warnings.catch_warnings(action="ignore"):
-                weights = flow_weights(missing, given, mask, normalisation=normalisation)  # type: ignore[arg-type]
+            weights = flow_weights(missing, given, mask, normalisation=normalisation)  # type: ignore[arg-type]
             predicted += [np.ravel(weights), [effective_step(weights, mask), effective_sample_size(weights, mask)]]
             expected, size = factor * plain, plain.sum() ** 2 / np.sum(plain**2)
-            measured += [np.zeros(masked + 1), expected, [expected.sum() / mask.sum(), size]]
+            measured += [np.zeros(masked), expected, [expected.sum() / mask.sum(), size]]
     return np.concatenate(predicted), np.concatenate(measured)
 
 
