@@ -42,8 +42,8 @@ def run(ids: Sequence[str], instances: int | None, seed: int, *, json: bool, att
         if attacks:
             _print_attacks(console, attacks)
         console.print(
-            f"{_counts(verdicts)}; seed {seed}, {seconds:.0f} s. What is sampled is tested at {LEVEL:.0e} for all instances "
-            f"together (Holm's correction). Measured: {TRIED}.",
+            f"{_counts(verdicts)}; seed {seed}, {seconds:.0f} s. What is sampled is tested at {LEVEL:.0e} for all "
+            f"instances together (Holm's correction). Measured: {TRIED}.",
             highlight=False,
         )
     return holds

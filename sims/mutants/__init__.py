@@ -23,6 +23,7 @@ from typing import NamedTuple
 __all__ = ["Mutant", "Outcome", "run", "tables"]
 
 ROOT = Path(__file__).parents[2]
+TABLES = Path(__file__).parent
 PACKAGES = ("linfit", "theory", "sims")
 PRELOADED = ("jax", "jax.numpy", "equinox", "diffrax", "optimistix", "scipy.stats", "scipy.optimize", "xarray", "rich")
 
@@ -61,7 +62,7 @@ def tables(names: Sequence[str] = ()) -> list[Mutant]:
     >>> {mutant.file for mutant in tables(["linfit/solve.py"])}
     {'linfit/solve.py'}
     """
-    mutants = [mutant for path in sorted(Path(__file__).parent.glob("*.toml")) for mutant in _table(path)]
+    mutants = [mutant for path in sorted(TABLES.glob("*.toml")) for mutant in _table(path)]
     for mutant in mutants:
         occurrences = (ROOT / mutant.file).read_text().count(mutant.pattern)
         if occurrences != 1:
