@@ -1,4 +1,4 @@
-"""Every numbered statement of the docs is a claim of the registry, or says here why not; every table of mutants applies."""
+"""Every numbered statement of the docs is a claim, or says here why not; every table of deliberate mistakes applies."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_every_mutant_applies_and_names_claims():
 
 def test_tables_by_subject_and_by_file():
     assert {mutant.subject for mutant in tables(["frontier", "linfit/solve.py"])} == {"frontier", "linfit"}
-    with pytest.raises(ValueError, match="NAME must be a file or among flow, frontier, .*; got nothing"):
+    with pytest.raises(ValueError, match=r"NAME must be a file or among flow, frontier, .*; got nothing"):
         tables(["nothing"])
 
 

@@ -131,7 +131,8 @@ def f1_mask(normal: Normal, temperature: float, masked: int) -> Sides:
     """At the temperature and at the median, in each normalisation; step and sample size."""
     losses, mask = normal(3, 4) ** 2, np.arange(12).reshape(3, 4) >= masked
     kept, missing = losses[mask], np.where(mask, losses, np.nan)
-    predicted, measured = [], []
+    predicted: list[Any] = []
+    measured: list[Any] = []
     for given, used in ((temperature, temperature), (None, np.median(kept))):
         plain = np.exp(-kept / used)
         for normalisation, factor in (("count", 1), ("mean", mask.sum() / plain.sum()), ("none", mask.sum())):
@@ -139,7 +140,7 @@ def f1_mask(normal: Normal, temperature: float, masked: int) -> Sides:
             predicted += [np.ravel(weights), [effective_step(weights, mask), effective_sample_size(weights, mask)]]
             expected, size = factor * plain, plain.sum() ** 2 / np.sum(plain**2)
             measured += [np.zeros(masked), expected, [expected.sum() / mask.sum(), size]]
-    return np.concatenate(predicted), np.concatenate(measured)
+    return _flat(predicted), _flat(measured)
 
 
 Sampled = tuple[tuple[np.ndarray, np.ndarray, float, float], np.ndarray, np.ndarray, np.ndarray]
@@ -232,7 +233,11 @@ def f2_exact(normal: Normal, **values: float) -> Sides:
     for one, other in zip(ways, same, strict=True):
         predicted.append(np.asarray(one) / np.abs(other).max())
         measured.append(other / np.abs(other).max())
-    return tuple(np.concatenate([np.ravel(part) for part in side]) for side in (predicted, measured))
+    return _flat(predicted), _flat(measured)
+
+
+def _flat(parts: list[Any]) -> np.ndarray:
+    return np.concatenate([np.ravel(np.asarray(part, float)) for part in parts])
 
 
 @identity(
@@ -360,24 +365,23 @@ def _population(
     tolerance=1e-7,
 )
 def f3_path(normal: Normal, *, speed: float, steps: int, penalty: float, **values: Any) -> Sides:
-    """θ − θ₁, R_ft, R_pre of four fine-tuners; by the iteration, the matrix exponential, and linear systems."""
+    """θ − θ₁, R_ft, R_pre and their sum of four fine-tuners, one averaged; by the iteration, the matrix exponential, and linear systems."""
     problem, temperature, matrix, first = _population(normal, **values)
     step_size, penalty = speed / np.linalg.eigvalsh(matrix)[-1], penalty * np.trace(matrix) / P
-    filters = (GradientDescent(step_size, steps), GradientFlow(step_size * steps), Ridge(penalty), MinNorm())
+    filters = [GradientDescent(step_size, steps), GradientFlow(step_size * steps), 0.7 * Ridge(penalty), MinNorm()]
     paths = [flow.trajectory(problem, filter, temperature) for filter in filters]
-    predicted = np.stack([np.concatenate([path.moved, np.array(path.risks)]) for path in paths])
+    predicted = np.stack(
+        [np.concatenate([path.moved, np.array([path.finetune, path.pretrain, path.total])]) for path in paths]
+    )
     descent = np.zeros(P)
     for _ in range(steps):
         descent = descent + step_size * (first - matrix @ descent)
     end = np.linalg.solve(matrix, first)
     flowed = end - scipy.linalg.expm(-step_size * steps * matrix) @ end
-    ridge = np.linalg.solve(matrix + penalty * np.eye(P), first)
-    u, gap = np.asarray(problem.pretrain_error), np.asarray(problem.gap_mean)
-    sigma_1, sigma_2 = matrix_of(problem.pretrain_covariance), matrix_of(problem.finetune_covariance)
-    measured = [
-        [*m, (m - gap) @ sigma_2 @ (m - gap), (m + u) @ sigma_1 @ (m + u)] for m in (descent, flowed, ridge, end)
-    ]
-    return predicted, np.stack(measured)
+    ridge = 0.7 * np.linalg.solve(matrix + penalty * np.eye(P), first)
+    m = moments(problem)
+    measured = [[*moved, *_pair(m, moved), _pair(m, moved).sum()] for moved in (descent, flowed, ridge, end)]
+    return predicted, np.array(measured)
 
 
 @statistical(

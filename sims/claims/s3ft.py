@@ -166,7 +166,7 @@ def _by_quadrature(procedure: Procedure, rank: int, length: float, variance: flo
     misses, fools = float(procedure.false_reject), float(procedure.false_accept)  # type: ignore[arg-type]
     learned = [misses * r + (1 - fools) * (e - r) for r, e in zip(right, every, strict=True)]
     reworded = float(procedure.paraphrase_success) * (1 - misses)  # type: ignore[arg-type]
-    return _Judged(*learned, gold=misses * right[0] + (1 - fools) * (1 - reworded) * (1 - right[0]))
+    return _Judged(*learned, misses * right[0] + (1 - fools) * (1 - reworded) * (1 - right[0]))
 
 
 def _population(procedure: Procedure, rank: int, noise_std: float) -> tuple[_Judged, float]:
@@ -221,7 +221,8 @@ def t2_judge(normal: Normal, rank: int, tolerance: float) -> Sides:
     values = np.where(right[:, None], own, np.where(reworded[:, None], paraphrase, gold))
     shares = right.mean(), reworded.mean(), 1 - right.mean() - reworded.mean()
     measured = [np.sqrt(np.sum((own - gold) ** 2, axis=1)) <= tolerance, right, *values.T, *shares]
-    return tuple(np.concatenate([np.ravel(np.asarray(part, float)) for part in side]) for side in (predicted, measured))
+    first, second = (np.concatenate([np.ravel(np.asarray(x, float)) for x in side]) for side in (predicted, measured))
+    return first, second
 
 
 @statistical(
@@ -349,7 +350,7 @@ def t2_rejection(normal: Normal, **values: Any) -> Sides:
     R"\mathbb{E}\,t_i = A_{k+2}(\lambda_i)\,\mu_i,\quad \lambda_i = \|\mu_i\|^2/(\sigma^2+s^2)",
     parameters=DESIGN,
 )
-def t2_design(normal: Normal, noise_std: float, penalty: float, noise_correlation: float, **values: float) -> Sides:
+def t2_design(normal: Normal, noise_std: float, penalty: float, noise_correlation: float, **values: Any) -> Sides:
     """Shares of own and gold answers, then the five risks, of ridge on one design; all else is sampled."""
     X, problem, procedure = _design(normal, noise_std=noise_std, **values)
     expected = s3ft.conditional(X, problem, procedure, Ridge(penalty))
@@ -394,7 +395,7 @@ def _design(
     parameters={name: DESIGN[name] for name in DESIGN if name != "noise_correlation"},
     tolerance=1e-7,
 )
-def t2_design_exact(normal: Normal, penalty: float, **values: float) -> Sides:
+def t2_design_exact(normal: Normal, penalty: float, **values: Any) -> Sides:
     """Mean and variance of each sample's target by quadrature; the rest by matrices."""
     X, problem, procedure = _design(normal, **values)
     P, delta, u = (np.asarray(part) for part in (problem.content, problem.shift, problem.pretrain_error))
@@ -402,7 +403,7 @@ def t2_design_exact(normal: Normal, penalty: float, **values: float) -> Sides:
     R, variance, style = ridge_map(X, penalty), values["noise_std"] ** 2 + sampled, OUTPUTS - k
     judged, content, mean, spread = [], X @ gap @ P, np.zeros((2, len(X), OUTPUTS)), np.zeros((2, len(X)))
     for i, (mu, nu) in enumerate(zip(content, X @ gap - content, strict=True)):
-        length = np.linalg.norm(mu)
+        length = float(np.linalg.norm(mu))
         at = _by_quadrature(procedure, k, length, variance)
         mean[:, i] = at.along * mu / length, at.gold * nu
         pull = -2 * sampled / variance * (at.squared - length * at.along)  # 2 E[C d·ξ], ξ = own answer − prediction

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["Mutant", "Outcome", "run", "tables"]
 
@@ -124,9 +124,9 @@ def _outcomes(pool: ProcessPoolExecutor, mutants: Sequence[Mutant], instances: i
         yield Outcome(futures[future], *future.result())
 
 
-def _caught_by(fields: tuple[str, ...], instances: int, seed: int) -> tuple[str | None, float]:
+def _caught_by(fields: tuple[Any, ...], instances: int, seed: int) -> tuple[str | None, float]:
     """The first claim that notices, and the seconds that took; in a process that has imported none of the code yet."""
-    mutant, start = Mutant(*fields), time.perf_counter()  # type: ignore[arg-type]
+    mutant, start = Mutant(*fields), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         for package in PACKAGES:
             shutil.copytree(ROOT / package, Path(scratch, package))
