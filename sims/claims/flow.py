@@ -365,7 +365,7 @@ def _population(
     tolerance=1e-7,
 )
 def f3_path(normal: Normal, *, speed: float, steps: int, penalty: float, **values: Any) -> Sides:
-    """θ − θ₁, R_ft, R_pre and their sum of four fine-tuners, one averaged; by the iteration, the matrix exponential, and linear systems."""
+    """θ − θ₁, both risks and their sum, one fine-tuner averaged; by iteration, matrix exponential, linear systems."""
     problem, temperature, matrix, first = _population(normal, **values)
     step_size, penalty = speed / np.linalg.eigvalsh(matrix)[-1], penalty * np.trace(matrix) / P
     filters = [GradientDescent(step_size, steps), GradientFlow(step_size * steps), 0.7 * Ridge(penalty), MinNorm()]

@@ -164,9 +164,9 @@ def _by_quadrature(procedure: Procedure, rank: int, length: float, variance: flo
     right = density @ below, density @ (below * d), density @ (below * d**2 + beside)
     every = 1.0, length, length**2 + rank * variance
     misses, fools = float(procedure.false_reject), float(procedure.false_accept)  # type: ignore[arg-type]
-    learned = [misses * r + (1 - fools) * (e - r) for r, e in zip(right, every, strict=True)]
+    one, along, squared = (misses * r + (1 - fools) * (e - r) for r, e in zip(right, every, strict=True))
     reworded = float(procedure.paraphrase_success) * (1 - misses)  # type: ignore[arg-type]
-    return _Judged(*learned, misses * right[0] + (1 - fools) * (1 - reworded) * (1 - right[0]))
+    return _Judged(one, along, squared, misses * right[0] + (1 - fools) * (1 - reworded) * (1 - right[0]))
 
 
 def _population(procedure: Procedure, rank: int, noise_std: float) -> tuple[_Judged, float]:
