@@ -239,7 +239,10 @@ def e2_floor(normal: Normal, weight: float, average: float, **values: Any) -> Si
     tolerance=1e-7,
 )
 def e2_weights(normal: Normal, weight: float, away: float, **values: Any) -> Sides:
-    """θ_κ − θ₁* by its linear system and risks from it; then κ and the distance, of points given by these risks."""
+    """θ_κ − θ₁* by its linear system and risks from it; then κ and the distance, of points given by these risks.
+
+    Last, weights and R_ft where both covariances are diagonal, coordinate by coordinate.
+    """
     exact = exact_instance(normal, **values, fixed=1, tau=1.0)
     problem, m = exact.problem, exact.moments
     delta = m.mean + m.u
@@ -248,7 +251,13 @@ def e2_weights(normal: Normal, weight: float, away: float, **values: Any) -> Sid
     found = frontier.weight_at(problem, risks[0]) / weight
     apart = frontier.distance(problem, risks[0], risks[1] * (1 + away)) / (risks[1] * away)
     weights = np.asarray(frontier.pareto_weights(problem, weight)) / np.abs(point).max()
-    return np.array([*weights, found, apart]), np.array([*point / np.abs(point).max(), 1, 1])
+    first, second = np.diag(m.pretrain), np.diag(m.finetune)
+    diagonal = TwoTaskProblem(first, second, FixedShift(delta), 0.0)
+    shares = np.asarray(frontier.pareto_weights(diagonal, weight)) / delta
+    missed = np.sum(second * (delta * weight * first / (weight * first + second)) ** 2)
+    apart = [apart, *shares, frontier.pareto(diagonal, weight).finetune / missed]
+    expected = [*point / np.abs(point).max(), 1, 1, *second / (weight * first + second), 1]
+    return np.array([*weights, found, *apart]), np.array(expected)
 
 
 @identity(
