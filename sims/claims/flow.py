@@ -124,13 +124,14 @@ def f1_scale(normal: Normal, temperature: float, steps: int, speed: float) -> Si
     "F1.mask",
     "Tokens outside the mask, NaN or not, count for nothing: weights are those of the others alone.",
     R"w_i = e^{-\ell_i/T}\ (\text{count}),\ w_i/\bar w\ (\text{mean}),\ n\,w_i\ (\text{none})",
-    parameters={"temperature": TEMPERATURE.within(0.2, 5.0), "masked": Parameter(low=1, high=5, scale="whole")},
+    parameters={"temperature": TEMPERATURE.within(0.2, 5.0), "masked": Parameter(low=2, high=5, scale="whole")},
     tolerance=1e-12,
 )
 def f1_mask(normal: Normal, temperature: float, masked: int) -> Sides:
     """At the temperature and at the median, in each normalisation; step and sample size."""
     losses, mask = normal(3, 4) ** 2, np.arange(12).reshape(3, 4) >= masked
-    kept, missing = losses[mask], np.where(mask, losses, np.nan)
+    kept, missing = losses[mask], np.where(mask, losses, 100.0)
+    missing[0, 0] = np.nan
     predicted: list[Any] = []
     measured: list[Any] = []
     for given, used in ((temperature, temperature), (None, np.median(kept))):
@@ -556,7 +557,7 @@ def f5(normal: Normal, surplus: int, noise_std: float, warmth: float, tau: float
     R"\hat\theta_w = \theta_1 + R(W^{1/2}X)\,W^{1/2}(y-X\theta_1)",
     parameters={
         "size": Parameter(low=0, high=2, scale="whole"),
-        "warmth": DATA["warmth"].within(0.5, 30.0),
+        "depth": Parameter("largest loss over T: the smallest weight is e^{−depth}", 1.0, 1.0, 12.0, highest=60.0),
         "penalty": PENALTY.within(1e-2, 10.0),
         "time": TIME.within(0.1, 100.0),
         "speed": Parameter(low=0.1, high=1.9),
@@ -565,21 +566,24 @@ def f5(normal: Normal, surplus: int, noise_std: float, warmth: float, tau: float
     tolerance=1e-7,
 )
 def f5_weighted(
-    normal: Normal, size: int, warmth: float, penalty: float, time: float, speed: float, steps: int
+    normal: Normal, size: int, depth: float, penalty: float, time: float, speed: float, steps: int
 ) -> Sides:
-    """Ridge, flow and descent, for n below and above p, and min-norm for n above p or with repeated rows."""
+    """Ridge, flow and descent, n below and above p; min-norm for n above p or repeated rows; ridge without weights."""
     n, p = ((10, 16), (10, 16), (25, 10))[size]
     X, y, theta_1 = normal(n, p), normal(n), normal(p)
     X = np.concatenate([X[:-2], X[:2]]) if size == 1 else X  # contradictory labels: their weighted mean counts
-    weights = np.asarray(flow_weights((y - X @ theta_1) ** 2, warmth * np.median((y - X @ theta_1) ** 2)))
+    losses = (y - X @ theta_1) ** 2
+    weights = np.asarray(flow_weights(losses, losses.max() / depth))
     rows, residual = np.sqrt(weights)[:, None] * X, np.sqrt(weights) * (y - X @ theta_1)
     step_size = float(speed * n / np.linalg.norm(rows, 2) ** 2)
     filters: list[Any] = [Ridge(penalty), GradientFlow(time), GradientDescent(step_size, steps)]
     maps = [ridge_map(rows, penalty), flow_map(rows, time), descent_map(rows, step_size, steps)]
     if size > 0:
         filters, maps = [*filters, MinNorm()], [*maps, np.linalg.pinv(rows, rcond=1e-12)]
-    fitted = np.stack([np.asarray(fine_tune(X, y, theta_1, filter, weights)) for filter in filters])
-    return theta_1 + np.stack(maps) @ residual, fitted
+    fitted = [np.asarray(fine_tune(X, y, theta_1, filter, weights)) for filter in filters]
+    plain = theta_1 + ridge_map(X, penalty) @ (y - X @ theta_1)
+    expected = np.stack([*(theta_1 + np.stack(maps) @ residual), plain])
+    return expected, np.stack([*fitted, np.asarray(fine_tune(X, y, theta_1, Ridge(penalty)))])
 
 
 STEPS = np.array([0, 1, 2, 3, 7, 20, 60])
