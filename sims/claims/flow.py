@@ -739,10 +739,12 @@ def f6_remark(normal: Normal, **values: Any) -> Sides:
     tolerance=1e-9,
 )
 def f6_better(normal: Normal, **values: Any) -> Sides:
-    """What FLOW gains by a search, its sign turned where no finite K is best; whether that is where it should be."""
-    block, finite = _block(**values), bool(np.isfinite(flow.best_flow(values["rho"], _block(**values)).steps))
-    gain = 1 - _least_total(values["rho"], block) / _least_average(block)
-    return 0.0, np.array([gain if finite else -gain, float(finite == (values["coupling"] < 1)) - 0.5])
+    """What FLOW gains by a search, its sign turned where no finite K is best; as reported; whether K is as stated."""
+    block = _block(**values)
+    best, average = flow.best_flow(values["rho"], block), _least_average(block)
+    finite, gain = bool(np.isfinite(best.steps)), 1 - _least_total(values["rho"], block) / average
+    stated = float(finite == (values["coupling"] < 1)) - 0.5
+    return 0.0, np.array([gain if finite else -gain, 1 - float(best.total) / average, stated])
 
 
 @identity(
