@@ -241,7 +241,7 @@ def best_flow(rho: ArrayLike, pretrain: Block = None) -> BestFlow:
     >>> bool(best.total < best_averaging([[2.7, 0.0], [0.0, 1.0]])), int(best.steps)
     (True, 1)
     >>> best_flow(0.76, [[2.7, 2.03], [2.03, 4.0]]).steps, best_flow(0.76, [[2.7, 2.06], [2.06, 4.0]]).steps
-    (Array(163., dtype=float64), Array(inf, dtype=float64))
+    (Array(201., dtype=float64), Array(inf, dtype=float64))
     """
     rho, block = _rho(rho), _block(pretrain)
     return _best_flow(jnp.asarray(rho, block.dtype), block)
