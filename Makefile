@@ -36,6 +36,10 @@ oldest:
 	$(VENV)/oldest/bin/python -m pytest -n auto --dist worksteal -p no:cacheprovider -m "not slow"
 	cp $(VENV)/oldest/constraints.txt .ci/oldest.txt
 
+# Every deliberate mistake in sims/mutants, and which claim notices it.
+mutants: $(VENV)/test
+	$(RUN)python -m sims.mutants
+
 lint: $(VENV)/test
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
@@ -60,4 +64,4 @@ $(VENV)/docs: $(VENV)/test
 	$(INSTALL) '.[docs]'
 	touch $@
 
-.PHONY: figures test quick bench bench-quick oldest lint docs
+.PHONY: figures test quick bench bench-quick oldest mutants lint docs

@@ -343,6 +343,57 @@ def test_best_flow_is_the_least_of_a_grid():
     assert best.total < flow.best_averaging(block)
 
 
+def couple(generator, share):
+    """ρ, Σ₁ ⪰ I with ēᵀΣ₁ē⊥ = share·ρs, and the least err_tot of the plane and of averaging."""
+    rho, s = generator.uniform(0.2, 0.9), generator.uniform(1.5, 6)
+    c = share * rho * s
+    d = 1 + generator.uniform(1, 4) * c**2 / (s - 1)
+    plane = s - np.array([s, c]) @ np.linalg.solve([[1 + s, rho + c], [rho + c, 1 + d]], [s, c])
+    return rho, np.array([[s, c], [c, d]]), plane, s / (1 + s)
+
+
+def test_best_flow_finds_what_needs_many_steps(generator):
+    """c/(ρs) in [0.9, 1): every K up to 2000 by matrix powers' eigenvalues, β by a grid that closes in."""
+    steps = np.arange(1.0, 2001)[:, None]
+    for share in (0.9, 0.93, 0.96, 0.98, 0.99):
+        rho, block, plane, averaging = couple(generator, share)
+        low, high = np.full(len(steps), np.log(1e-6)), np.zeros(len(steps))
+        for _ in range(5):
+            grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, 41)
+            beta = np.exp(grid)
+            top, rest = (
+                ((1 + beta * rho**2) / (1 + beta)) ** steps,
+                (rho**2 * (1 - beta) / (1 - beta * rho**2)) ** steps,
+            )
+            x, y = top + rest * (beta * rho) ** 2, -beta * rho * (top - rest)
+            x, y = x / (1 + (beta * rho) ** 2), y / (1 + (beta * rho) ** 2)
+            total = x**2 + 2 * rho * x * y + y**2
+            total = total + block[0, 0] * (x - 1) ** 2 + 2 * block[0, 1] * (x - 1) * y + block[1, 1] * y**2
+            at, spacing = total.argmin(axis=1), (high - low) / 40
+            middle = grid[np.arange(len(steps)), at]
+            low, high = np.maximum(middle - spacing, np.log(1e-6)), np.minimum(middle + spacing, 0)
+        best = flow.best_flow(rho, block)
+        assert abs(best.total - total.min()) < 1e-6 * (averaging - plane) + 1e-13
+        assert abs(best.steps / (total.min(axis=1).argmin() + 1) - 1) < 0.05
+        assert plane < best.total < averaging
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4])
+def test_best_flow_however_close_to_its_condition(distance, generator):
+    """There it comes ever closer to the least err_tot of the plane, with β and 1/K in proportion to the distance."""
+    rho, block, plane, averaging = couple(generator, 1 - distance)
+    best = flow.best_flow(rho, block)
+    assert (averaging - best.total) / (averaging - plane) > 1 - 1e-3
+    assert 0.001 < best.beta / distance < 10
+    assert 0.1 < best.steps * distance < 100
+    for share in (1 + distance, 1.0):
+        rho, block, _, averaging = couple(generator, share)
+        block[0, 1] = max(block[0, 1], rho * block[0, 0])
+        limit = flow.best_flow(rho, block)
+        assert (limit.steps, limit.beta) == (np.inf, 0)
+        np.testing.assert_allclose(limit.total, averaging, rtol=1e-15)
+
+
 def all_the_way(predicted, values):
     """As if noise did not matter."""
     variance = values["noise_std"] ** 2
@@ -461,7 +512,7 @@ RANDOM = TwoTaskProblem([1.0, 1.0], [1.0, 2.0], RandomShift([1.0, 1.0]), 0.1)
         (lambda: flow.flow_iterates(0.5, 0.5, -1), "steps must be non-negative"),
         (lambda: flow.stalled_direction(1.0, 0.5), r"rho must be in \[0, 1\)"),
         (lambda: flow.best_averaging(np.zeros((2, 2))), "pretrain must be Σ₁ ⪰ I"),
-        (lambda: flow.best_flow(0.5, max_steps=0), "max_steps must be at least 1"),
+        (lambda: flow.best_flow(1.0), r"rho must be in \[0, 1\)"),
         (lambda: flow.stalled_direction(0.5, 2.0), r"beta must be in \(0, 1\]"),
     ],
 )  # fmt: skip

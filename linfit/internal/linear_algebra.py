@@ -36,6 +36,12 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
     return eigenvalues, vectors
 
 
+def svd(matrix: Array) -> tuple[Array, Array, Array]:
+    """U (n, k), singular values (k,), ascending, and Vᵀ (k, p) of a matrix (n, p), k = min(n, p)."""
+    left, singular, right = jnp.linalg.svd(matrix, full_matrices=False)
+    return left[:, ::-1], singular[::-1], right[::-1]
+
+
 def rank_cutoff(eigenvalues: Array) -> Array:
     """Eigenvalues at or below n·ε·max are rounding noise; shape (…, 1) for eigenvalues (…, n)."""
     epsilon = jnp.finfo(eigenvalues.dtype).eps

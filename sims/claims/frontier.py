@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from linfit import FixedShift, RandomShift, TwoTaskProblem, fine_tune, flow_weights
 from sims.claims import Normal, Sides, identity, inequality, statistical
@@ -61,6 +62,96 @@ def _misfit(normal: Normal, knob: float, noise_std: float, **values: float) -> n
     trimming = frontier.weighting_coefficient(frontier.trimming_ratio(c, std), 1.0, noise_std)
     tau = np.array([float(flow.fixed_point_coefficient(noise_std, temperature)), float(trimming)])
     return (weights * (r[:, None] - tau * x[:, :1]))[..., None] * x[:, None]
+
+
+def _residuals(c: float, v: float) -> tuple[np.ndarray, np.ndarray]:
+    """|r| and its probabilities for r ~ N(0, v), by Gauss's rule on either side of c, up to twelve deviations."""
+    nodes, masses = np.polynomial.legendre.leggauss(80)
+    furthest = 12 * v**0.5
+    low, high = np.array([0, min(c, furthest)])[:, None], np.array([min(c, furthest), furthest])[:, None]
+    r, step = np.ravel(low + (high - low) * (nodes + 1) / 2), np.ravel((high - low) / 2 * masses)
+    return r, 2 * step * scipy.stats.norm.pdf(r, scale=v**0.5)
+
+
+def _by_quadrature(knob: float, noise_std: float) -> dict[str, float]:
+    """E rψ(r)/v of own answers and of clipping, E[w s r]/E[w s²] of FLOW and of trimming, E[w r²]/(v E w) of trimming.
+
+    By Gauss's rule on either side of the threshold; s = xᵀΔ, q = 1, is Gaussian given r.
+    """
+    v, c = 1 + noise_std**2, knob * (1 + noise_std**2) ** 0.5
+    r, density = _residuals(c, v)
+    inside, cross, square = r < c, r**2 / v, (r / v) ** 2 + noise_std**2 / v
+    easy = np.exp(-(r**2) / (knob * v))
+    return {
+        "own": density @ (r**2 * ~inside) / v,
+        "clipped": density @ (r * np.minimum(r, c)) / v,
+        "flow": (density * easy) @ cross / ((density * easy) @ square),
+        "trimmed": (density * inside) @ cross / ((density * inside) @ square),
+        "ratio": (density * inside) @ r**2 / v / (density @ inside),
+    }
+
+
+@identity(
+    "E1.exact",
+    "The coefficients of own answers, clipping, FLOW and trimming are the integrals that they stand for.",
+    R"\tau = \mathbb{E}\,r\psi(r)/v,\quad \tau = \mathbb{E}[w s r]/\mathbb{E}[w s^2],\ s = x^\top\Delta",
+    parameters={name: GAUSSIAN[name] for name in ("noise_std", "knob")},
+    tolerance=1e-9,
+)
+def e1_exact(normal: Normal, noise_std: float, knob: float) -> Sides:
+    measured, std = _by_quadrature(knob, noise_std), (1 + noise_std**2) ** 0.5
+    c, temperature = knob * std, knob * std**2
+    ratio = frontier.trimming_ratio(c, std)
+    predicted = {
+        "own": s3ft.fixed_point_coefficient(c, std),
+        "clipped": frontier.clipping_coefficient(c, std),
+        "flow": flow.fixed_point_coefficient(noise_std, temperature),
+        "trimmed": frontier.weighting_coefficient(ratio, 1.0, noise_std),
+        "ratio": ratio,
+    }
+    return np.array([float(predicted[name]) / value for name, value in measured.items()]), np.ones(len(measured))
+
+
+@identity(
+    "E1.huber",
+    "Descent on the Huber loss is plain descent slowed by P(|r| ≤ c) at every step: early stopping.",
+    R"\nabla = -P(|r_k|\le c)\,\Sigma(\theta_2^*-\theta_k)",
+    parameters={
+        "decay": DECAY.within(0.0, 1.5),
+        "noise_std": GAUSSIAN["noise_std"],
+        "knob": GAUSSIAN["knob"],
+        "steps": Parameter(low=1, high=20, scale="whole"),
+    },
+    tolerance=1e-9,
+)
+def e1_huber(normal: Normal, decay: float, noise_std: float, knob: float, steps: int) -> Sides:
+    """Errors of descent with E x ψ(r) by quadrature; as plain descent with the step size of each moment."""
+    spectrum, start = (1.0 + np.arange(4)) ** -decay, normal(4)
+    c = knob * (np.sum(spectrum * start**2) + noise_std**2) ** 0.5
+    plain = huber = start
+    for _ in range(steps):
+        v = np.sum(spectrum * plain**2) + noise_std**2
+        plain = plain * (1 - 0.9 * float(frontier.clipping_coefficient(c, v**0.5)) * spectrum)
+        v = np.sum(spectrum * huber**2) + noise_std**2
+        r, density = _residuals(c, v)
+        huber = huber * (1 - 0.9 * (density @ (r * np.minimum(r, c)) / v) * spectrum)  # x given r is Σ(θ₂*−θ)·r/v
+    return plain, huber
+
+
+@identity(
+    "E1.risks",
+    "Both risks on the segment from θ₁ to θ₂* are parabolas in τ, for any problem.",
+    R"R_\mathrm{ft} = (1-\tau)^2\,\mathbb{E}\|\Delta\|^2_{\Sigma_2},\ "
+    R"R_\mathrm{pre} = \mathbb{E}\|u+\tau\Delta\|^2_{\Sigma_1}",
+    parameters=EXACT | {"tau": TAU.within(-0.5, 1.5)},
+    tolerance=1e-9,
+)
+def e1_risks(normal: Normal, tau: float, **values: Any) -> Sides:
+    """θ₁ + τΔ as the linear map τ·I of the gap, by traces, relative."""
+    exact = exact_instance(normal, **values, tau=tau)
+    p = exact.problem.p
+    expected = exact.moments.risks(np.eye(p), tau * np.eye(p))[:, 0]
+    return np.array(frontier.population_risks(exact.problem, tau)) / expected, np.ones(2)
 
 
 @statistical(
@@ -141,6 +232,35 @@ def e2_floor(normal: Normal, weight: float, average: float, **values: Any) -> Si
 
 
 @identity(
+    "E2.weights",
+    "Weights, trade-off weight and distance of the frontier belong together.",
+    R"\kappa(R_\mathrm{ft}(\theta_\kappa)) = \kappa,\quad R_\mathrm{pre}(\theta_\kappa)+x\ \text{is}\ x\ \text{away}",
+    parameters=without("tau", "fixed") | {"weight": WEIGHT.within(0.1, 10.0), "away": Parameter(low=0.1, high=2.0)},
+    tolerance=1e-7,
+)
+def e2_weights(normal: Normal, weight: float, away: float, **values: Any) -> Sides:
+    """θ_κ − θ₁* by its linear system and risks from it; then κ and the distance, of points given by these risks.
+
+    Last, weights and R_ft where both covariances are diagonal, coordinate by coordinate.
+    """
+    exact = exact_instance(normal, **values, fixed=1, tau=1.0)
+    problem, m = exact.problem, exact.moments
+    delta = m.mean + m.u
+    point = np.linalg.solve(weight * m.pretrain + m.finetune, m.finetune @ delta)
+    risks = (point - delta) @ m.finetune @ (point - delta), point @ m.pretrain @ point
+    found = frontier.weight_at(problem, risks[0]) / weight
+    apart = frontier.distance(problem, risks[0], risks[1] * (1 + away)) / (risks[1] * away)
+    weights = np.asarray(frontier.pareto_weights(problem, weight)) / np.abs(point).max()
+    first, second = np.diag(m.pretrain), np.diag(m.finetune)
+    diagonal = TwoTaskProblem(first, second, FixedShift(delta), 0.0)
+    shares = np.asarray(frontier.pareto_weights(diagonal, weight)) / delta
+    missed = np.sum(second * (delta * weight * first / (weight * first + second)) ** 2)
+    apart = [apart, *shares, frontier.pareto(diagonal, weight).finetune / missed]
+    expected = [*point / np.abs(point).max(), 1, 1, *second / (weight * first + second), 1]
+    return np.array([*weights, found, *apart]), np.array(expected)
+
+
+@identity(
     "E2.ensemble",
     "With Σ₁ ∝ Σ₂ and no pretraining error, averaging the optima is Pareto-optimal.",
     R"\Sigma_1 \propto \Sigma_2,\ u = 0 \implies \theta_\tau \in \{\theta_\kappa\}",
@@ -153,12 +273,16 @@ def e2_floor(normal: Normal, weight: float, average: float, **values: Any) -> Si
     tolerance=1e-7,
 )
 def e2_ensemble(normal: Normal, decay: float, tau: float, mismatch: float, pretrain_size: float) -> Sides:
-    """1 + excess forgetting of θ₁ + τΔ, relative to its own.
+    """Both risks of θ₁ + τΔ, relative to those of θ_κ by its linear system, κ = (1−τ)/2τ.
 
     Σ₁ = 2Σ₂ diagonal but for `mismatch`, a factor e^{mismatch·z} per eigenvalue; u = 0 but for `pretrain_size`.
     """
-    spectrum = (1.0 + np.arange(12)) ** -decay
-    pretrain, shift = 2 * spectrum * np.exp(mismatch * normal(12)), RandomShift(np.exp(normal(12)))
-    problem = TwoTaskProblem(pretrain, spectrum, shift, 0.5, pretrain_size * normal(12))
-    point = frontier.population_risks(problem, tau)
-    return 1.0, 1 + float(frontier.distance(problem, point.finetune, point.pretrain) / point.pretrain)
+    spectrum, second = (1.0 + np.arange(12)) ** -decay, np.exp(normal(12))
+    pretrain = 2 * spectrum * np.exp(mismatch * normal(12))
+    problem = TwoTaskProblem(pretrain, spectrum, RandomShift(second), 0.5, pretrain_size * normal(12))
+    kappa = (1 - tau) / (2 * tau)
+    learned = spectrum / (kappa * pretrain + spectrum)
+    expected = np.array([np.sum(second * spectrum * (1 - learned) ** 2), np.sum(second * pretrain * learned**2)])
+    point = np.array(frontier.population_risks(problem, tau))
+    away = float(frontier.distance(problem, *point)) / expected[1]
+    return np.array([1.0, 1.0, 1.0]), np.array([*point / expected, 1 + away])

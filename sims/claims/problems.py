@@ -179,7 +179,7 @@ def exact_instance(
     X = normal(n, p) @ scipy.linalg.cholesky(finetune)
     step_size = float(speed * n / np.linalg.norm(X, 2) ** 2)
     filters = [MinNorm(), Ridge(penalty), GradientFlow(time), GradientDescent(step_size, steps)]
-    maps = np.stack([np.linalg.pinv(X), ridge_map(X, penalty), _flow(X, time), _descent(X, step_size, steps)])
+    maps = np.stack([np.linalg.pinv(X), ridge_map(X, penalty), flow_map(X, time), descent_map(X, step_size, steps)])
     return Exact(X, problem, moments(problem), risk_forms(X, problem), filters, maps, tau)
 
 
@@ -196,7 +196,7 @@ def ridge_map(X: np.ndarray, penalty: float) -> np.ndarray:
     return np.linalg.solve(X.T @ X / n + penalty * np.eye(p), X.T / n)
 
 
-def _flow(X: np.ndarray, time: float) -> np.ndarray:
+def flow_map(X: np.ndarray, time: float) -> np.ndarray:
     """∫₀ᵗ e^{−sΣ̂} ds Xᵀ/n, the integral as a block of one matrix exponential."""
     n, p = X.shape
     generator = np.zeros((2 * p, 2 * p))
@@ -204,7 +204,7 @@ def _flow(X: np.ndarray, time: float) -> np.ndarray:
     return scipy.linalg.expm(generator)[:p, p:] @ X.T / n
 
 
-def _descent(X: np.ndarray, step_size: float, steps: int) -> np.ndarray:
+def descent_map(X: np.ndarray, step_size: float, steps: int) -> np.ndarray:
     """The iteration itself, on all unit residuals at once."""
     n, p = X.shape
     R = np.zeros((p, n))

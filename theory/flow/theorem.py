@@ -173,7 +173,7 @@ def flow_iterates(rho: ArrayLike, beta: ArrayLike, steps: ArrayLike) -> Array:
            [ 0.5306, -0.1276]], dtype=float64)
     """
     rho, beta, steps = _rho(rho), _beta(beta), _steps(steps)
-    top = ((1 + beta * rho**2) / (1 + beta)) ** steps
+    top = jnp.exp(steps * jnp.log1p(-beta * (1 - rho**2) / (1 + beta)))  # λ₁^K, to all digits at small β and large K
     low, square = (rho**2 * (1 - beta) / (1 - beta * rho**2)) ** steps, (beta * rho) ** 2
     along, across = (top + low * square) / (1 + square), -beta * rho * (top - low) / (1 + square)
     return jnp.stack(jnp.broadcast_arrays(along, across), axis=-1)
@@ -218,41 +218,61 @@ class BestFlow(NamedTuple):
     steps: Array
 
 
-# For K → ∞ with Kβ = const the position tends to (λ₁^K, 0): averaging with any ω. err_tot is convex, and its slope
-# along y at the best averaging is 2(ρs − c)/(s + 1), s = ēᵀΣ₁ē, c = ēᵀΣ₁ē⊥; FLOW has y ≤ 0. So it goes below the best
-# averaging if and only if c < ρs.
-def best_flow(rho: ArrayLike, pretrain: Block = None, max_steps: int = 64) -> BestFlow:
-    """The least err_tot of FLOW over β in (0, 1] and 1 ≤ K ≤ max_steps (docs, F6; Remark 7.6 of paper 2502.02797).
+# FLOW goes below the best averaging if and only if ρ > 0 and c < ρs, s = ēᵀΣ₁ē, c = ēᵀΣ₁ē⊥ (ours). In the plane
+#     err_tot(x, y) = x² + 2ρxy + y² + s(x−1)² + 2c(x−1)y + d y²
+# is convex, and averaging, y = 0, is best at ω = s/(s+1), where its slope is 0 along x and 2(ρs−c)/(s+1) along y.
+# Only if: FLOW has y ≤ 0, and y = 0 if ρ = 0; so with c ≥ ρs, err_tot(x, y) ≥ err_tot(ω, 0) + 2(ρs−c)/(s+1)·y is no
+# less. If: for every large K there is a β = O(1/K) with x = ω exactly, since x falls from 1 with β; there
+# y = −βρω + O(β²), which gains 2(ρs−c)ρωβ/(s+1) and costs O(β²).
+# Where c is just below ρs, the best β is small and K ~ 1/β large. Without the bounds on x and y that FLOW has, err_tot
+# is least at y/x = −ρβ', β' = (ρs−c)/(ρ[s(1+d) − c(ρ+c)]), and K is looked for up to a hundred times what gets there.
+def best_flow(rho: ArrayLike, pretrain: Block = None) -> BestFlow:
+    """The least err_tot of FLOW over β in (0, 1] and whole K ≥ 1, whatever their size (docs, F6; ours).
 
-    The paper's Remark 7.6: it is at least as good as the best averaging. Ours: it is better **if and only if**
-    ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē; otherwise averaging is its limit for K → ∞, returned with K = ∞ and β = 0.
+    It is better than the best averaging **if and only if** ρ > 0 and ēᵀΣ₁ē⊥ < ρ ēᵀΣ₁ē. Otherwise averaging is what it
+    tends to for β → 0 (paper 2502.02797, Remark 7.5), returned with β = 0 and K = ∞.
 
     Args:
         rho: correlation ρ in [0, 1), a number.
         pretrain: the block (2, 2) of Σ₁ on ē and ē⊥, the identity by default.
-        max_steps: the largest K that is tried.
 
     >>> from theory.flow import best_averaging, best_flow
     >>> best = best_flow(0.76, [[2.7, 0.0], [0.0, 1.0]])
     >>> bool(best.total < best_averaging([[2.7, 0.0], [0.0, 1.0]])), int(best.steps)
     (True, 1)
+    >>> best_flow(0.76, [[2.7, 2.03], [2.03, 4.0]]).steps, best_flow(0.76, [[2.7, 2.06], [2.06, 4.0]]).steps
+    (Array(201., dtype=float64), Array(inf, dtype=float64))
     """
     rho, block = _rho(rho), _block(pretrain)
-    steps = jnp.arange(1, count("max_steps", max_steps) + 1, dtype=block.dtype)
-    return _best_flow(jnp.asarray(rho, block.dtype), block, steps)
+    return _best_flow(jnp.asarray(rho, block.dtype), block)
+
+
+FEW = 64
+"""Steps that are tried one by one."""
 
 
 @jax.jit
-def _best_flow(rho: Array, block: Array, steps: Array) -> BestFlow:
+def _best_flow(rho: Array, block: Array) -> BestFlow:
+    (s, c), (_, d) = block
+    better = (rho > 0) & (c < rho * s)
+    safe = jnp.where(better, rho, 0.5)
+    beta = jnp.where(better, (safe * s - c) / (safe * (s * (1 + d) - c * (safe + c))), 1)
+    furthest = 2 * FEW + 100 / (jnp.minimum(beta, 1) * (1 - safe**2))
+
+    @jax.vmap
     def after(steps: Array) -> BestFlow:
         def total(beta: Array) -> Array:
             finetune, pretrain = errors(flow_iterates(rho, beta, steps), rho, block)
             return finetune + pretrain
 
-        found = minimise_over_logarithm(total, 1e-4, jnp.ones((), block.dtype))
+        found = minimise_over_logarithm(total, 1e-4 / steps, jnp.ones((), block.dtype))
         return BestFlow(found.value, found.argument, steps)
 
-    finite = jax.vmap(after)(steps)
-    limit = BestFlow(best_averaging(block), jnp.zeros((), block.dtype), jnp.asarray(jnp.inf, block.dtype))
+    # err_tot at the best β is smooth in K, once there are many
+    later = minimise_over_logarithm(lambda steps: after(steps).total, FEW, furthest).argument
+    steps = jnp.concatenate([jnp.arange(1, FEW + 1, dtype=block.dtype), jnp.floor(later)[None] + jnp.arange(2)])
+    finite, averaging = after(steps), best_averaging(block)
     best = jax.tree.map(lambda leaf: leaf[jnp.argmin(finite.total)], finite)
-    return jax.tree.map(lambda a, b: jnp.where(best.total < limit.total, a, b), best, limit)
+    best = best._replace(total=jnp.minimum(best.total, averaging))  # rounding, where the gain is hardly any
+    limit = BestFlow(averaging, jnp.zeros((), block.dtype), jnp.asarray(jnp.inf, block.dtype))
+    return jax.tree.map(lambda a, b: jnp.where(better, a, b), best, limit)
