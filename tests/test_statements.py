@@ -55,7 +55,7 @@ def test_every_mutant_applies_and_names_claims():
 
 def test_tables_by_subject_and_by_file():
     assert {mutant.subject for mutant in tables(["frontier", "linfit/solve.py"])} == {"frontier", "linfit"}
-    with pytest.raises(ValueError, match=r"NAME must be a file or among flow, frontier, .*; got nothing"):
+    with pytest.raises(ValueError, match=r"NAME must be a file or among combinations, .*frontier, .*; got nothing"):
         tables(["nothing"])
 
 
