@@ -13,7 +13,7 @@ from figures.explorer.upload import UploadView
 from figures.explorer.view import PageView
 from figures.explorer.widgets import stacked, text, warn
 
-MODULES = ("overadaptation", "overtraining", "flow", "s3ft", "compare")
+MODULES = ("overadaptation", "overtraining", "flow", "s3ft", "recipes", "compare")
 
 REPLACE_ADDRESS = 'window.history.replaceState(null, "", "?" + source.data.query[0])'
 

@@ -14,7 +14,7 @@ from bokeh.document import Document
 
 from figures.explorer.drawing import Sources
 from figures.explorer.latest import Latest, Repeated
-from figures.explorer.page import Choice, Page, Slider, Values
+from figures.explorer.page import Choice, Group, Page, Slider, Values
 from figures.explorer.script import script
 from figures.explorer.tables import Table, Tables, average
 from figures.explorer.widgets import DOWNLOAD, Panel, button, stacked, text, warn, widget_of, with_help, wrapped
@@ -76,7 +76,7 @@ class PageView:
 
     def state(self) -> dict[str, str]:
         """Parameters, axes, overlay and frozen curves, as the query of a link."""
-        state = {name: str(value) for name, value in self.values.items()}
+        state = {name: str(value) for name, value in self._page.shown(self.values).items()}
         state |= {f"axes.{name}": panel.state for name, panel in self._panels.items() if panel.state is not None}
         if self._overlay_box.active:
             state["overlay"] = "on"
@@ -129,7 +129,7 @@ class PageView:
         self._overlay_box = models.Checkbox(name=f"{name}/overlay", margin=(8, 5, 4, 5), **overlay)
         self._overlay_box.on_change("active", lambda _, __, ___: self._toggle_overlay())
         self._progress = text(name=f"{name}/progress", visible=False)
-        sliders = [with_help(self._widgets[control.name], control.help) for control in page.controls]
+        sliders = self._arranged()
         actions = [self._overlay_box, self._progress, *self._actions()]
         controls = stacked(*sliders, *actions, css_classes=["controls"])
         panels = [panel.layout for panel in self._panels.values()]
@@ -139,6 +139,50 @@ class PageView:
         reset = button("start again", partial(self._set, page.defaults()), button_type="light", name=f"{name}/reset")
         suggestions = wrapped(text("<b>Try:</b>", sizing_mode=None), *tries, reset, sizing_mode="stretch_width")
         self.layout = stacked(introduction, suggestions, self._status, self._readings, body)
+
+    def _arranged(self) -> list[Any]:
+        """Controls from above, members of a group in a box of their own below the slider of their number."""
+        rows = {control.name: with_help(self._widgets[control.name], control.help) for control in self._page.controls}
+        self._members = {group: self._boxes(group, rows) for group in self._page.groups}
+        arranged = []
+        for name, row in rows.items():
+            arranged.append(row)
+            for group, boxes in self._members.items():
+                if group.count == name:
+                    added = button(f"add a {group.noun}", partial(self._add, group), name=f"{self._page.name}/add_{group.noun}")
+                    arranged += [*boxes, added]
+        self._show_members()
+        return arranged
+
+    def _boxes(self, group: Group, rows: dict[str, Any]) -> list[models.Column]:
+        """One for each member; its rows are taken out of the others."""
+        boxes = []
+        for member in range(1, group.most + 1):
+            own = [rows.pop(name) for name in list(rows) if name.startswith(group.prefix(member))]
+            name = f"{self._page.name}/remove_{group.noun}{member}"
+            removed = button("remove", partial(self._remove, group, member), name=name, button_type="light")
+            title = text(f"<b>{group.noun} {member}</b>", margin=(8, 5, 0, 10))
+            boxes.append(stacked(models.Row(title, removed, sizing_mode="stretch_width"), *own, css_classes=["member"]))
+        return boxes
+
+    def _show_members(self) -> None:
+        """As many as there are; the last one cannot be removed."""
+        for group, boxes in self._members.items():
+            for member, box in enumerate(boxes, 1):
+                box.visible = member <= int(self.values[group.count])
+                box.children[0].children[1].visible = int(self.values[group.count]) > 1
+
+    def _add(self, group: Group) -> None:
+        self._set({group.count: min(int(self.values[group.count]) + 1, group.most)})
+
+    def _remove(self, group: Group, member: int) -> None:
+        """Those behind it move up."""
+        count = int(self.values[group.count])
+        moved: Values = {group.count: max(count - 1, 1)}
+        for later in range(member, count):
+            start, end = group.prefix(later + 1), group.prefix(later)
+            moved |= {end + name[len(start) :]: v for name, v in self.values.items() if name.startswith(start)}
+        self._set(moved)
 
     def _actions(self) -> list[Any]:
         name = self._page.name
@@ -156,6 +200,8 @@ class PageView:
 
     def _moved(self, control: Slider | Choice, position: Any) -> None:
         self.values[control.name] = control.value_at(position)
+        if any(group.count == control.name for group in self._page.groups):
+            self._show_members()
         if not self._setting:
             self._ask()
 
@@ -230,7 +276,7 @@ class PageView:
 
     def _toggle_freeze(self) -> None:
         freezes = self._frozen is None and self.tables is not None
-        self._frozen = dict(self.values) if freezes else None
+        self._frozen = self._page.shown(self.values) if freezes else None
         self._sources.freeze(self.tables if freezes else None)
         self._freeze_button.label = "unfreeze" if freezes else FREEZE
         self._changed()
