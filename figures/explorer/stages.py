@@ -1,4 +1,4 @@
-"""The page of recipes: fine-tuning in stages, one after the other, and merging runs that start side by side."""
+"""The page of pipelines and merges: fine-tuning in stages, one after the other, and merging runs that start side by side."""
 
 from functools import partial
 from typing import Any
@@ -96,22 +96,22 @@ def _similarity(similarity: Any) -> Array:
 
 
 @partial(jax.jit, static_argnums=3)
-def _pipeline(recipe: dict[str, Array], spectrum: Array, optima: Array, averaging: bool) -> tuple[Array, Array]:
+def _pipeline(pipeline: dict[str, Array], spectrum: Array, optima: Array, averaging: bool) -> tuple[Array, Array]:
     """Risk (MOST, T) of every task after every stage, and E(θ_k − θ*_b)² (T, p), k the stage that runs start from.
 
     Each stage trains on an optimum of its own, that of its task, so that tasks are numbers and nothing is compiled anew.
     The second moments are what the risk has of each coordinate of the test covariance.
     """
-    each = jnp.concatenate([recipe["task"], jnp.arange(len(TASKS))])
-    targets, filter = optima[each][:, each], Ridge(recipe["penalty"])
-    tau = recipe["tau"] if averaging else 1.0 - recipe["absent"]
-    stages = Stage(spectrum, recipe["n"], recipe["noise_std"], filter, tau)
+    each = jnp.concatenate([pipeline["task"], jnp.arange(len(TASKS))])
+    targets, filter = optima[each][:, each], Ridge(pipeline["penalty"])
+    tau = pipeline["tau"] if averaging else 1.0 - pipeline["absent"]
+    stages = Stage(spectrum, pipeline["n"], pipeline["noise_std"], filter, tau)
 
     def of_tests(tests: Array) -> Array:
         return risks(stages, targets, tests)[:, MOST:]
 
     risk, pull = jax.vjp(of_tests, jnp.broadcast_to(spectrum, (len(each), P)))
-    start = jnp.arange(MOST)[:, None] == recipe["start"]
+    start = jnp.arange(MOST)[:, None] == pipeline["start"]
     return risk, pull(jnp.broadcast_to(start, risk.shape).astype(risk.dtype))[0][MOST:]
 
 
@@ -156,10 +156,10 @@ def _setting(similarity: Any, decay: Any) -> tuple[Array, Array]:
 
 @kernel
 def _tables(
-    setting: tuple[Array, Array], recipe: dict[str, Array], runs: dict[str, Array], weight: Array, goal: Array
+    setting: tuple[Array, Array], pipeline: dict[str, Array], runs: dict[str, Array], weight: Array, goal: Array
 ) -> Tables:
     spectrum, optima = setting
-    (staged, errors), (unaveraged, _) = (_pipeline(recipe, spectrum, optima, averaging) for averaging in (True, False))
+    (staged, errors), (unaveraged, _) = (_pipeline(pipeline, spectrum, optima, averaging) for averaging in (True, False))
     forms, soups = _merges(runs, spectrum, _gaps(errors, optima))
     mixed, law = (jax.tree.map(partial(jnp.tensordot, goal, axes=1), each) for each in (forms, soups))
     best = _without(runs["absent"], mixed).optimal_weights()
@@ -171,7 +171,7 @@ def _tables(
         return jax.vmap(lambda form: form(weights), out_axes=-1)(forms)
 
     once, tuned, chosen = merged(weight), merged(best), merged(tau * weight)
-    start = staged[recipe["start"]]
+    start = staged[pipeline["start"]]
     return {
         "stages": {"stage": jnp.arange(MOST + 1.0), **_rows(staged, optima, spectrum),
                    **{f"{name}_unaveraged": values for name, values in _rows(unaveraged, optima, spectrum).items()}},
@@ -192,7 +192,7 @@ def _rows(risk: Array, optima: Array, spectrum: Array) -> Table:
     return _named(jnp.concatenate([jnp.einsum("aaj,j->a", optima, spectrum)[None], risk]))
 
 
-def _recipe(at: Values) -> dict[str, np.ndarray]:
+def _stages(at: Values) -> dict[str, np.ndarray]:
     """Of all stages, those that are not there with τ = 0."""
     columns = {name: _column(at, "stage", name, 1.0) for name in ("n", "noise_std", "penalty")}
     tau, task = _column(at, "stage", "tau", 0.0), _column(at, "stage", "task", 0).astype(int)
@@ -214,7 +214,7 @@ def _goal(at: Values) -> np.ndarray:
 def curves(at: Values) -> Tables:
     """Every task's risk after every stage (docs, P1), and of merges and soups of runs (K1, K2), without sampling."""
     stages, weight = int(at["stages"]), _column(at, "run", "weight", 0.0)
-    tables = _tables(_setting(at["similarity"], at["decay"]), _recipe(at), _runs(at), weight, _goal(at))
+    tables = _tables(_setting(at["similarity"], at["decay"]), _stages(at), _runs(at), weight, _goal(at))
     for table, rows in {"stages": stages + 1, "weights": int(at["runs"])}.items():
         tables[table] = {name: values[:rows] for name, values in tables[table].items()}
     after = {name: values[-1:] for name, values in tables["stages"].items()}
@@ -224,14 +224,14 @@ def curves(at: Values) -> Tables:
 
 def replicate(index: int, at: Values) -> Table:
     """The same on designs sampled from seed 0, averaged exactly over noise and optima, and for merges over their start."""
-    (spectrum, optima), recipe, runs = _setting(at["similarity"], at["decay"]), _recipe(at), _runs(at)
+    (spectrum, optima), pipeline, runs = _setting(at["similarity"], at["decay"]), _stages(at), _runs(at)
     key, count = jax.random.fold_in(jax.random.key(0), index), int(at["stages"])
     keys = jax.random.split(key, 2 * MOST)
-    designs = [sample_design(keys[k], spectrum, int(recipe["n"][k])) for k in range(count)]
-    tests, noise, tau = jnp.broadcast_to(spectrum, (len(TASKS), P)), recipe["noise_std"][:count], recipe["tau"][:count]
-    filters, tasks = [Ridge(penalty) for penalty in recipe["penalty"][:count]], recipe["task"][:count].tolist()
+    designs = [sample_design(keys[k], spectrum, int(pipeline["n"][k])) for k in range(count)]
+    tests, noise, tau = jnp.broadcast_to(spectrum, (len(TASKS), P)), pipeline["noise_std"][:count], pipeline["tau"][:count]
+    filters, tasks = [Ridge(penalty) for penalty in pipeline["penalty"][:count]], pipeline["task"][:count].tolist()
     staged = exact_risks(designs, filters, optima, tests, noise_std=noise, tau=tau, task=tasks).total
-    gaps = _gaps(_pipeline(recipe, spectrum, optima, True)[1], optima)
+    gaps = _gaps(_pipeline(pipeline, spectrum, optima, True)[1], optima)
     X = [sample_design(keys[MOST + k], spectrum, int(runs["n"])) for k in range(int(at["runs"]))]
     fits = [Fit(int(task), rows, runs["noise_std"], Ridge(runs["penalty"])) for task, rows in zip(runs["task"], X)]
     weights = TAUS[::8, None] * _column(at, "run", "weight", 0.0)[: len(fits)]
@@ -246,8 +246,8 @@ BLACK, GREY = "#000000", "#777777"
 EACH = tuple(SHADES.items())
 
 PAGE = Page(
-    name="recipes",
-    title="Recipes",
+    name="stages",
+    title="Stages and runs",
     source="Formulas: ours (docs, P1, K1, K2). Each task's optimum is random; without training the risk is 1 on every task.",
     introduction=(
         "Three related tasks, <b>A</b>, <b>B</b> and <b>C</b>. Train on them <b>one after the other</b>, in stages that may average with "
