@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from figures.explorer.page import Mark, Page, Plot, Slider
@@ -96,6 +97,17 @@ def features():
     generator = np.random.default_rng(0)
     X = generator.standard_normal((30, 60))
     return {"X": X, "y": X @ np.full(60, 0.4) + 2 * generator.standard_normal(30), "theta_1": np.zeros(60)}
+
+
+def network(loss):
+    """What `linfit.predict` takes: a small network, its weights, data of a task, of its test and of another domain."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = {"in": jax.random.normal(keys[0], (4, 30)) / 2, "out": jax.random.normal(keys[1], (30, 3)) / 6}
+    x = jax.random.normal(keys[2], (60, 4))
+    classes = jnp.where(x[:, 0] > 0.3, 0, jnp.where(x[:, 1] > 0, 1, jax.random.randint(keys[3], (60,), 0, 3)))
+    y = classes if loss == "entropy" else jax.nn.one_hot(classes, 3)
+    data = [(x[start : start + 20], y[start : start + 20]) for start in (0, 20, 40)]
+    return (lambda weights, x: jnp.tanh(x @ weights["in"]) @ weights["out"], weights, *data)
 
 
 def opened(browser, url, name, width=1280, watch=lambda page: None, **parameters):

@@ -152,6 +152,8 @@ def draw(page: Page, plot: Plot, sources: Sources, logarithmic: tuple[bool, bool
     axes.axis.axis_label_text_font_size = "13px"
     axes.axis.major_label_text_font_size = "12px"
     axes.grid.grid_line_alpha = 0.4
+    if plot.x_whole and not logarithmic[0]:
+        axes.xaxis.ticker = models.SingleIntervalTicker(interval=1, num_minor_ticks=0)
     if plot.y_names:
         axes.yaxis.ticker = list(range(1, len(plot.y_names) + 1))
         axes.yaxis.major_label_overrides = dict(enumerate(plot.y_names, 1))

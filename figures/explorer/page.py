@@ -197,7 +197,7 @@ class Points(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """One pair of axes; `y_names` are words for y = 1, 2, …, from below."""
+    """One pair of axes; `y_names` are words for y = 1, 2, …, from below; `x_whole` where x counts something."""
 
     name: str
     title: str
@@ -208,6 +208,7 @@ class Plot(NamedTuple):
     surface: Map | None = None
     x_logarithmic: bool = False
     y_logarithmic: bool = False
+    x_whole: bool = False
     y_names: tuple[str, ...] = ()
 
     @classmethod

@@ -166,6 +166,7 @@ def curves(data: Tabulated, at: Values) -> Tables:
         tables[name] = {name: each.values, "once": each.task[:, one], "at_tau": each.task[:, column],
                         "at_best_tau": each.at_best_tau()["task"], "other": each.other[:, one],
                         "other_at_best_tau": each.at_best_tau()["other"]}  # fmt: skip
+        tables[f"{name}_best"] = {name: each.values[[each.task[:, one].argmin()]]}
         tables[f"{name}_now"] = {name: np.array([at[name]]), "task": _at(each, at[name])[[column]]}
     return {**tables, "trust": {key: np.array([value]) for key, value in data.diagnostics.items()}}
 
@@ -223,12 +224,14 @@ def _readings(data: Tabulated) -> tuple[Reading, ...]:
         Reading("forgetting at τ = 1", "Rise of the loss on the other data.", "once", "forgetting"),
         Reading("at the best τ", "The same.", "best", "forgetting"),
     )
+    best = {name: {"penalty": "λ", "time": "t"}[name] for name in (FAMILIES[family][0] for family in data.families)}
     return (
         Reading("best τ", "Of least task loss, in [0, 2].", "best", "tau"),
         Reading("task loss there", "Mean over the test samples.", "best", "task"),
         Reading("at τ = 1", "Task loss.", "once", "task"),
         Reading("pretrained", "Task loss at τ = 0.", "pretrained", "task"),
         *(forgetting if data.has_other else ()),
+        *(Reading(f"best {label}", "Of least task loss at τ = 1, on a grid.", f"{name}_best", name) for name, label in best.items()),
         *(Reading(name.replace("_", " "), DIAGNOSTICS.get(name, "A diagnostic."), "trust", name) for name in data.diagnostics),
     )  # fmt: skip
 

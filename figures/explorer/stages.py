@@ -34,7 +34,7 @@ FIRST = {
     "stage4": {"tau": 0.7},
     "stage5": {"task": "B", "tau": 0.7},
     "stage6": {"task": "C", "tau": 0.7},
-    "run2": {"task": "C"},
+    "run2": {"task": "C", "weight": 0.3},
     "run3": {"task": "C"},
 }
 """What differs from STAGE and RUN on the first screen."""
@@ -48,9 +48,9 @@ def _controls() -> tuple[Slider | Choice, ...]:
     kinds: dict[str, Slider | Choice] = {
         "task": Choice("task", "The task whose data it is trained on.", TASKS),
         "n": Slider("samples n", n, 10, "New ones in every stage."),
-        "noise_std": Slider("label noise σ", NOISE, 0.02, noise),
+        "noise_std": Slider("noise σ", NOISE, 0.02, noise),
         "penalty": Slider("penalty λ", PENALTY.within(1e-4, 10.0), 0.125, PENALISED),
-        "tau": Slider("ensemble coefficient τ", TAU, 0.02, "θ_k = (1−τ)θ_(k−1) + τ·(fine-tuned from θ_(k−1))."),
+        "tau": Slider("averaging τ", TAU, 0.02, "θ_k = (1−τ)θ_(k−1) + τ·(fine-tuned from θ_(k−1))."),
         "weight": Slider.own("weight a", "how much of its movement the merge takes", -0.5, 1.5, 0.05, "θ = θ₁ + Σ a_k(θ̂_k − θ₁)."),
     }  # fmt: skip
 
@@ -71,7 +71,7 @@ def _controls() -> tuple[Slider | Choice, ...]:
         whole("stage", "stages", 3),
         *every("stage", STAGE),
         Choice("runs start from", "The weights that all runs start from, and that the merge is added to.", STARTS, name="start", value=STARTS[0]),
-        Choice("best for", "Weights and τ of the merge are the best for this task, or for the mean risk of all.", GOALS, name="goal", value=GOALS[0]),
+        Choice("goal of the merge", "Its weights and τ are the best for this: the risk on one task, or the mean of all.", GOALS, name="goal", value=GOALS[0]),
         *(kinds[key]._replace(label=f"{kinds[key].label}, runs", name=f"runs_{key}", value=value) for key, value in of_runs.items()),
         whole("run", "runs", 2),
         *every("run", RUN),
@@ -260,31 +260,31 @@ PAGE = Page(
         Plot("stages", "Every task after every stage", "stages done", "excess risk (units of y²)",
              Line.over("stages", "stage", *((task, f"task {task}", shade) for task, shade in EACH),
                        *((f"{task}_unaveraged", f"{task}, all τ = 1", shade, "dashed") for task, shade in EACH)),
-             tuple(Mark("stages", "stage", task, "", shade) for task, shade in EACH)),
+             tuple(Mark("stages", "stage", task, "", shade) for task, shade in EACH), x_whole=True),
         Plot("merge", "The merge of all runs, along τ", "τ, of all weights", "excess risk (units of y²)",
              Line.over("merge", "tau", *((task, f"task {task}", shade) for task, shade in EACH),
-                       ("goal", "what is best for", BLACK), ("best", "same, best weights", BLACK, "dashed")),
+                       ("goal", "goal", BLACK), ("best", "goal, best weights", BLACK, "dashed")),
              (Mark("best_tau", "tau", "goal", "best τ", BLACK, "star"), Mark("best_weights", "tau", "goal", "best weights", BLACK, "diamond"))),
-        Plot("soup", "More runs like run 1: the 1/K law of soups", "number of runs K, each of weight τ/K", "risk of what is best for",
+        Plot("soup", "Soup of K runs like run 1", "number of runs K, each of weight τ/K", "risk of the goal",
              Line.over("soup", "count", ("once", "τ = 1", SHADES["A"]), ("best", "best τ for each K", SHADES["B"], "dashed"),
                        ("lower_bound", "lower bound at τ = 1", GREY, "dotted")), x_logarithmic=True),
         Plot("weights", "Weights of the runs", "run", "weight a", (),
-             (Mark("weights", "run", "weight", "sliders", BLACK), Mark("weights", "run", "best", "best weights", BLACK, "diamond"))),
+             (Mark("weights", "run", "weight", "sliders", BLACK), Mark("weights", "run", "best", "best weights", SHADES["B"], "diamond")), x_whole=True),
     ),
     readings=(
         *(Reading(f"task {task} after the last stage", "Excess risk.", "after", task) for task in TASKS),
         Reading("A forgotten", "Risk on A after the last stage minus that after the first.", "after", "forgetting_A"),
-        Reading("where the runs start", "Risk of what is best for, without any run.", "start", "goal"),
-        Reading("merge of the sliders", "The same risk with the weights of the sliders.", "once", "goal"),
+        Reading("where the runs start", "Risk of the goal without any run.", "start", "goal"),
+        Reading("merge of the sliders", "Risk of the goal with the weights of the sliders.", "once", "goal"),
         Reading("best τ", "By which all weights of the sliders are multiplied.", "best_tau", "tau"),
-        Reading("risk there", "The same risk.", "best_tau", "goal"),
-        Reading("risk of the best weights", "The same risk, every run with its own weight (docs, K1).", "best_weights", "goal"),
+        Reading("risk there", "Of the goal.", "best_tau", "goal"),
+        Reading("risk of the best weights", "Of the goal, every run with its own weight (docs, K1).", "best_weights", "goal"),
     ),
     suggestions={
         "Never average: A is forgotten": {"stage2_tau": 1.0, "stage3_tau": 1.0},
         "Six runs on one task: a soup": {
             "runs": MOST, "goal": "B", **{f"run{k}_{name}": value for k in range(1, MOST + 1) for name, value in (("task", "B"), ("weight", 0.15))}},
-        "Unrelated tasks: no run helps another": {"similarity": 0.0},
+        "Unrelated tasks": {"similarity": 0.0},
     },
     overlay=Overlay("8 samples of all designs", replicate, 8, ("stage", "tau"), tuple(
         point for task, shade in EACH for point in (

@@ -38,6 +38,17 @@ PAGE_CSS = f"""
 }}
 """
 """Controls beside the plots; on a narrow screen under the first one, which stays in sight while they are moved."""
+MEMBER_CSS = """
+:host { display: grid !important; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 2px; align-items: end; }
+:host > .head { grid-column: 1 / span 2; }
+"""
+"""Controls of one member in two columns, below its name."""
+CONTROLS_CSS = f"""
+@media (min-width: {NARROW + 1}px) {{
+  :host {{ position: sticky !important; top: 0; max-height: max(720px, 100vh); overflow-y: auto; }}
+}}
+"""
+"""Where controls are many they scroll beside the plots; on a narrow screen under them."""
 
 SAVE_FILE = "const {name, type, text} = source.data; download(new Blob([text[0]], {type: type[0]}), name[0]);"
 COPY = """
@@ -131,7 +142,8 @@ class PageView:
         self._progress = text(name=f"{name}/progress", visible=False)
         sliders = self._arranged()
         actions = [self._overlay_box, self._progress, *self._actions()]
-        controls = stacked(*sliders, *actions, css_classes=["controls"])
+        scrolling = [models.InlineStyleSheet(css=CONTROLS_CSS)] if page.groups else []
+        controls = stacked(*sliders, *actions, css_classes=["controls"], stylesheets=scrolling)
         panels = [panel.layout for panel in self._panels.values()]
         body = stacked(controls, *panels, stylesheets=[models.InlineStyleSheet(css=PAGE_CSS)])
         introduction = text(f"{page.introduction}<div class='source'>{page.source}</div>")
@@ -162,7 +174,9 @@ class PageView:
             name = f"{self._page.name}/remove_{group.noun}{member}"
             removed = button("remove", partial(self._remove, group, member), name=name, button_type="light")
             title = text(f"<b>{group.noun} {member}</b>", margin=(8, 5, 0, 10))
-            boxes.append(stacked(models.Row(title, removed, sizing_mode="stretch_width"), *own, css_classes=["member"]))
+            head = models.Row(title, removed, sizing_mode="stretch_width", css_classes=["head"])
+            grid = stacked(head, *own, stylesheets=[models.InlineStyleSheet(css=MEMBER_CSS)])
+            boxes.append(stacked(grid))  # its own display may be none
         return boxes
 
     def _show_members(self) -> None:
@@ -170,7 +184,7 @@ class PageView:
         for group, boxes in self._members.items():
             for member, box in enumerate(boxes, 1):
                 box.visible = member <= int(self.values[group.count])
-                box.children[0].children[1].visible = int(self.values[group.count]) > 1
+                box.children[0].children[0].children[1].visible = int(self.values[group.count]) > 1
 
     def _add(self, group: Group) -> None:
         self._set({group.count: min(int(self.values[group.count]) + 1, group.most)})
