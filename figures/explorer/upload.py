@@ -199,8 +199,8 @@ class UploadView:
 
     def __init__(self, document: Document, upload: Upload, changed: Callable[[], None]):
         self._document, self._changed = document, changed
-        self._message = text(name=f"{upload.name}/message", visible=False)
-        self._input = models.FileInput(title="an .npz file", accept=".npz", name=f"{upload.name}/file")
+        self._message = text(name=f"upload/{upload.name}/message", visible=False)
+        self._input = models.FileInput(title="an .npz file", accept=".npz", name=f"upload/{upload.name}/file")
         self._input.css_classes = [f"linfit-upload-{upload.name}"]
         self._input.on_change("value", lambda _, __, value: self._given(value))
         self._box = stacked(text(visible=False))
@@ -226,7 +226,7 @@ class UploadView:
         if request is not self._wanted:
             return
         self._message.visible = False
-        view = PageView(self._document, page, self._changed)
+        view = PageView(self._document, page, self._changed, passing=True)
         self._box.children = [view.layout]
         view.start()
 

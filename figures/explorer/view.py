@@ -60,9 +60,12 @@ FREEZE = "freeze these curves"
 
 
 class PageView:
-    """One page in one session. `layout` is what to show; `state()` what a link has to carry to show it again."""
+    """One page in one session. `layout` is what to show; `state()` what a link has to carry to show it again.
 
-    def __init__(self, document: Document, page: Page, changed: Callable[[], None]):
+    `passing`: it comes after the document has been loaded, and may be replaced.
+    """
+
+    def __init__(self, document: Document, page: Page, changed: Callable[[], None], *, passing: bool = False):
         self._page, self._changed = page, changed
         self.values: Values = page.defaults()
         self.tables: Tables | None = None
@@ -71,7 +74,7 @@ class PageView:
         self._setting = False
         self._downloads = itertools.count()
         self._readings = text(name=f"{page.name}/readings")
-        self._sources = Sources(document, page, self._readings)
+        self._sources = Sources(None if passing else document, page, self._readings)
         self._panels = {plot.name: Panel(page, plot, self._sources, changed) for plot in page.plots}
         self._sources.paint_in([panel.box for panel in self._panels.values()])
         self._latest = Latest(document, page.compute, self._show, self._fail)
