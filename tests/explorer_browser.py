@@ -15,6 +15,7 @@ import numpy as np
 from figures.explorer.page import Mark, Page, Plot, Slider
 from figures.explorer.server import serve
 from figures.explorer.session import pages
+from linfit import predict
 from sims.parameters import Parameter
 
 WIDTHS = {1280: 800, 390: 844}
@@ -119,22 +120,33 @@ def opened(browser, url, name, width=1280, watch=lambda page: None, **parameters
     return page
 
 
-def take_screenshots(folder: Path) -> None:
-    """Every tab at both widths, as small PNGs."""
+def photograph(page, file: Path) -> None:
+    """The whole page as a small PNG; closes it."""
     from PIL import Image
 
+    page.wait_for_timeout(1500)
+    page.screenshot(path=str(file), full_page=True)
+    picture, plain = Image.open(file).convert("RGB"), {"dither": Image.Dither.NONE}
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, **plain).save(file, optimize=True)
+    page.close()
+    print(file, file.stat().st_size)
+
+
+def take_screenshots(folder: Path, names=()) -> None:
+    """Every tab at both widths, or those of some names, and the tab of a prediction."""
     tabs = pages()
     with serving(tabs) as url, browsing() as browser:
-        for tab in tabs:
+        for name in names or [tab.name for tab in tabs]:
             for width in WIDTHS:
-                page = opened(browser, url, tab.name, width)
-                page.wait_for_timeout(1500)
-                file = folder / f"explorer_{tab.name}_{width}.png"
-                page.screenshot(path=str(file), full_page=True)
-                picture, plain = Image.open(file).convert("RGB"), {"dither": Image.Dither.NONE}
-                picture.quantize(256, Image.Quantize.MAXCOVERAGE, **plain).save(file, optimize=True)
-                page.close()
-                print(file, file.stat().st_size)
+                photograph(opened(browser, url, name, width), folder / f"explorer_{name}_{width}.png")
+        bundle = folder / "bundle.npz"
+        predict(*network("squared")).save(bundle)
+        page = opened(browser, url, tabs[0].name)
+        page.get_by_text("Your network", exact=True).click()
+        page.locator("input[type=file]:visible").set_input_files(bundle)
+        page.wait_for_function(READY, arg="prediction", timeout=120_000)
+        photograph(page, folder / "explorer_prediction_1280.png")
+        bundle.unlink()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from figures.explorer import prediction as page_of
 from figures.explorer.prediction import TAUS, Tabulated, doubts, prediction_page, read_prediction, tabulated
 from figures.explorer.script import script
 from figures.explorer.upload import UploadView
-from linfit import GradientFlow, Ridge, predict
+from linfit import predict
 from tests.explorer_browser import network
 
 pytestmark = pytest.mark.skipif(not jax.config.jax_enable_x64, reason="the explorer runs in double precision")
@@ -44,19 +44,19 @@ def bundle(predictions, tmp_path):
     return saved
 
 
-@pytest.mark.parametrize(("loss", "family"), [("squared", "ridge"), ("squared", "early stopping"), ("entropy", "early stopping")])
+@pytest.mark.parametrize(
+    ("loss", "family"), [("squared", "ridge"), ("squared", "early stopping"), ("entropy", "early stopping")]
+)
 def test_every_number_is_that_of_the_prediction(loss, family, predictions, bundle):
     page, prediction = read_prediction(*bundle(loss)), predictions[loss]
-    name, kind = page_of.FAMILIES[family]
+    name, kind = page_of.FAMILIES[family].name, page_of.FAMILIES[family].filter
     value = page.data.families[family].values[17]
     at = page.defaults() | {name: value, "tau": 0.64} | ({"family": family} if loss == "squared" else {})
     tables, filter = page.compute(at), kind(value)
     for domain, column in (("test", "task"), ("other", "other")):
         expected = [prediction.losses(filter, tau, domain).mean() for tau in TAUS[::20]]
         np.testing.assert_allclose(tables["tau"][column][::20], expected, rtol=1e-6)
-        np.testing.assert_allclose(
-            tables["now"][column][0], prediction.losses(filter, 0.64, domain).mean(), rtol=1e-6
-        )
+        np.testing.assert_allclose(tables["now"][column][0], prediction.losses(filter, 0.64, domain).mean(), rtol=1e-6)
     best = np.clip(float(prediction.best_tau(filter)), 0, 2)
     np.testing.assert_allclose(tables["best"]["tau"][0], best, atol=1e-9 if loss == "squared" else 2e-3)
     least = float(prediction.losses(filter, best).mean())

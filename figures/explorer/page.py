@@ -126,7 +126,7 @@ class Group(NamedTuple):
     """
 
     noun: str
-    count: str
+    number: str
     """The slider that says how many there are."""
     most: int
 
@@ -298,7 +298,7 @@ class Page(NamedTuple):
         absent = tuple(
             group.prefix(member)
             for group in self.groups
-            for member in range(int(values[group.count]) + 1, group.most + 1)
+            for member in range(int(values[group.number]) + 1, group.most + 1)
         )
         return {name: value for name, value in values.items() if not name.startswith(absent)}
 

@@ -13,18 +13,35 @@ from figures.explorer.page import Choice, Line, Mark, Page, Plot, Reading, Slide
 from figures.explorer.tables import Table, Tables
 from figures.explorer.upload import Upload, unpacked
 from figures.style import COLOURS
-from linfit import GradientFlow, Ridge
+from linfit import Filter, GradientFlow, Ridge
 from linfit.tangent import Domain, Prediction
 from sims.parameters import TAU
 
 LIMIT = 128 * 2**20
 """Largest file, in bytes."""
 TAUS = np.linspace(0, 2, 101)
-FAMILIES = {"ridge": ("penalty", Ridge), "early stopping": ("time", GradientFlow)}
-"""The hyperparameter of each, and its filter."""
+
+
+class Family(NamedTuple):
+    """Filters of one hyperparameter."""
+
+    name: str
+    """Of the hyperparameter."""
+    symbol: str
+    filter: type[Ridge] | type[GradientFlow]
+    label: str
+    help: str
+    title: str
+    """Of the plot along it."""
+
+
+FAMILIES = {
+    "ridge": Family("penalty", "λ", Ridge, "penalty λ", "Ridge minimises (1/n) Σ‖y−f‖² + λ‖θ−θ₁‖²; in units of the eigenvalues of K/n.",
+        "Along the penalty"),
+    "early stopping": Family("time", "t", GradientFlow, "training time t",
+        "Step size × steps of full-batch descent on the mean loss, for squared loss with a factor ½.", "Training longer"),
+}  # fmt: skip
 LOSSES = {"squared": "squared error", "entropy": "cross-entropy"}
-PENALTY_HELP = "Ridge minimises (1/n) Σ‖y−f‖² + λ‖θ−θ₁‖²; in units of the eigenvalues of K/n."
-TIME_HELP = "Step size × steps of full-batch descent on the mean loss, for squared loss with a factor ½."
 DIAGNOSTICS = {
     "distance": "Length of the predicted step of the weights.",
     "relative_distance": "The same relative to the pretrained weights.",
@@ -74,15 +91,15 @@ def tabulated(prediction: Prediction) -> Tabulated:
     if prediction.loss == "squared":
         grids["penalty"] = s_max * np.logspace(-6, 1, 43)
     families = {
-        family: _grid(prediction, kind(grids[name]), grids[name])
-        for family, (name, kind) in FAMILIES.items()
-        if name in grids
+        name: _grid(prediction, family.filter(grids[family.name]), grids[family.name])
+        for name, family in FAMILIES.items()
+        if family.name in grids
     }
     numbers = {name: float(value) for name, value in prediction.diagnostics.items() if np.size(value) == 1}
     return Tabulated(prediction.loss, families, numbers, prediction.other is not None)
 
 
-def _grid(prediction: Prediction, filter: Ridge | GradientFlow, values: np.ndarray) -> Grid:
+def _grid(prediction: Prediction, filter: Filter, values: np.ndarray) -> Grid:
     alpha = prediction.coordinates(filter)
 
     def table(domain: Domain | None) -> np.ndarray:
@@ -147,11 +164,10 @@ def _vertices(task: np.ndarray, other: np.ndarray) -> Table:
 
 def curves(data: Tabulated, at: Values) -> Tables:
     """Mean losses on task and other data (docs, G1) along τ, λ and t, at positions of the grids of `tabulated`."""
-    family = str(at["family"]) if "family" in at else next(iter(data.families))
-    name, grid = FAMILIES[family][0], data.families[family]
-    row, column = int(np.argmin(abs(grid.values - at[name]))), int(np.argmin(abs(TAUS - at["tau"])))
-    one = int(np.argmin(abs(TAUS - 1)))
-    best = {key: values[[row]] for key, values in grid.at_best_tau().items()}
+    chosen = str(at["family"]) if "family" in at else next(iter(data.families))
+    grid, column, one = data.families[chosen], _nearest(TAUS, at["tau"]), _nearest(TAUS, 1.0)
+    row = _nearest(grid.values, at[FAMILIES[chosen].name])
+    best = {name: values[[row]] for name, values in grid.at_best_tau().items()}
     start, once = grid.other[row, [0]], grid.other[row, [one]]
     tables: Tables = {
         "tau": {"tau": TAUS, "task": grid.task[row], "other": grid.other[row]},
@@ -162,61 +178,54 @@ def curves(data: Tabulated, at: Values) -> Tables:
         "along": {"task": grid.task[:, one], "other": grid.other[:, one]},
     }
     for family, each in data.families.items():
-        name = FAMILIES[family][0]
+        name, least = FAMILIES[family].name, each.task[:, one].argmin()
+        here = _nearest(each.values, at[name])
         tables[name] = {name: each.values, "once": each.task[:, one], "at_tau": each.task[:, column],
-                        "at_best_tau": each.at_best_tau()["task"], "other": each.other[:, one],
-                        "other_at_best_tau": each.at_best_tau()["other"]}  # fmt: skip
-        tables[f"{name}_best"] = {name: each.values[[each.task[:, one].argmin()]]}
-        tables[f"{name}_now"] = {name: np.array([at[name]]), "task": _at(each, at[name])[[column]]}
-    return {**tables, "trust": {key: np.array([value]) for key, value in data.diagnostics.items()}}
+                        "at_best_tau": each.at_best_tau()["task"], "other": each.other[:, one]}  # fmt: skip
+        tables[f"{name}_best"] = {name: each.values[[least]], "task": each.task[[least], one]}
+        tables[f"{name}_now"] = {name: each.values[[here]], "task": each.task[here, [column]]}
+    return {**tables, "trust": {name: np.array([value]) for name, value in data.diagnostics.items()}}
 
 
-def _at(grid: Grid, value: float | str) -> np.ndarray:
-    """Task losses along τ at the grid value closest to `value`."""
-    return grid.task[int(np.argmin(abs(grid.values - value)))]
+def _nearest(values: np.ndarray, value: float | str) -> int:
+    """Where the value stands on its grid."""
+    return int(np.argmin(abs(values - float(value))))
 
 
-TASK, OTHER, AVERAGE = COLOURS["total"], COLOURS["pretrained"], COLOURS["ensemble"]
+TASK, OTHER, AVERAGE, RIDGE = (COLOURS[name] for name in ("total", "pretrained", "ensemble", "ridge"))
 
 
 def _controls(data: Tabulated) -> tuple[Slider | Choice, ...]:
     """Family, λ and t at their best for τ = 1, and τ at its best there."""
-    one = int(np.argmin(abs(TAUS - 1)))
     controls: list[Slider | Choice] = []
     if len(data.families) > 1:
-        options = tuple(data.families)
-        controls.append(Choice("fine-tuned by", "Ridge towards the pretrained weights, or training stopped at a time.", options,
-                               name="family", value=options[0]))  # fmt: skip
-    for family, grid in data.families.items():
-        name = FAMILIES[family][0]
-        label, help = ("penalty λ", PENALTY_HELP) if name == "penalty" else ("training time t", TIME_HELP)
-        value = float(grid.values[grid.task[:, one].argmin()])
-        controls.append(Choice(label, help, tuple(grid.values.tolist()), True, name, value))
+        options, help = tuple(data.families), "Ridge towards the pretrained weights, or training stopped at a time."
+        controls.append(Choice("fine-tuned by", help, options, name="family", value=options[0]))
+    for name, grid in data.families.items():
+        family, best = FAMILIES[name], float(grid.values[grid.task[:, _nearest(TAUS, 1.0)].argmin()])
+        controls.append(Choice(family.label, family.help, tuple(grid.values.tolist()), True, family.name, best))
     tau = Slider("ensemble coefficient τ", TAU.within(0.0, 2.0), 0.02, "f₁ + τ·(what fine-tuning changes).")
     return (*controls, tau._replace(name="tau", value=1.0))
 
 
 def _plots(data: Tabulated) -> tuple[Plot, ...]:
-    unit = f"mean {LOSSES[data.loss]}"
-    other = (("other", "other data", OTHER, "dashed"),) if data.has_other else ()
-    plots = [
-        Plot("tau", "Predicted loss along the ensemble", "ensemble coefficient τ", unit,
-             Line.over("tau", "tau", ("task", "task", TASK), *other),
-             (Mark("now", "tau", "task", "τ of the slider", TASK), Mark("best", "tau", "task", "best τ in [0, 2]", TASK, "star")))]  # fmt: skip
-    if data.has_other:
-        lines = (Line("tau", "other", "task", "along τ", AVERAGE), Line("along", "other", "task", "τ = 1, along λ or t", COLOURS["ridge"], "dashed"))
-        marks = (Mark("pretrained", "other", "task", "pretrained", OTHER, "square"), Mark("now", "other", "task", "sliders", TASK),
-                 Mark("best", "other", "task", "best τ", TASK, "star"))  # fmt: skip
-        plots.append(Plot("plane", "Trade-off: forgetting and learning", f"other data: {unit}", f"task: {unit}", lines, marks))
-    for family in data.families:
-        name = FAMILIES[family][0]
-        title, label = ("Along the penalty", "penalty λ (units of K/n's eigenvalues)") if name == "penalty" else ("Training longer", "training time t")
-        of_other = (("other", "other data, τ = 1", OTHER, "dashed"),) if data.has_other else ()
-        shown = Line.over(name, name, ("once", "task, τ = 1", TASK), ("at_tau", "task, τ of the slider", COLOURS["ridge"], "dotted"),
-                          ("at_best_tau", "task, best τ", AVERAGE, "dotdash"), *of_other)
-        mark = Mark(f"{name}_now", name, "task", "sliders", TASK)
-        plots.append(Plot(name, title, label, unit, shown, (mark,), x_logarithmic=True))
-    return tuple(plots)  # fmt: skip
+    unit, other = f"mean {LOSSES[data.loss]}", data.has_other
+    on_other = (("other", "other data", OTHER, "dashed"),)
+    along = Plot("tau", "Predicted loss along the ensemble", "ensemble coefficient τ", unit,
+                 Line.over("tau", "tau", ("task", "task", TASK), *(on_other if other else ())),
+                 (Mark("now", "tau", "task", "τ of the slider", TASK), Mark("best", "tau", "task", "best τ in [0, 2]", TASK, "star")))  # fmt: skip
+    plane = Plot("plane", "Trade-off: forgetting and learning", f"other data: {unit}", f"task: {unit}",
+                 (Line("tau", "other", "task", "along τ", AVERAGE), Line("along", "other", "task", "τ = 1, along λ or t", RIDGE, "dashed")),
+                 (Mark("pretrained", "other", "task", "pretrained", OTHER, "square"), Mark("now", "other", "task", "sliders", TASK),
+                  Mark("best", "other", "task", "best τ", TASK, "star")))  # fmt: skip
+    plots = [along, plane] if other else [along]
+    for family in (FAMILIES[name] for name in data.families):
+        shown = Line.over(family.name, family.name, ("once", "task, τ = 1", TASK), ("at_tau", "task, τ of the slider", RIDGE, "dotted"),
+                          ("at_best_tau", "task, best τ", AVERAGE, "dotdash"),
+                          *((("other", "other data, τ = 1", OTHER, "dashed"),) if other else ()))  # fmt: skip
+        mark = Mark(f"{family.name}_now", family.name, "task", "sliders", TASK)
+        plots.append(Plot(family.name, family.title, family.label, unit, shown, (mark,), x_logarithmic=True))
+    return tuple(plots)
 
 
 def _readings(data: Tabulated) -> tuple[Reading, ...]:
@@ -224,14 +233,14 @@ def _readings(data: Tabulated) -> tuple[Reading, ...]:
         Reading("forgetting at τ = 1", "Rise of the loss on the other data.", "once", "forgetting"),
         Reading("at the best τ", "The same.", "best", "forgetting"),
     )
-    best = {name: {"penalty": "λ", "time": "t"}[name] for name in (FAMILIES[family][0] for family in data.families)}
+    families = [FAMILIES[name] for name in data.families]
     return (
         Reading("best τ", "Of least task loss, in [0, 2].", "best", "tau"),
         Reading("task loss there", "Mean over the test samples.", "best", "task"),
         Reading("at τ = 1", "Task loss.", "once", "task"),
         Reading("pretrained", "Task loss at τ = 0.", "pretrained", "task"),
         *(forgetting if data.has_other else ()),
-        *(Reading(f"best {label}", "Of least task loss at τ = 1, on a grid.", f"{name}_best", name) for name, label in best.items()),
+        *(Reading(f"best {family.symbol}", "Of least task loss at τ = 1, on a grid.", f"{family.name}_best", family.name) for family in families),
         *(Reading(name.replace("_", " "), DIAGNOSTICS.get(name, "A diagnostic."), "trust", name) for name in data.diagnostics),
     )  # fmt: skip
 
@@ -245,15 +254,15 @@ def doubts(diagnostics: dict[str, float]) -> str:
     if not large:
         return ""
     numbers = ", ".join(f"{name.replace('_', ' ')} {value:.2g}" for name, value in large.items())
-    return f"Do not trust these curves: at the predicted step the network is far from linear ({numbers}; up to {DOUBTFUL:g} is usual)."
+    return f"Do not trust these curves: at the predicted step the network is far from linear ({numbers}; above {DOUBTFUL:g}, a rule of thumb, this page warns)."
 
 
 def prediction_page(name: str, data: Tabulated) -> Page:
     """The page of one saved prediction."""
     file, doubt = Path(name).name, doubts(data.diagnostics)
     warning = f"<div class='warning'>{html.escape(doubt)}</div>" if doubt else ""
-    end = {key: float(grid.values[-1]) for key, grid in ((FAMILIES[f][0], g) for f, g in data.families.items())}
-    stopped = {"family": "early stopping"} if len(data.families) > 1 else {}
+    longest: Values = {"time": float(data.families["early stopping"].values[-1])}
+    stopped: Values = {"family": "early stopping"} if len(data.families) > 1 else {}
     return Page(
         name="prediction",
         title="Your network",
@@ -265,7 +274,7 @@ def prediction_page(name: str, data: Tabulated) -> Page:
         plots=_plots(data),
         readings=_readings(data),
         suggestions={"Take the whole step: τ = 1": {"tau": 1.0}, "Half of it": {"tau": 0.5},
-                     "Train to the end": {**stopped, "time": end["time"]}},
+                     "Train to the end": {**stopped, **longest}},
         data=data,
         data_source="from figures.explorer.prediction import tabulated\nfrom linfit.tangent import Prediction\n\n"
         f"data = tabulated(Prediction.load({file!r}))",

@@ -27,7 +27,7 @@ GOALS = ("all tasks", *TASKS)
 STARTS = ("stage 1", "last stage")
 STAGE = {"task": "A", "n": 100, "noise_std": 0.7, "penalty": 0.01, "tau": 1.0}
 RUN = {"task": "B", "weight": 0.5}
-FIRST = {
+FIRST: dict[str, dict[str, Any]] = {
     "stage1": {"n": 300, "noise_std": 0.3},
     "stage2": {"task": "B", "tau": 0.7},
     "stage3": {"task": "C", "tau": 0.7},
@@ -124,9 +124,8 @@ def _gaps(errors: Array, optima: Array) -> Array:
 
 def _merges(runs: dict[str, Array], spectrum: Array, gaps: Array) -> tuple[MergeForm, Soup]:
     """Of every test task, stacked: the form of all runs, and the law of copies of the first."""
-    fitted = [
-        Run(k, spectrum, runs["n"], runs["noise_std"], Ridge(runs["penalty"])) for k in range(MOST)
-    ]  # each on a task of its own, see `_pipeline`
+    filter = Ridge(runs["penalty"])
+    fitted = [Run(k, spectrum, runs["n"], runs["noise_std"], filter) for k in range(MOST)]  # tasks as in `_pipeline`
 
     def of_test(test: Array) -> tuple[MergeForm, Soup]:
         each = jnp.append(runs["task"], test)
@@ -159,14 +158,15 @@ def _tables(
     setting: tuple[Array, Array], pipeline: dict[str, Array], runs: dict[str, Array], weight: Array, goal: Array
 ) -> Tables:
     spectrum, optima = setting
-    (staged, errors), (unaveraged, _) = (_pipeline(pipeline, spectrum, optima, averaging) for averaging in (True, False))
+    staged, errors = _pipeline(pipeline, spectrum, optima, True)
+    unaveraged, _ = _pipeline(pipeline, spectrum, optima, False)
     forms, soups = _merges(runs, spectrum, _gaps(errors, optima))
     mixed, law = (jax.tree.map(partial(jnp.tensordot, goal, axes=1), each) for each in (forms, soups))
     best = _without(runs["absent"], mixed).optimal_weights()
     slope, curvature = mixed.linear @ weight, weight @ mixed.quadratic @ weight
     tau = jnp.where(curvature > 0, slope / jnp.where(curvature > 0, curvature, 1), 0)
 
-    def merged(weights: Array) -> Array:
+    def merged(weights: Array | np.ndarray) -> Array:
         """Risk (…, T) of every task."""
         return jax.vmap(lambda form: form(weights), out_axes=-1)(forms)
 
@@ -197,7 +197,13 @@ def _stages(at: Values) -> dict[str, np.ndarray]:
     columns = {name: _column(at, "stage", name, 1.0) for name in ("n", "noise_std", "penalty")}
     tau, task = _column(at, "stage", "tau", 0.0), _column(at, "stage", "task", 0).astype(int)
     start = 0 if at["start"] == STARTS[0] else int(at["stages"]) - 1
-    return {**columns, "tau": tau, "task": task, "start": np.array(start), "absent": np.arange(MOST) >= at["stages"]}
+    return {
+        **columns,
+        "tau": tau,
+        "task": task,
+        "start": np.array(start),
+        "absent": np.arange(MOST) >= int(at["stages"]),
+    }
 
 
 def _runs(at: Values) -> dict[str, np.ndarray]:
@@ -228,7 +234,8 @@ def replicate(index: int, at: Values) -> Table:
     key, count = jax.random.fold_in(jax.random.key(0), index), int(at["stages"])
     keys = jax.random.split(key, 2 * MOST)
     designs = [sample_design(keys[k], spectrum, int(pipeline["n"][k])) for k in range(count)]
-    tests, noise, tau = jnp.broadcast_to(spectrum, (len(TASKS), P)), pipeline["noise_std"][:count], pipeline["tau"][:count]
+    tests = jnp.broadcast_to(spectrum, (len(TASKS), P))
+    noise, tau = pipeline["noise_std"][:count], pipeline["tau"][:count]
     filters, tasks = [Ridge(penalty) for penalty in pipeline["penalty"][:count]], pipeline["task"][:count].tolist()
     staged = exact_risks(designs, filters, optima, tests, noise_std=noise, tau=tau, task=tasks).total
     gaps = _gaps(_pipeline(pipeline, spectrum, optima, True)[1], optima)

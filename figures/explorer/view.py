@@ -160,12 +160,12 @@ class PageView:
         rows = {control.name: with_help(self._widgets[control.name], control.help) for control in self._page.controls}
         self._members = {group: self._boxes(group, rows) for group in self._page.groups}
         arranged = []
-        for name, row in rows.items():
+        for control, row in rows.items():
             arranged.append(row)
             for group, boxes in self._members.items():
-                if group.count == name:
-                    added = button(f"add a {group.noun}", partial(self._add, group), name=f"{self._page.name}/add_{group.noun}")
-                    arranged += [*boxes, added]
+                if group.number == control:
+                    label, name = f"add a {group.noun}", f"{self._page.name}/add_{group.noun}"
+                    arranged += [*boxes, button(label, partial(self._add, group), name=name)]
         self._show_members()
         return arranged
 
@@ -186,16 +186,16 @@ class PageView:
         """As many as there are; the last one cannot be removed."""
         for group, boxes in self._members.items():
             for member, box in enumerate(boxes, 1):
-                box.visible = member <= int(self.values[group.count])
-                box.children[0].children[0].children[1].visible = int(self.values[group.count]) > 1
+                box.visible = member <= int(self.values[group.number])
+                box.children[0].children[0].children[1].visible = int(self.values[group.number]) > 1
 
     def _add(self, group: Group) -> None:
-        self._set({group.count: min(int(self.values[group.count]) + 1, group.most)})
+        self._set({group.number: min(int(self.values[group.number]) + 1, group.most)})
 
     def _remove(self, group: Group, member: int) -> None:
         """Those behind it move up."""
-        count = int(self.values[group.count])
-        moved: Values = {group.count: max(count - 1, 1)}
+        count = int(self.values[group.number])
+        moved: Values = {group.number: max(count - 1, 1)}
         for later in range(member, count):
             start, end = group.prefix(later + 1), group.prefix(later)
             moved |= {end + name[len(start) :]: v for name, v in self.values.items() if name.startswith(start)}
@@ -217,7 +217,7 @@ class PageView:
 
     def _moved(self, control: Slider | Choice, position: Any) -> None:
         self.values[control.name] = control.value_at(position)
-        if any(group.count == control.name for group in self._page.groups):
+        if any(group.number == control.name for group in self._page.groups):
             self._show_members()
         if not self._setting:
             self._ask()
