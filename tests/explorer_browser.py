@@ -9,11 +9,13 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from figures.explorer.page import Mark, Page, Plot, Slider
 from figures.explorer.server import serve
 from figures.explorer.session import pages
+from linfit import predict
 from sims.parameters import Parameter
 
 WIDTHS = {1280: 800, 390: 844}
@@ -98,6 +100,17 @@ def features():
     return {"X": X, "y": X @ np.full(60, 0.4) + 2 * generator.standard_normal(30), "theta_1": np.zeros(60)}
 
 
+def network(loss):
+    """What `linfit.predict` takes: a small network, its weights, data of a task, of its test and of another domain."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = {"in": jax.random.normal(keys[0], (4, 30)) / 2, "out": jax.random.normal(keys[1], (30, 3)) / 6}
+    x = jax.random.normal(keys[2], (60, 4))
+    classes = jnp.where(x[:, 0] > 0.3, 0, jnp.where(x[:, 1] > 0, 1, jax.random.randint(keys[3], (60,), 0, 3)))
+    y = classes if loss == "entropy" else jax.nn.one_hot(classes, 3)
+    data = [(x[start : start + 20], y[start : start + 20]) for start in (0, 20, 40)]
+    return (lambda weights, x: jnp.tanh(x @ weights["in"]) @ weights["out"], weights, *data)
+
+
 def opened(browser, url, name, width=1280, watch=lambda page: None, **parameters):
     """A tab of the browser that shows a page of the explorer, curves drawn; `watch` gets it before it loads."""
     page = browser.new_page(viewport={"width": width, "height": WIDTHS[width]})
@@ -107,22 +120,33 @@ def opened(browser, url, name, width=1280, watch=lambda page: None, **parameters
     return page
 
 
-def take_screenshots(folder: Path) -> None:
-    """Every tab at both widths, as small PNGs."""
+def photograph(page, file: Path) -> None:
+    """The whole page as a small PNG; closes it."""
     from PIL import Image
 
+    page.wait_for_timeout(1500)
+    page.screenshot(path=str(file), full_page=True)
+    picture, plain = Image.open(file).convert("RGB"), {"dither": Image.Dither.NONE}
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, **plain).save(file, optimize=True)
+    page.close()
+    print(file, file.stat().st_size)
+
+
+def take_screenshots(folder: Path, names=()) -> None:
+    """Every tab at both widths, or those of some names, and the tab of a prediction."""
     tabs = pages()
     with serving(tabs) as url, browsing() as browser:
-        for tab in tabs:
+        for name in names or [tab.name for tab in tabs]:
             for width in WIDTHS:
-                page = opened(browser, url, tab.name, width)
-                page.wait_for_timeout(1500)
-                file = folder / f"explorer_{tab.name}_{width}.png"
-                page.screenshot(path=str(file), full_page=True)
-                picture, plain = Image.open(file).convert("RGB"), {"dither": Image.Dither.NONE}
-                picture.quantize(256, Image.Quantize.MAXCOVERAGE, **plain).save(file, optimize=True)
-                page.close()
-                print(file, file.stat().st_size)
+                photograph(opened(browser, url, name, width), folder / f"explorer_{name}_{width}.png")
+        bundle = folder / "bundle.npz"
+        predict(*network("squared")).save(bundle)
+        page = opened(browser, url, tabs[0].name)
+        page.get_by_text("Your network", exact=True).click()
+        page.locator("input[type=file]:visible").set_input_files(bundle)
+        page.wait_for_function(READY, arg="prediction", timeout=120_000)
+        photograph(page, folder / "explorer_prediction_1280.png")
+        bundle.unlink()
 
 
 if __name__ == "__main__":

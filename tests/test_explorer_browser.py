@@ -20,8 +20,9 @@ from bokeh.server.server import Server
 from figures.explorer import app
 from figures.explorer.page import Choice
 from figures.explorer.session import pages
-from linfit import select
-from tests.explorer_browser import WIDTHS, browsing, doubling_page, features, model, opened, serving, tables_in
+from figures.explorer.stages import STAGE
+from linfit import Ridge, predict, select
+from tests.explorer_browser import WIDTHS, browsing, doubling_page, features, model, network, opened, serving, tables_in
 
 PAGES = {page.name: page for page in pages()}
 DELAY = {"seconds": 0.1}
@@ -102,6 +103,8 @@ def test_every_control_moves_the_curves_to_what_the_api_gives(open_page, name):
     handles, lists = page.locator(".noUi-handle:visible"), page.locator("select:visible")
     at_slider = at_list = 0
     for control in explored.controls:
+        if control.name not in explored.shown(parameters):
+            continue  # of a stage or a run that is not there
         if isinstance(control, Choice):
             other = next(option for option in control.options if option != parameters[control.name])
             lists.nth(at_list).select_option(control.position_of(other))
@@ -311,13 +314,64 @@ def test_an_upload_is_read_and_bad_ones_are_answered(open_page, tmp_path):
     (tmp_path / "large.npz").write_bytes(b"0" * (33 * 2**20))
     page = open_page("s3ft")
     page.get_by_text("Your features", exact=True).click()
-    chooser = page.locator("input[type=file]")
+    chooser = page.locator("input[type=file]:visible")
     for name, message in {"bad": "must be an .npz", "large": "larger than 32 MB"}.items():
         chooser.set_input_files(tmp_path / f"{name}.npz")
-        page.wait_for_function(f"{model('data/message')}.text.includes('{message}')")
+        page.wait_for_function(f"{model('upload/data/message')}.text.includes('{message}')")
     chooser.set_input_files(tmp_path / "mine.npz")
     page.wait_for_function(model("data/table/best") + "?.data.tau.length == 1", timeout=90_000)
     assert tables_in(page, "data", ["best"])["best"]["tau"][0] == select(**features()).best_tau
+
+
+def test_stages_and_runs_are_added_and_removed(open_page):
+    page, parameters = open_page("stages", stage2_n=150), PAGES["stages"].defaults() | {"stage2_n": 150}
+    page.get_by_role("button", name="add a stage").click()
+    parameters["stages"] += 1
+    assert wait_for(page, "stages", parameters)["stages"]["A"].size == 5
+    page.get_by_role("button", name="remove").first.click()
+    for later in (2, 3, 4):
+        parameters |= {f"stage{later - 1}_{key}": parameters[f"stage{later}_{key}"] for key in STAGE}
+    parameters["stages"] -= 1
+    wait_for(page, "stages", parameters)
+    page.get_by_role("button", name="add a run").click()
+    parameters["runs"] += 1
+    wait_for(page, "stages", parameters)
+    page.wait_for_function("window.location.search.includes('runs=3')")
+    query = {name: values[0] for name, values in parse_qs(urlsplit(page.url).query).items()}
+    assert "run4_task" not in query
+    second = open_page(query.pop("tab"), **query)
+    wait_for(second, "stages", parameters)
+    assert second.get_by_role("button", name="remove").count() == 3 + 3
+
+
+def test_a_saved_prediction_is_explored(open_page, tmp_path):
+    """Its losses are those of the prediction; a bad file leaves nothing of it."""
+    prediction = predict(*network("squared"))
+    prediction.save(tmp_path / "bundle.npz")
+    np.savez(tmp_path / "bad.npz", **features())
+    (tmp_path / "large.npz").write_bytes(b"0" * (129 * 2**20))
+    page = open_page("flow")
+    page.get_by_text("Your network", exact=True).click()
+    chooser, plotted = page.locator("input[type=file]:visible"), model("prediction/table/now")
+    for name, message in {"bad": "must be a saved prediction", "large": "larger than 128 MB"}.items():
+        chooser.set_input_files(tmp_path / "bundle.npz")
+        page.wait_for_function(f"{plotted}?.data.task.length == 1", timeout=90_000)
+        chooser.set_input_files(tmp_path / f"{name}.npz")
+        page.wait_for_function(f"{model('upload/prediction/message')}.text.includes('{message}')")
+        page.get_by_text("task loss there").wait_for(state="detached")
+        page.evaluate("Bokeh.documents[0]._recompute_all_models()")  # else only after a minute
+        assert page.evaluate(f"{plotted} == null")
+    chooser.set_input_files(tmp_path / "bundle.npz")
+    page.wait_for_function(f"{plotted}?.data.task.length == 1", timeout=90_000)
+    assert not page.evaluate(model("upload/prediction/message") + ".visible")
+    press(page, 2, "ArrowLeft")  # τ
+    page.wait_for_function(f"{plotted}.data.tau[0] < 0.99")
+    (task,) = tables_in(page, "prediction", ["now"])["now"]["task"]
+    penalty = tables_in(page, "prediction", ["penalty_now"])["penalty_now"]["penalty"]
+    np.testing.assert_allclose(task, prediction.losses(Ridge(penalty), 0.98).mean(), rtol=1e-9)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.mark.parametrize("width", WIDTHS)

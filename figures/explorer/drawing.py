@@ -61,10 +61,10 @@ class Sources:
     """The data that the plots of a page show; the browser redraws whenever a table is replaced.
 
     Bokeh sends each property that changes as a message of its own, so the tables travel together and are put in place
-    by the browser; on this side they stay empty.
+    by the browser; on this side they stay empty. The document is needed only where the browser does not show it yet.
     """
 
-    def __init__(self, document: Document, page: Page, readings: models.Div):
+    def __init__(self, document: Document | None, page: Page, readings: models.Div):
         self._page = page
         self._surfaces = {plot.name: plot.surface for plot in page.plots if plot.surface is not None}
         # A legend is built anew whenever the data of its curves change, so it explains samples that never do.
@@ -80,7 +80,8 @@ class Sources:
         places = {"tables": self.tables, "images": self.images, "mappers": self.mappers, "readings": readings}
         self._put = models.CustomJS(args={"message": self._message, "boxes": [], **places}, code=PUT_IN_PLACE)
         self._message.js_on_change("data", self._put)
-        document.js_on_event("document_ready", self._put)  # the first numbers may be there before the browser is
+        if document is not None:  # which keeps it for good
+            document.js_on_event("document_ready", self._put)  # the first numbers may be there before the browser is
         readings.tags = [self._message]  # which makes it part of the document
 
     def _source(self, name: str, data: dict[str, list] | None = None) -> models.ColumnDataSource:
@@ -152,6 +153,8 @@ def draw(page: Page, plot: Plot, sources: Sources, logarithmic: tuple[bool, bool
     axes.axis.axis_label_text_font_size = "13px"
     axes.axis.major_label_text_font_size = "12px"
     axes.grid.grid_line_alpha = 0.4
+    if plot.x_whole and not logarithmic[0]:
+        axes.xaxis.ticker = models.SingleIntervalTicker(interval=1, num_minor_ticks=0)
     if plot.y_names:
         axes.yaxis.ticker = list(range(1, len(plot.y_names) + 1))
         axes.yaxis.major_label_overrides = dict(enumerate(plot.y_names, 1))

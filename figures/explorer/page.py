@@ -119,6 +119,22 @@ class Choice(NamedTuple):
         return self.parse(position)
 
 
+class Group(NamedTuple):
+    """Controls that come several times, for member 1, 2, … of at most `most`; buttons add a member or take one away.
+
+    Control x of member 2 of the stages is called stage2_x.
+    """
+
+    noun: str
+    number: str
+    """The slider that says how many there are."""
+    most: int
+
+    def prefix(self, member: int) -> str:
+        """How the names of its controls begin."""
+        return f"{self.noun}{member}_"
+
+
 @cache
 def _controls_of(parameters: type) -> tuple[Slider | Choice, ...]:
     """The controls that annotate the fields of a NamedTuple, under the names of the fields and at their defaults."""
@@ -181,7 +197,7 @@ class Points(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """One pair of axes; `y_names` are words for y = 1, 2, …, from below."""
+    """One pair of axes; `y_names` are words for y = 1, 2, …, from below; `x_whole` where x counts something."""
 
     name: str
     title: str
@@ -192,6 +208,7 @@ class Plot(NamedTuple):
     surface: Map | None = None
     x_logarithmic: bool = False
     y_logarithmic: bool = False
+    x_whole: bool = False
     y_names: tuple[str, ...] = ()
 
     @classmethod
@@ -253,6 +270,8 @@ class Page(NamedTuple):
     """A NamedTuple with a control and a default for each field: what `curves` and `overlay.replicate` take."""
     choices: tuple[Slider | Choice, ...] = ()
     """The controls of a page whose parameters are a dict."""
+    groups: tuple[Group, ...] = ()
+    """Of those, the ones that come several times."""
     source: str = ""
     """The paper, and what in it is ours."""
     introduction: str = ""
@@ -273,6 +292,15 @@ class Page(NamedTuple):
     def defaults(self) -> Values:
         """The parameters of the first screen."""
         return {control.name: control.value for control in self.controls}
+
+    def shown(self, values: Values) -> Values:
+        """Without those of members that are not there."""
+        absent = tuple(
+            group.prefix(member)
+            for group in self.groups
+            for member in range(int(values[group.number]) + 1, group.most + 1)
+        )
+        return {name: value for name, value in values.items() if not name.startswith(absent)}
 
     @property
     def tables(self) -> list[str]:

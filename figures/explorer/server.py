@@ -18,8 +18,8 @@ from figures.explorer.page import Page
 from figures.explorer.session import app, pages
 from figures.explorer.store import store_page
 
-MESSAGE_LIMIT = 64 * 2**20
-"""Largest message from a browser, in bytes: an upload of `upload.LIMIT` bytes in base64, and room to spare."""
+MESSAGE_LIMIT = 192 * 2**20
+"""Largest message from a browser, in bytes: an upload of `prediction.LIMIT` bytes in base64, and room to spare."""
 
 SWITCH_INTERVAL = 2e-4
 """Seconds that a thread keeps Python while others wait; with the usual 5 ms a key waits that long for its kernel."""

@@ -8,12 +8,14 @@ from bokeh import models
 from bokeh.document import Document
 from jinja2 import Template
 
+from figures.explorer import prediction, upload
 from figures.explorer.page import Page
 from figures.explorer.upload import UploadView
 from figures.explorer.view import PageView
 from figures.explorer.widgets import stacked, text, warn
 
-MODULES = ("overadaptation", "overtraining", "flow", "s3ft", "compare")
+MODULES = ("overadaptation", "overtraining", "flow", "s3ft", "stages", "compare")
+UPLOADS = {"Your features": upload.UPLOAD, "Your network": prediction.UPLOAD}
 
 REPLACE_ADDRESS = 'window.history.replaceState(null, "", "?" + source.data.query[0])'
 
@@ -81,12 +83,13 @@ class Session:
         message = text(name="message", visible=False)
         self._boxes = [stacked(text("&nbsp;")) for _ in shown]
         panels = [models.TabPanel(child=box, title=page.title) for box, page in zip(self._boxes, shown)]
-        panels.append(models.TabPanel(child=UploadView(document, self._changed).layout, title="Your features"))
+        for title, file in UPLOADS.items():
+            panels.append(models.TabPanel(child=UploadView(document, file, self._changed).layout, title=title))
         self._tabs = models.Tabs(tabs=panels, sizing_mode="stretch_width", name="tabs", tags=[self._address])
         self._tabs.stylesheets = [".bk-headers-wrapper { flex-wrap: wrap; }"]  # on a narrow screen, two rows
         if keep_address:
             self._address.js_on_change("data", models.CustomJS(args={"source": self._address}, code=REPLACE_ADDRESS))
-        names = [*(page.name for page in shown), "data"]
+        self._names = names = [*(page.name for page in shown), *(file.name for file in UPLOADS.values())]
         wanted = state.pop("tab", names[0])
         if wanted not in names:
             self.complaints.append(f"tab must be one of {', '.join(names)}, got {wanted[:40]!r}")
@@ -121,8 +124,6 @@ class Session:
 
     def _write_address(self) -> None:
         self._pending = None
-        state = {"tab": "data"}
-        if self._tabs.active < len(self._shown):
-            name = self._shown[self._tabs.active].name
-            state = {"tab": name} | self._views[name].state()
+        name = self._names[self._tabs.active]
+        state = {"tab": name} | (self._views[name].state() if name in self._views else {})
         self._address.data = {"query": [urlencode(state)]}

@@ -5,8 +5,10 @@ import html
 import io
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from bokeh import models
@@ -33,8 +35,9 @@ RIDGE = COLOURS["ridge"]
 REFUSE_LARGE_FILES = """
 addEventListener("input", (event) => { // comes before "change", on which Bokeh reads the file
   const path = event.composedPath(), input = path[0];
-  if (input.files?.[0]?.size > limit && path.some((element) => element.classList?.contains("linfit-upload"))) {
+  if (input.files?.[0]?.size > limit && path.some((element) => element.classList?.contains("linfit-upload-" + name))) {
     input.value = "";
+    source.value = ""; // forgets an earlier file, and any work on it
     message.setv({text: "<div class='warning'>The file is larger than " + limit / 2 ** 20 + " MB.</div>", visible: true});
   }
 }, true);
@@ -42,12 +45,16 @@ addEventListener("input", (event) => { // comes before "change", on which Bokeh 
 """Before anything is sent: too large a message would end the connection instead of in an answer."""
 
 
-def read_upload(name: str, content: str) -> dict[str, np.ndarray]:
-    """The arrays of an uploaded .npz, given in base64; nothing is unpickled. ValueError says what is wrong with it."""
+@contextmanager
+def unpacked(name: str, content: str, limit: int) -> Iterator[Path]:
+    """A file with the bytes of an upload, given in base64, for as long as it is read.
+
+    ValueError unless it is an archive of at most `limit` bytes that expands to at most EXPANDED_LIMIT; errors on reading it become ValueErrors about `name`.
+    """
     shown = f"“{Path(name).name[:60]}”"
     no_arrays = ValueError(f"{shown} must be an .npz of plain numeric arrays")
-    if len(content) * 3 / 4 > LIMIT + 3:
-        raise ValueError(f"{shown} must be at most {LIMIT // 2**20} MB")
+    if len(content) * 3 / 4 > limit + 3:
+        raise ValueError(f"{shown} must be at most {limit // 2**20} MB")
     try:
         data = base64.b64decode(content, validate=True)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -60,11 +67,18 @@ def read_upload(name: str, content: str) -> dict[str, np.ndarray]:
         file = Path(folder, "upload.npz")
         file.write_bytes(data)
         try:
-            arrays = load_arrays(file)
+            yield file
         except ValueError as error:
-            raise ValueError(str(error).replace(str(file), shown)) from None
-        except (MemoryError, zipfile.error, NotImplementedError, RuntimeError):
+            message = str(error).replace(str(file), shown).replace(file.name, shown)
+            raise ValueError(" ".join(message.split())) from None
+        except (MemoryError, zipfile.error, NotImplementedError, RuntimeError, TypeError):
             raise no_arrays from None
+
+
+def read_upload(name: str, content: str) -> dict[str, np.ndarray]:
+    """The arrays of an uploaded .npz, given in base64; nothing is unpickled. ValueError says what is wrong with it."""
+    with unpacked(name, content, LIMIT) as file:
+        arrays = load_arrays(file)
     if arrays["X"].ndim == 2 and (rows := arrays["X"].shape[0]) > SAMPLE_LIMIT:
         raise ValueError(f"X must have at most {SAMPLE_LIMIT} rows here, got {rows}; linfit select takes more")
     return arrays
@@ -152,43 +166,71 @@ def features_page(name: str, selection: Selection) -> Page:
     )  # fmt: skip
 
 
+def read_features(name: str, content: str) -> Page:
+    """The page of an uploaded file; ValueError says what is wrong with it."""
+    arrays = read_upload(name, content)
+    return features_page(name, select(arrays["X"], arrays["y"], arrays["theta_1"]))
+
+
+class Upload(NamedTuple):
+    """A tab that shows what is in a file of the user's."""
+
+    name: str
+    """Of the page that `read` returns."""
+    introduction: str
+    limit: int
+    """Of the file, in bytes."""
+    read: Callable[[str, str], Page]
+    """Name and content in base64 → page; ValueError for a file that will not do."""
+
+
+UPLOAD = Upload(
+    "data",
+    "The last-layer features of your fine-tuning set, the targets and the pretrained head, as <code>linfit select</code> "
+    f"takes them: an .npz with X (n, p), y (n,) and theta_1 (p,), at most {LIMIT // 2**20} MB and {SAMPLE_LIMIT} rows. "
+    "It is read by the machine that serves this page, without pickle, and forgotten with the session.",
+    LIMIT,
+    read_features,
+)
+
+
 class UploadView:
     """The tab before and after a file has been given."""
 
-    def __init__(self, document: Document, changed: Callable[[], None]):
+    def __init__(self, document: Document, upload: Upload, changed: Callable[[], None]):
         self._document, self._changed = document, changed
-        self._message = text(name="data/message", visible=False)
-        self._input = models.FileInput(title="an .npz file", accept=".npz", name="data/file")
-        self._input.css_classes = ["linfit-upload"]
+        self._message = text(name=f"upload/{upload.name}/message", visible=False)
+        self._input = models.FileInput(title="an .npz file", accept=".npz", name=f"upload/{upload.name}/file")
+        self._input.css_classes = [f"linfit-upload-{upload.name}"]
         self._input.on_change("value", lambda _, __, value: self._given(value))
-        guard = models.CustomJS(args={"message": self._message, "limit": LIMIT}, code=REFUSE_LARGE_FILES)
-        document.js_on_event("document_ready", guard)
-        introduction = text(
-            "The last-layer features of your fine-tuning set, the targets and the pretrained head, as <code>linfit select</code> "
-            f"takes them: an .npz with X (n, p), y (n,) and theta_1 (p,), at most {LIMIT // 2**20} MB and {SAMPLE_LIMIT} rows. "
-            "It is read by the machine that serves this page, without pickle, and forgotten with the session."
-        )
         self._box = stacked(text(visible=False))
-        self.layout = stacked(introduction, self._input, self._message, self._box)
-        self._latest = Latest(document, self._select, self._show, self._fail)
+        places = {"message": self._message, "source": self._input, "limit": upload.limit, "name": upload.name}
+        document.js_on_event("document_ready", models.CustomJS(args=places, code=REFUSE_LARGE_FILES))
+        self.layout = stacked(text(upload.introduction), self._input, self._message, self._box)
+        self._latest = Latest(document, lambda request: upload.read(*request), self._show, self._fail)
+        self._wanted: tuple[str, str] | None = None
 
-    # The name of the file arrives just after its content.
     def _given(self, content: str) -> None:
+        """Whatever was shown or is being read is forgotten, also where the new file will not do."""
+        self._wanted, self._box.children = None, [text(visible=False)]
         if content:
             warn(self._message, "reading …")
-            self._document.add_next_tick_callback(lambda: self._latest.ask((self._input.filename, content)))
+            self._document.add_next_tick_callback(lambda: self._ask(content))
 
-    @staticmethod
-    def _select(request: tuple[str, str]) -> Page:
-        arrays = read_upload(*request)
-        return features_page(request[0], select(arrays["X"], arrays["y"], arrays["theta_1"]))
+    # The name of the file arrives just after its content.
+    def _ask(self, content: str) -> None:
+        self._wanted = (self._input.filename, content)
+        self._latest.ask(self._wanted)
 
-    def _show(self, _: object, page: Page) -> None:
+    def _show(self, request: object, page: Page) -> None:
+        if request is not self._wanted:
+            return
         self._message.visible = False
-        view = PageView(self._document, page, self._changed)
+        view = PageView(self._document, page, self._changed, passing=True)
         self._box.children = [view.layout]
         view.start()
 
-    def _fail(self, _: object, error: Exception) -> None:
+    def _fail(self, request: object, error: Exception) -> None:
         known = isinstance(error, ValueError)
-        warn(self._message, str(error) if known else f"The file could not be read ({type(error).__name__}).")
+        if request is self._wanted:
+            warn(self._message, str(error) if known else f"The file could not be read ({type(error).__name__}).")

@@ -14,7 +14,7 @@ from bokeh.document import Document
 
 from figures.explorer.drawing import Sources
 from figures.explorer.latest import Latest, Repeated
-from figures.explorer.page import Choice, Page, Slider, Values
+from figures.explorer.page import Choice, Group, Page, Slider, Values
 from figures.explorer.script import script
 from figures.explorer.tables import Table, Tables, average
 from figures.explorer.widgets import DOWNLOAD, Panel, button, stacked, text, warn, widget_of, with_help, wrapped
@@ -38,6 +38,17 @@ PAGE_CSS = f"""
 }}
 """
 """Controls beside the plots; on a narrow screen under the first one, which stays in sight while they are moved."""
+MEMBER_CSS = """
+:host { display: grid !important; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 2px; align-items: end; }
+:host > .head { grid-column: 1 / span 2; }
+"""
+"""Controls of one member in two columns, below its name."""
+CONTROLS_CSS = f"""
+@media (min-width: {NARROW + 1}px) {{
+  :host {{ position: sticky !important; top: 0; max-height: max(720px, 100vh); overflow-y: auto; }}
+}}
+"""
+"""Where controls are many they scroll beside the plots; on a narrow screen under them."""
 
 SAVE_FILE = "const {name, type, text} = source.data; download(new Blob([text[0]], {type: type[0]}), name[0]);"
 COPY = """
@@ -49,9 +60,12 @@ FREEZE = "freeze these curves"
 
 
 class PageView:
-    """One page in one session. `layout` is what to show; `state()` what a link has to carry to show it again."""
+    """One page in one session. `layout` is what to show; `state()` what a link has to carry to show it again.
 
-    def __init__(self, document: Document, page: Page, changed: Callable[[], None]):
+    `passing`: it comes after the document has been loaded, and may be replaced.
+    """
+
+    def __init__(self, document: Document, page: Page, changed: Callable[[], None], *, passing: bool = False):
         self._page, self._changed = page, changed
         self.values: Values = page.defaults()
         self.tables: Tables | None = None
@@ -60,7 +74,7 @@ class PageView:
         self._setting = False
         self._downloads = itertools.count()
         self._readings = text(name=f"{page.name}/readings")
-        self._sources = Sources(document, page, self._readings)
+        self._sources = Sources(None if passing else document, page, self._readings)
         self._panels = {plot.name: Panel(page, plot, self._sources, changed) for plot in page.plots}
         self._sources.paint_in([panel.box for panel in self._panels.values()])
         self._latest = Latest(document, page.compute, self._show, self._fail)
@@ -76,7 +90,7 @@ class PageView:
 
     def state(self) -> dict[str, str]:
         """Parameters, axes, overlay and frozen curves, as the query of a link."""
-        state = {name: str(value) for name, value in self.values.items()}
+        state = {name: str(value) for name, value in self._page.shown(self.values).items()}
         state |= {f"axes.{name}": panel.state for name, panel in self._panels.items() if panel.state is not None}
         if self._overlay_box.active:
             state["overlay"] = "on"
@@ -129,9 +143,10 @@ class PageView:
         self._overlay_box = models.Checkbox(name=f"{name}/overlay", margin=(8, 5, 4, 5), **overlay)
         self._overlay_box.on_change("active", lambda _, __, ___: self._toggle_overlay())
         self._progress = text(name=f"{name}/progress", visible=False)
-        sliders = [with_help(self._widgets[control.name], control.help) for control in page.controls]
+        sliders = self._arranged()
         actions = [self._overlay_box, self._progress, *self._actions()]
-        controls = stacked(*sliders, *actions, css_classes=["controls"])
+        scrolling = [models.InlineStyleSheet(css=CONTROLS_CSS)] if page.groups else []
+        controls = stacked(*sliders, *actions, css_classes=["controls"], stylesheets=scrolling)
         panels = [panel.layout for panel in self._panels.values()]
         body = stacked(controls, *panels, stylesheets=[models.InlineStyleSheet(css=PAGE_CSS)])
         introduction = text(f"{page.introduction}<div class='source'>{page.source}</div>")
@@ -139,6 +154,52 @@ class PageView:
         reset = button("start again", partial(self._set, page.defaults()), button_type="light", name=f"{name}/reset")
         suggestions = wrapped(text("<b>Try:</b>", sizing_mode=None), *tries, reset, sizing_mode="stretch_width")
         self.layout = stacked(introduction, suggestions, self._status, self._readings, body)
+
+    def _arranged(self) -> list[Any]:
+        """Controls from above, members of a group in a box of their own below the slider of their number."""
+        rows = {control.name: with_help(self._widgets[control.name], control.help) for control in self._page.controls}
+        self._members = {group: self._boxes(group, rows) for group in self._page.groups}
+        arranged = []
+        for control, row in rows.items():
+            arranged.append(row)
+            for group, boxes in self._members.items():
+                if group.number == control:
+                    label, name = f"add a {group.noun}", f"{self._page.name}/add_{group.noun}"
+                    arranged += [*boxes, button(label, partial(self._add, group), name=name)]
+        self._show_members()
+        return arranged
+
+    def _boxes(self, group: Group, rows: dict[str, Any]) -> list[models.Column]:
+        """One for each member; its rows are taken out of the others."""
+        boxes = []
+        for member in range(1, group.most + 1):
+            own = [rows.pop(name) for name in list(rows) if name.startswith(group.prefix(member))]
+            name = f"{self._page.name}/remove_{group.noun}{member}"
+            removed = button("remove", partial(self._remove, group, member), name=name, button_type="light")
+            title = text(f"<b>{group.noun} {member}</b>", margin=(8, 5, 0, 10))
+            head = models.Row(title, removed, sizing_mode="stretch_width", css_classes=["head"])
+            grid = stacked(head, *own, stylesheets=[models.InlineStyleSheet(css=MEMBER_CSS)])
+            boxes.append(stacked(grid))  # its own display may be none
+        return boxes
+
+    def _show_members(self) -> None:
+        """As many as there are; the last one cannot be removed."""
+        for group, boxes in self._members.items():
+            for member, box in enumerate(boxes, 1):
+                box.visible = member <= int(self.values[group.number])
+                box.children[0].children[0].children[1].visible = int(self.values[group.number]) > 1
+
+    def _add(self, group: Group) -> None:
+        self._set({group.number: min(int(self.values[group.number]) + 1, group.most)})
+
+    def _remove(self, group: Group, member: int) -> None:
+        """Those behind it move up."""
+        count = int(self.values[group.number])
+        moved: Values = {group.number: max(count - 1, 1)}
+        for later in range(member, count):
+            start, end = group.prefix(later + 1), group.prefix(later)
+            moved |= {end + name[len(start) :]: v for name, v in self.values.items() if name.startswith(start)}
+        self._set(moved)
 
     def _actions(self) -> list[Any]:
         name = self._page.name
@@ -156,6 +217,8 @@ class PageView:
 
     def _moved(self, control: Slider | Choice, position: Any) -> None:
         self.values[control.name] = control.value_at(position)
+        if any(group.number == control.name for group in self._page.groups):
+            self._show_members()
         if not self._setting:
             self._ask()
 
@@ -230,7 +293,7 @@ class PageView:
 
     def _toggle_freeze(self) -> None:
         freezes = self._frozen is None and self.tables is not None
-        self._frozen = dict(self.values) if freezes else None
+        self._frozen = self._page.shown(self.values) if freezes else None
         self._sources.freeze(self.tables if freezes else None)
         self._freeze_button.label = "unfreeze" if freezes else FREEZE
         self._changed()
