@@ -3,8 +3,9 @@
 from linfit.tangent.build import predict
 from linfit.tangent.jacobian import features, kernel, kernel_product
 from linfit.tangent.krylov import Krylov, krylov
-from linfit.tangent.prediction import Domain, Estimate, Prediction
+from linfit.tangent.prediction import Domain, Prediction
 from linfit.tangent.selection import leave_one_out, select
+from linfit.tangent.summary import Estimate, summary
 
 __all__ = [
     "Domain",
@@ -18,4 +19,5 @@ __all__ = [
     "leave_one_out",
     "predict",
     "select",
+    "summary",
 ]

@@ -13,8 +13,21 @@ from linfit.filters import Filter, GradientFlow
 from linfit.internal.checks import ArrayLike, Maybe, count, non_negative, real_array, same_size
 from linfit.internal.linear_algebra import eigh
 from linfit.tangent.diagnostics import diagnose
-from linfit.tangent.jacobian import MEMORY, Apply, Linearised, Moving, Network, Report
-from linfit.tangent.jacobian import in_batches, kernel_of, linearised, network, outputs, outputs_like, samples
+from linfit.tangent.jacobian import (
+    MEMORY,
+    Apply,
+    Linearised,
+    Moving,
+    Network,
+    Report,
+    in_batches,
+    kernel_of,
+    linearised,
+    network,
+    outputs,
+    outputs_like,
+    take,
+)
 from linfit.tangent.krylov import krylov
 from linfit.tangent.prediction import LOSSES, Domain, Prediction
 from linfit.tangent.selection import noise_from_leaving_out
@@ -60,11 +73,11 @@ def predict(
         apply: (params, x) ↦ outputs (n, …), each sample on its own.
         params: the pretrained weights θ₁, any pytree.
         train, test, other: (x, y): fine-tuning data, held-out data of the task, and of what should not be forgotten.
-            y as the outputs, (n, …); or (n,) integers below k, the classes of k outputs, as for S3FT's targets.
+            y as the outputs, (n, …), such as S3FT's targets; or (n,) integers below k, classes.
         loss: "squared", ‖y − f‖² per sample, or "entropy", cross-entropy of softmax(f).
         moving: which parameters move, as in `linfit.tangent.kernel`: all by default; LoRA's factors, the last layer.
         sample_weights: w ≥ 0 (n,) of the training loss, such as FLOW's, not normalised.
-        label_draws: (D, n, …) other labels of the same samples, for `decomposition`; squared loss.
+        label_draws: (D, n, …) other labels of the samples, for `decomposition`; squared loss.
         noise_std: σ of the training labels, per output, if it is known; else from leaving one out (dense, squared).
         plan: the run that is planned, such as GradientFlow(step size × steps), at which `diagnostics` are taken; else
             the flow with the stopping time that is best on the test data.
@@ -74,7 +87,6 @@ def predict(
 
     Raises ValueError for data that do not fit, NaN or Inf in outputs, and what `kernel` refuses.
 
-    >>> import jax
     >>> from linfit import GradientFlow, predict
     >>> x = jax.random.normal(jax.random.key(0), (30, 4))
     >>> prediction = predict(lambda w, x: x @ w, jnp.zeros((4, 1)), (x[:20], x[:20, :1]), (x[20:], x[20:, :1]))
@@ -91,12 +103,13 @@ def predict(
     n, k = data["train"].labels.shape
     for name, part in data.items():
         same_size(f"outputs of {name}", part.labels.shape[1], "those of train", k)
+    steps = PRODUCTS if products is None else count("products", products)
     dense = products is None and n * k <= DENSE
     if not dense and loss != "squared":
         raise ValueError(f"train must have n·k ≤ {DENSE} for cross-entropy and no products, got n·k = {n * k}")
     starts = root[:, None, None] * jnp.moveaxis(draws - data["train"].outputs, 0, -1)
     build = _dense if dense else _krylov
-    prediction = build(net, data, root, starts.reshape(n * k, -1), loss, products or PRODUCTS, memory, report)
+    prediction = build(net, data, root, starts.reshape(n * k, -1), loss, steps, memory, report)
     return _with_noise_and_diagnostics(prediction, net, data, noise_std, plan, memory)
 
 
@@ -115,6 +128,11 @@ def _data(net: Network, name: str, pairs: Pairs, loss: str, memory: int) -> _Dat
     values = in_batches(outputs, net, x, memory)
     if not bool(jnp.isfinite(values).all()):
         raise ValueError(f"apply must return finite outputs, got NaN or Inf on {name}")
+    alone = outputs(net, take(x, slice(0, 1)))
+    if float(jnp.abs(alone - values[:1]).max()) > 1e-2 * float(jnp.abs(values).max()):
+        raise ValueError(
+            f"apply must treat each sample on its own, got another output for one of {name} without the rest"
+        )
     return _Data(x, values, labels)
 
 
@@ -174,10 +192,16 @@ def _dense(
 
 
 def _krylov(
-    net: Network, data: dict[str, _Data], root: Array, starts: Array, loss: str, products: int, memory: int, report: Report
+    net: Network,
+    data: dict[str, _Data],
+    root: Array,
+    starts: Array,
+    loss: str,
+    products: int,
+    memory: int,
+    report: Report,
 ) -> Prediction:
     """By products with the kernel; the outputs of every domain come along in the forward pass of each."""
-    n, k = data["train"].labels.shape
     left = tuple(linearised(net, part.x, memory) for part in data.values())
     result = krylov(lambda block: _products(left, root, block), starts, products, report)
     sizes = np.cumsum([part.labels.size for part in data.values()])[:-1]
@@ -237,11 +261,8 @@ def _prediction(
 def _with_noise_and_diagnostics(
     prediction: Prediction, net: Network, data: dict[str, _Data], noise_std: Maybe, plan: Filter | None, memory: int
 ) -> Prediction:
-    if noise_std is not None:
-        noise = non_negative("noise_std", noise_std, ndim=0)
-    else:
-        noise = noise_from_leaving_out(prediction)
-    prediction = dataclasses.replace(prediction, noise_std=jnp.asarray(noise, prediction.eigenvalues.dtype))
+    known = noise_from_leaving_out(prediction) if noise_std is None else non_negative("noise_std", noise_std, ndim=0)
+    prediction = dataclasses.replace(prediction, noise_std=jnp.asarray(known, prediction.eigenvalues.dtype))
     if plan is None:
         times = prediction.default_times()
         plan = GradientFlow(times[int(jnp.argmin(prediction.losses(GradientFlow(times)).mean(-1)))])

@@ -14,7 +14,9 @@ from linfit.tangent.prediction import Prediction, losses
 __all__ = ["diagnose"]
 
 
-def diagnose(prediction: Prediction, net: Network, inputs: dict[str, Any], plan: Filter, memory: int) -> dict[str, Array]:
+def diagnose(
+    prediction: Prediction, net: Network, inputs: dict[str, Any], plan: Filter, memory: int
+) -> dict[str, Array]:
     """Numbers that compare the network, moved by the predicted step δ of the plan, with its linearisation.
 
     - `distance`: ‖δ‖; `relative_distance`: ‖δ‖/‖θ₁‖ over what moves; `largest_relative_distance`: of one leaf.

@@ -1,7 +1,7 @@
 """Fine-tuning with cross-entropy in function space: the linear model's own flow, never its weights (docs, G1).
 
-The linearised model f₁ + Jδ trained on (1/n) Σ w_i ℓ_i, ℓ = −Σ_c y_c log softmax(z)_c, moves by δ̇ = Jᵀ W(y − softmax z)/n.
-With δ = JᵀW^{1/2}U α/n, U the eigenvectors of W^{1/2}KW^{1/2}/n, only α (q,) is left,
+The linearised model z = f₁ + Jδ trained on (1/n) Σ w_i ℓ_i, ℓ = −Σ_c y_c log softmax(z)_c, moves by
+δ̇ = Jᵀ W(y − softmax z)/n. With δ = JᵀW^{1/2}U α/n, U the eigenvectors of W^{1/2}KW^{1/2}/n, only α (q,) is left,
 
     α̇ = Uᵀ W^{1/2} (y − softmax(f₁ + Bα)),      B = K W^{1/2}U/n,
 

@@ -79,8 +79,8 @@ def network(apply: Apply, params: Any, moving: Moving = None) -> Network:
 def outputs_like(net: Network, x: Any) -> jax.ShapeDtypeStruct:
     """Shape (n, k) and dtype of f(θ, x); ValueError if `apply` does not take a batch to floating-point outputs."""
     n = samples(x)
-    raw = eqx.filter_eval_shape(net.apply, eqx.combine(net.theta, net.frozen), x)
-    shape, dtype = getattr(raw, "shape", ()), getattr(raw, "dtype", None)
+    raw: Any = eqx.filter_eval_shape(net.apply, eqx.combine(net.theta, net.frozen), x)
+    shape, dtype = getattr(raw, "shape", ()), getattr(raw, "dtype", np.dtype(object))
     if shape[:1] != (n,):
         wanted = f"outputs (n, …) for the n = {n} samples of x"
         raise ValueError(f"apply must return {wanted}, got {shape or type(raw).__name__}; jax.vmap makes a batch")
@@ -188,7 +188,7 @@ def _columns(net: Network, x: Any, x2: Any, sample: Array, output: Array) -> Arr
     return jnp.moveaxis(jax.vmap(push)(directions), 0, -1)
 
 
-def activations(net: Network, x: Any) -> int:
+def _activations(net: Network, x: Any) -> int:
     """Bytes of everything `apply` computes on its way, for one sample of x: what a derivative has to remember."""
     one = take(x, slice(0, 1))
     arrays, static = eqx.partition((net, one), eqx.is_array)
@@ -214,7 +214,7 @@ def _bytes(jaxpr: Any) -> int:
 def _block(net: Network, x: Any, memory: int) -> tuple[int, int]:
     """(samples, columns) of a block: each column holds a gradient and the tangents of all samples of the block."""
     gradient = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(net.theta))
-    sample = 2 * activations(net, x)
+    sample = 2 * _activations(net, x)
     if gradient + 2 * sample > memory:
         raise ValueError(f"memory must be at least {gradient + 2 * sample} bytes for this network, got {memory}")
     n = samples(x)
@@ -262,7 +262,7 @@ class Linearised(eqx.Module):
 
 def linearised(net: Network, x: Any, memory: int) -> Linearised:
     """The linearisation at x, whole if it fits into the memory; ValueError if no sample does."""
-    n, sample = samples(x), 3 * activations(net, x)
+    n, sample = samples(x), 3 * _activations(net, x)
     if sample > memory:
         raise ValueError(f"memory must be at least {sample} bytes for one sample of x, got {memory}")
     size = min(n, memory // sample)
@@ -317,6 +317,6 @@ def outputs(net: Network, x: Any) -> Array:
 
 def in_batches(function: Callable[[Network, Any], Array], net: Network, x: Any, memory: int) -> Array:
     """function(net, x) (n, k), so many samples at a time as fit into the memory."""
-    size = int(max(1, min(samples(x), memory // (3 * activations(net, x)))))
+    size = int(max(1, min(samples(x), memory // (3 * _activations(net, x)))))
     parts = [function(net, take(x, slice(low, low + size))) for low in range(0, samples(x), size)]
     return jnp.concatenate(parts)

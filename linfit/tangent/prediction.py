@@ -8,14 +8,14 @@ a fine-tuned ensemble of the linearised model has, anywhere,
 with α = g(s)·c for squared loss and every spectral filter g, and α from the flow of `linfit.tangent.entropy` for
 cross-entropy. Everything a user turns, λ, t, τ, needs B, s and c alone: the network is used once.
 
-Losses are means over samples: ‖y − f‖² (squared, no ½) or cross-entropy. Penalty and time refer to K/n with n samples:
-ridge minimises (1/n) Σ_i w_i‖y_i − f_i‖² + λ‖θ−θ₁‖², and t is step size × steps on (1/2n) Σ_i w_i‖y_i − f_i‖², or on the
-mean cross-entropy.
+Losses are means over samples: ‖y − f‖² (squared, no ½) or cross-entropy. Penalty and time refer to K/n, n samples:
+ridge minimises (1/n) Σ_i w_i‖y_i − f_i‖² + λ‖θ−θ₁‖², and t is step size × steps on (1/2n) Σ_i w_i‖y_i − f_i‖², or on
+(1/n) Σ_i w_i times the cross-entropy.
 """
 
 import zipfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -30,7 +30,7 @@ from linfit.risk import Parabola, Risk
 from linfit.tangent.entropy import Start, cross_entropy, descend, flow
 from linfit.tangent.krylov import Krylov
 
-__all__ = ["Domain", "Estimate", "Prediction"]
+__all__ = ["Domain", "Prediction"]
 
 Which = Literal["train", "test", "other"]
 LOSSES = ("squared", "entropy")
@@ -47,20 +47,6 @@ class Domain(eqx.Module):
         """Bα, (…, m, k)."""
         flat = alpha @ self.basis.reshape(-1, self.basis.shape[-1]).T
         return flat.reshape(*alpha.shape[:-1], *self.labels.shape)
-
-
-class Estimate(NamedTuple):
-    """A predicted number and its standard errors: from label noise in training, and from the finite held-out sample."""
-
-    value: float
-    label_error: float
-    sample_error: float
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """value ± 1.96 standard errors, both sources together; label noise counts only where it is known."""
-        width = 1.96 * float(np.hypot(np.nan_to_num(self.label_error), self.sample_error))
-        return self.value - width, self.value + width
 
 
 class Prediction(eqx.Module):
@@ -132,8 +118,8 @@ class Prediction(eqx.Module):
     def along(self, filter: Filter, domain: Which = "test") -> Parabola:
         """The mean squared error as a function of τ: a parabola, fields of the filter's shape (docs, S3, G1).
 
-        Its variance is what label noise of `noise_std` adds in expectation (0 where that is unknown), its bias the rest:
-        their sum is the error for the labels at hand. ValueError for cross-entropy, which is no parabola.
+        Its variance is what label noise of `noise_std` adds in expectation (0 where that is unknown), its bias the
+        rest: their sum is the error for the labels at hand. ValueError for cross-entropy, which is no parabola.
         """
         self.require_squared("along")
         where, alpha = self.domain(domain), self.coordinates(filter)
@@ -179,10 +165,10 @@ class Prediction(eqx.Module):
         return _least_entropy(where.outputs, where.labels, where.moved(self.coordinates(filter)))
 
     def error(self, filter: Filter, domain: Which = "test") -> Array:
-        """Error (…) that too few kernel products leave in the outputs, root mean square per sample; 0 for a dense kernel.
+        """Error (…) of outputs that too few kernel products leave, root mean square per sample; 0 if dense.
 
-        A bound on the training set; elsewhere the same bound, times the largest ratio of outputs there to training
-        outputs among the last quarter of the Krylov basis.
+        A bound on the training set. Elsewhere an estimate: that bound times twice the largest ratio of outputs there to
+        training outputs among the last quarter of the Krylov basis.
         """
         self.domain(domain)
         if self.krylov is None:
@@ -197,7 +183,8 @@ class Prediction(eqx.Module):
         position = ("train", "test", "other").index(domain)
         first = sum(sizes[:position])
         part = self.krylov.amplification[first : first + sizes[position]]
-        return jnp.max(part.sum(axis=0)) / len(self.domain(domain).labels)
+        # Twice the largest ratio seen: the error's direction is none of those, only like them.
+        return (1.0 if domain == "train" else 4.0) * jnp.max(part.sum(axis=0)) / len(self.domain(domain).labels)
 
     def distance(self, filter: Filter) -> Array:
         """‖θ̂ − θ₁‖ (…) of the linearised model: ‖JᵀW^{1/2}Uα/n‖² = αᵀ diag(s) α / n."""
@@ -256,7 +243,7 @@ def save(prediction: Prediction, path: str | Path) -> None:
     if target.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {target.name}")
     with whole_file(target) as temporary:
-        np.savez(temporary, format=np.array(FORMAT), loss=np.array(prediction.loss), **arrays)
+        np.savez(temporary, allow_pickle=False, format=np.array(FORMAT), loss=np.array(prediction.loss), **arrays)
 
 
 def load(path: str | Path) -> Prediction:
@@ -293,7 +280,7 @@ def load(path: str | Path) -> Prediction:
 def _check(prediction: Prediction) -> None:
     """ValueError unless the arrays of a loaded prediction fit together."""
     q, labels = prediction.eigenvalues.shape[-1], prediction.train.labels
-    wanted = {
+    wanted: dict[str, tuple[Array, tuple[int, ...]]] = {
         "eigenvalues": (prediction.eigenvalues, (q,)),
         "coefficients": (prediction.coefficients, (q,)),
         "vectors": (prediction.vectors, (*labels.shape, q)),
@@ -303,11 +290,11 @@ def _check(prediction: Prediction) -> None:
     for name in ("train", "test", "other"):
         domain = getattr(prediction, name)
         if domain is not None:
-            shape = (len(domain.outputs), labels.shape[-1])
+            size = (len(domain.outputs), labels.shape[-1])
             wanted |= {
-                f"{name}/outputs": (domain.outputs, shape),
-                f"{name}/labels": (domain.labels, shape),
-                f"{name}/basis": (domain.basis, (*shape, q)),
+                f"{name}/outputs": (domain.outputs, size),
+                f"{name}/labels": (domain.labels, size),
+                f"{name}/basis": (domain.basis, (*size, q)),
             }
     for name, (array, shape) in wanted.items():
         if array.shape != shape:

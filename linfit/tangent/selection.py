@@ -1,8 +1,8 @@
 """Choosing (τ, λ) of several outputs from the fine-tuning data alone: exact leave-one-out (docs, G1; ours).
 
-Derivation. Let a = G r̃ be the dual coefficients of ridge, G = (W^{1/2}KW^{1/2} + nλI)⁻¹, r̃ = W^{1/2}r, all k outputs of a
-sample together. Leaving sample i out, the penalty nλ kept, misses its k labels by some e_i (weighted by √w_i). Give
-sample i the labels that the model without it predicts: the fit on all samples is then that same model, it misses
+Derivation. Let a = G r̃ be the dual coefficients of ridge, G = (W^{1/2}KW^{1/2} + nλI)⁻¹, r̃ = W^{1/2}r, all k outputs
+of a sample together. Leaving sample i out, the penalty nλ kept, misses its k labels by some e_i (weighted by √w_i).
+Give sample i the labels that the model without it predicts: the fit on all samples is then that same model, it misses
 sample i by 0, and so its coefficients there are 0: (G(r̃ − E_i e_i))_i = 0, where E_i puts e_i in the rows of i. Hence
 
     G_ii e_i = (G r̃)_i,      G_ii the k × k block,
@@ -96,7 +96,7 @@ def select(prediction: Prediction, penalties: Maybe = None, taus: Maybe = None) 
 
 
 def noise_from_leaving_out(prediction: Prediction) -> float:
-    """σ per output from the least leave-one-out error: above the truth by what the model cannot learn; NaN if unknown."""
+    """σ per output from the least leave-one-out error, what the model cannot learn included; NaN if unknown."""
     if prediction.loss != "squared" or prediction.krylov is not None or len(prediction.root_weights) < 3:
         return float("nan")
     penalties = default_penalties(prediction)[::3]

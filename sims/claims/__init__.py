@@ -16,7 +16,7 @@ from sims.parameters import Parameter
 
 __all__ = ["Claim", "all_claims", "claim"]
 
-SECTIONS = ("spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier")
+SECTIONS = ("spectral", "overadaptation", "equivalents", "flow", "overtraining", "s3ft", "frontier", "tangent")
 """Modules that have claims, in the order of the docs."""
 
 
