@@ -34,6 +34,9 @@ __all__ = ["Domain", "Prediction"]
 
 Which = Literal["train", "test", "other"]
 LOSSES = ("squared", "entropy")
+TRUSTED_GAP = 1.0
+"""`gap_test` up to which a prediction is trusted: chosen on half of the fine-tunings of docs/predictions.md, tried on the
+others. `linfit validate` makes that table again."""
 
 
 class Domain(eqx.Module):
@@ -79,6 +82,11 @@ class Prediction(eqx.Module):
     noise_std: Array  #: σ of the labels, per output: as given, or from leaving one out; NaN where unknown.
     diagnostics: dict[str, Array]  #: Numbers known before training that tell how far linearisation may be trusted.
     loss: Literal["squared", "entropy"] = eqx.field(static=True)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether `gap_test`, at the run that was planned, is at most `TRUSTED_GAP`; the docs say how often that is right."""
+        return bool(self.diagnostics.get("gap_test", jnp.nan) <= TRUSTED_GAP)
 
     def domain(self, which: Which) -> Domain:
         """Its samples; ValueError for another word, or "other" where none was given."""

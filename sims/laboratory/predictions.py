@@ -153,7 +153,9 @@ def _pretrained(cell: tuple[str, str, str, int], plan: Plan) -> tuple[Params, Pr
     return params, predict(apply, params, data.train, data.test, data.other, loss=loss)  # type: ignore[arg-type]
 
 
-def finetune(params: Params, prediction: Prediction, setting: Setting, plan: Plan) -> dict[str, dict[str, float | None]]:
+def finetune(
+    params: Params, prediction: Prediction, setting: Setting, plan: Plan
+) -> dict[str, dict[str, float | None]]:
     """Predict one fine-tuning, run it, and compare: numbers by the names of `run_table`."""
     net, data = network(setting.architecture), _task(setting, plan)
     prediction = _relabelled(prediction, data.train[1])
@@ -207,7 +209,9 @@ def _measured(net: Network, params: Params, path: Params, data: Task, loss: str)
         here, slope = jax.jvp(moved, (jnp.float32(0),), (jnp.float32(1),))
         curves[f"{name}_taus"] = jax.lax.map(lambda tau, y=y, moved=moved: LOSSES[loss](moved(tau), y).mean(), taus)
         curves[f"{name}_first_order"] = LOSSES[loss](here + taus[:, None, None] * slope, y).mean(-1)
-        curves[f"{name}_steps"] = jax.lax.map(lambda weights, x=x, y=y: LOSSES[loss](net.apply(weights, x), y).mean(), path)
+        curves[f"{name}_steps"] = jax.lax.map(
+            lambda weights, x=x, y=y: LOSSES[loss](net.apply(weights, x), y).mean(), path
+        )
     return curves
 
 

@@ -245,7 +245,10 @@ def _docstrings() -> np.ndarray:
     found: list[str] = []
     for name in LIBRARY:
         for member in vars(import_module(name)).values():
-            found += [inspect.getdoc(member) or "", *(inspect.getdoc(part) or "" for part in vars(type(member)).values())]
+            found += [
+                inspect.getdoc(member) or "",
+                *(inspect.getdoc(part) or "" for part in vars(type(member)).values()),
+            ]
     return _encode(" ".join(dict.fromkeys(found)))
 
 
@@ -260,7 +263,9 @@ LOSSES = {
 """Of each sample: ‖y − f‖², without ½, and cross-entropy."""
 
 
-def pretrain(net: Network, data: Pairs, loss: str, steps: int, seed: int, *, batch: int = 128, rate: float = 2e-3) -> Params:
+def pretrain(
+    net: Network, data: Pairs, loss: str, steps: int, seed: int, *, batch: int = 128, rate: float = 2e-3
+) -> Params:
     """Weights after `steps` of Adam on the mean loss of random batches, labels smoothed, the rate annealed to 0."""
     import optax
 

@@ -1,0 +1,117 @@
+"""Predicted beside real fine-tunings as one table, and which number, known before a run, says that it will go wrong."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+
+__all__ = ["CANDIDATES", "Rule", "calibrate", "language_rows", "table"]
+
+CANDIDATES = (
+    "gap_test",
+    "gap_other",
+    "curvature_test",
+    "curvature_other",
+    "kernel_change",
+    "relative_distance",
+    "largest_relative_distance",
+    "alignment",
+    "loss_gap_test",
+    "loss_gap_other",
+)
+"""Diagnostics that may tell; of signed ones the size counts."""
+WRONG = 0.2
+"""A prediction fails if its τ* is off by more."""
+MEASURED = ("best_tau", "best_loss", "loss_at_0", "loss_at_1", "other_loss_at_0", "forgetting", "best_steps")
+
+
+def table(rows: Iterable[dict[str, Any]]) -> xr.Dataset:
+    """Rows of `run_table` along the dimension `run`: settings, `measured_…`, `predicted_…`, `along_run_…`, diagnostics, and
+
+    - `tau_error`: predicted minus measured τ*; `along_run_tau_error` of the first order along the real step;
+    - `forgetting_error`, `loss_error`, `loss_at_1_error`: relative to what was measured;
+    - `stopping_error`: log₂ of predicted over measured best number of steps;
+    - `regret`: what the loss at the predicted τ* lacks of the best, as a share of what the run can gain or lose along τ.
+
+    What a row lacks is NaN.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("rows must hold at least one fine-tuning, got none")
+    columns: dict[str, Any] = {}
+    for name in rows[0]["setting"] | dict.fromkeys(key for row in rows for key in row["setting"]):
+        columns[name] = [row["setting"].get(name, np.nan) for row in rows]
+    for part in ("measured", "predicted", "along_run"):
+        for name in MEASURED:
+            columns[f"{part}_{name}"] = _column(rows, part, name)
+    for name in CANDIDATES:
+        columns[name] = _column(rows, "diagnostics", name)
+    columns["loss_at_predicted_tau"] = _column(rows, "measured", "loss_at_predicted_tau")
+    data = xr.Dataset({name: ("run", np.asarray(values)) for name, values in columns.items()})
+    return data.assign(_errors(data))
+
+
+def _column(rows: list[dict[str, Any]], part: str, name: str) -> np.ndarray:
+    return np.array([row.get(part, {}).get(name) for row in rows], float)
+
+
+def _errors(data: xr.Dataset) -> dict[str, xr.DataArray]:
+    def relative(name: str) -> xr.DataArray:
+        return (data[f"predicted_{name}"] - data[f"measured_{name}"]) / abs(data[f"measured_{name}"])
+
+    best = data["measured_best_loss"]
+    span = np.maximum(data["measured_loss_at_0"], data["measured_loss_at_1"]) - best
+    return {
+        "tau_error": data["predicted_best_tau"] - data["measured_best_tau"],
+        "along_run_tau_error": data["along_run_best_tau"] - data["measured_best_tau"],
+        "forgetting_error": relative("forgetting"),
+        "loss_error": relative("best_loss"),
+        "loss_at_1_error": relative("loss_at_1"),
+        "stopping_error": np.log2(data["predicted_best_steps"] / data["measured_best_steps"]),
+        "regret": (data["loss_at_predicted_tau"] - best).clip(min=0) / span,
+    }
+
+
+class Rule(NamedTuple):
+    """Trust a prediction where |quantity| ≤ `limit`."""
+
+    quantity: str
+    limit: float
+
+    def trusted(self, data: xr.Dataset) -> xr.DataArray:
+        """Of each run; what is unknown is not trusted."""
+        return abs(data[self.quantity]) <= self.limit
+
+
+def calibrate(data: xr.Dataset, quantity: str, wrong: float = WRONG) -> Rule:
+    """The most that this quantity can allow: just below the least value at which a prediction of τ* was off by more.
+
+    Half-way, in the logarithm, between that value and the largest one below it; the largest value at all where every
+    prediction was right.
+    """
+    values = abs(data[quantity].values)
+    off = ~(abs(data["tau_error"].values) <= wrong)
+    if not off.any():
+        return Rule(quantity, float(np.nanmax(values)))
+    least = float(np.nanmin(values[off]))
+    below = values[values < least]
+    return Rule(quantity, float(np.sqrt(least * below.max())) if below.size else 0.0)
+
+
+def language_rows(folder: str | Path) -> list[dict[str, Any]]:
+    """Rows of a language model, one JSON file each with `setting`, `measured` and `predicted`, if there are any.
+
+    Files that are something else are left out.
+    """
+    rows = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(row, dict) and all(isinstance(row.get(k), dict) for k in ("setting", "measured", "predicted")):
+            rows.append(row)
+    return rows
