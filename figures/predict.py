@@ -34,7 +34,7 @@ def pictures(key: Array, quick: bool, folder: Path | None = None, report: Report
         where = Path(temporary) if folder is None else folder
         rows = run_table(where, settings(plan, (seed, seed + 1)), plan, report)
         data = table([*rows, *language_rows(where / "language")])
-    data = data.assign_attrs(seed=seed, limit=calibrate(data.sel(run=data.seed == seed), QUANTITY).limit)
+    data = data.assign_attrs(first_seed=seed, limit=calibrate(data.sel(run=data["seed"] == seed), QUANTITY).limit)
     yield Picture("predict", "Fine-tunings of real networks, predicted before they were run", data, _draw, _caption)
 
 
@@ -89,7 +89,7 @@ def _legend(axis: Axes, data: xr.Dataset) -> None:
 
 def _caption(data: xr.Dataset) -> str:
     off = abs(data["tau_error"])
-    first = data["seed"] == data.seed
+    first = data["seed"] == data.first_seed
     tried = data.sel(run=~first & (data["architecture"] != "language model"))
     trusted = abs(tried["gap_test"]) <= TRUSTED_GAP
     wrong = abs(tried["tau_error"]) > WRONG
@@ -105,9 +105,9 @@ def _caption(data: xr.Dataset) -> str:
         f"predicted exactly. Median error of τ*: {float(off.median()):.3f}, worst {float(off.max()):.2f}; median relative error of "
         f"forgetting: {100 * float(abs(data['forgetting_error']).median()):.0f}%. (d) The error of τ* against the gap between the "
         "network at the predicted weights and the linear prediction, relative to what the prediction moves, known before the run. "
-        f"Left of the line, {TRUSTED_GAP:g}, predictions are trusted: of {tried.sizes['run']} runs with seed {data.seed + 1}, "
+        f"Left of the line, {TRUSTED_GAP:g}, predictions are trusted: of {tried.sizes['run']} runs with seed {data.first_seed + 1}, "
         f"{int(trusted.sum())} are, of which {int((trusted & wrong).sum())} are off by more than {WRONG:g}; of the others "
-        f"{int((~trusted & wrong).sum())} are. The same rule on the runs with seed {data.seed} alone would put the line at "
+        f"{int((~trusted & wrong).sum())} are. The same rule on the runs with seed {data.first_seed} alone would put the line at "
         f"{data.limit:.2f}."
     )
 
@@ -151,7 +151,7 @@ def _by_group(data: xr.Dataset) -> str:
 
 def _candidates(data: xr.Dataset) -> str:
     """Each candidate's limit from the first seed, and what it does on the second."""
-    first, second = (data.sel(run=data["seed"] == data.seed + i) for i in range(2))
+    first, second = (data.sel(run=data["seed"] == data.first_seed + i) for i in range(2))
     rows = []
     for name in CANDIDATES:
         rule = calibrate(first, name)

@@ -7,6 +7,7 @@ nothing is downloaded.
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
@@ -229,9 +230,12 @@ def _windows(stream: np.ndarray, count: int, generator: np.random.Generator) -> 
 def _encode(text: str) -> np.ndarray:
     """Small letters, full stops, spaces and line ends; every other character becomes a space, runs of spaces one."""
     plain = re.sub(r"[^a-z.\n]+", " ", text.lower())
-    return np.array([ALPHABET.index(character) for character in plain], dtype=np.int32)
+    codes = np.zeros(128, np.int32)
+    codes[[ord(character) for character in ALPHABET]] = range(len(ALPHABET))
+    return codes[np.frombuffer(plain.encode("ascii"), np.uint8)]
 
 
+@cache
 def _prose() -> np.ndarray:
     """Python's language reference, as `help()` prints it."""
     topics = import_module("pydoc_data.topics").topics
@@ -241,17 +245,18 @@ def _prose() -> np.ndarray:
 LIBRARY = ("argparse", "decimal", "difflib", "logging", "statistics", "textwrap", "typing", "unittest.case")
 
 
+@cache
 def _docstrings() -> np.ndarray:
     found: list[str] = []
-    for name in LIBRARY:
-        for member in vars(import_module(name)).values():
-            found += [
-                inspect.getdoc(member) or "",
-                *(inspect.getdoc(part) or "" for part in vars(type(member)).values()),
-            ]
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of names that typing still carries
+        for name in LIBRARY:
+            for member in vars(import_module(name)).values():
+                parts = vars(type(member)).values()
+                found += [inspect.getdoc(member) or "", *(inspect.getdoc(part) or "" for part in parts)]
     return _encode(" ".join(dict.fromkeys(found)))
 
 
+@cache
 def _program() -> np.ndarray:
     return _encode(" ".join(inspect.getsource(import_module(name)) for name in LIBRARY))
 
