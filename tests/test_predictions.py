@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from figures.predict import _caption, _draw, pictures, tables
+from linfit.tangent.prediction import TRUSTED
 from sims.laboratory import predictions
-from sims.laboratory.failures import CANDIDATES, Rule, calibrate, language_rows, table
+from sims.laboratory.failures import CANDIDATES, FAILURES, Rule, calibrate, language_rows, table
 from sims.laboratory.predictions import FULL, QUICK, Plan, Setting, finetune, run_table, settings
 from sims.laboratory.small_networks import ARCHITECTURES, network, pretrain, task
 
@@ -95,8 +96,8 @@ def test_the_plan_meets_every_noise_and_rate(plan):
         }
 
 
-def test_no_digit_is_in_two_places(seed=5):
-    data = task("perceptron", "strong", 0.3, seed, pretrain=400, train=50, test=100)
+def test_no_digit_is_in_two_places():
+    data = task("perceptron", "strong", 0.3, 5, pretrain=400, train=50, test=100)
     upright = [data.pretrain[0], data.other[0]]
     turned = [np.transpose(part[0], (0, 2, 1)) for part in (data.train, data.test)]
     images = np.concatenate([np.asarray(part).reshape(len(part), -1) for part in [*upright, *turned]])
@@ -151,23 +152,28 @@ def test_bad_names_and_sizes_are_refused():
 
 
 def test_the_rule_parts_right_from_wrong(rows):
-    data = table([*rows, *rows])
-    planted = data.assign(gap_test=("run", np.arange(1.0, 9.0)), tau_error=("run", [0, 0.1, -0.1, 0, 0, -0.3, 0.1, 0.5]))
-    rule = calibrate(planted, "gap_test")
-    assert rule.trusted(planted).values.tolist() == [True] * 5 + [False] * 3
-    assert 5 < rule.limit < 6
-    assert calibrate(planted.assign(tau_error=0 * planted.tau_error), "gap_test") == Rule("gap_test", 8.0)
-    first_wrong = planted.assign(tau_error=("run", [np.nan, *[0.0] * 7]))  # a run that diverged is a failure
-    assert not calibrate(first_wrong, "gap_test").trusted(planted).any()
-    unknown = planted.assign(gap_test=("run", [np.nan] * 8))
+    data = table([*rows, *rows]).assign(gap_test=("run", np.arange(1.0, 9.0)))
+    right = data.assign(tau_error=("run", np.zeros(8)))
+    planted = data.assign(tau_error=("run", [0, 0.1, -0.1, 0, 0, -0.3, 0.1, 0.5]))
+    shuffled = planted.isel(run=np.random.default_rng(0).permutation(8))
+    for given in (planted, shuffled):
+        rule = calibrate(given, "gap_test")
+        assert rule.trusted(planted).values.tolist() == [True] * 5 + [False] * 3
+    assert calibrate(planted, "gap_test", FAILURES["best_tau"]._replace(allowed=0.2)).limit == pytest.approx(56**0.5)
+    assert calibrate(right, "gap_test") == Rule("gap_test", 8.0)
+    diverged = data.assign(tau_error=("run", [np.nan, *[0.0] * 7]))  # a run without a number is a failure
+    assert not calibrate(diverged, "gap_test").trusted(planted).any()
+    unknown = right.assign(gap_test=("run", [np.nan] * 8))
+    assert calibrate(unknown, "gap_test") == Rule("gap_test", 0.0)
     assert not Rule("gap_test", 1.0).trusted(unknown).any()
 
 
 def test_a_prediction_says_whether_it_is_to_be_trusted(known):
     _, prediction = known
-    for gap, answer in ((0.0, True), (1e9, False), (np.nan, False)):
-        assert dataclasses.replace(prediction, diagnostics={"gap_test": gap}).trusted is answer
-    assert not dataclasses.replace(prediction, diagnostics={}).trusted
+    for size, answer in ((0.0, True), (1e9, False), (np.nan, False)):
+        diagnostics = dict.fromkeys(prediction.diagnostics, size)
+        assert dataclasses.replace(prediction, diagnostics=diagnostics).trusted == dict.fromkeys(TRUSTED, answer)
+    assert not any(dataclasses.replace(prediction, diagnostics={}).trusted.values())
 
 
 def test_rows_of_language_models_are_read_if_they_are_there(rows, tmp_path):
@@ -191,8 +197,8 @@ def test_the_figure_is_drawn_from_kept_rows(rows, folder, monkeypatch):
     monkeypatch.setattr("figures.predict.QUICK", TINY)
     (picture,) = pictures(jax.random.key(3), True, folder)
     figure = _draw(picture.data)
-    assert len(figure.axes) == 4
-    assert "4 real fine-tunings (4 of a perceptron)" in _caption(picture.data)
+    assert len(figure.axes) == 6
+    assert "4 real fine-tunings (perceptron 4)" in _caption(picture.data)
     text = tables(picture.data)
     assert all(f"`{name}`" in text for name in CANDIDATES)
-    assert text.count("\n| perceptron |") == 4 + 1
+    assert text.count("\n| perceptron |") == 4 + 1  # every run, and one line of the errors by group

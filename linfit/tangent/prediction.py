@@ -34,9 +34,9 @@ __all__ = ["Domain", "Prediction"]
 
 Which = Literal["train", "test", "other"]
 LOSSES = ("squared", "entropy")
-TRUSTED_GAP = 1.0
-"""`gap_test` up to which a prediction is trusted: chosen on half of the fine-tunings of docs/predictions.md, tried on the
-others. `linfit validate` makes that table again."""
+TRUSTED = {"best_tau": ("kernel_change", 0.35), "forgetting": ("curvature_other", 0.25)}
+"""Up to which diagnostic a predicted number is trusted: chosen on half of the real fine-tunings of docs/predictions.md,
+tried on the others; `linfit validate` makes that table again."""
 
 
 class Domain(eqx.Module):
@@ -84,9 +84,13 @@ class Prediction(eqx.Module):
     loss: Literal["squared", "entropy"] = eqx.field(static=True)
 
     @property
-    def trusted(self) -> bool:
-        """Whether `gap_test`, at the run that was planned, is at most `TRUSTED_GAP`; the docs say how often that is right."""
-        return bool(self.diagnostics.get("gap_test", jnp.nan) <= TRUSTED_GAP)
+    def trusted(self) -> dict[str, bool]:
+        """Whether "best_tau" and "forgetting" of the planned run are to be trusted (docs, predictions, has the test).
+
+        Each is if one diagnostic, `kernel_change` and `curvature_other`, is at most its limit; what is unknown is not.
+        """
+        known = self.diagnostics
+        return {number: bool(known.get(name, jnp.nan) <= limit) for number, (name, limit) in TRUSTED.items()}
 
     def domain(self, which: Which) -> Domain:
         """Its samples; ValueError for another word, or "other" where none was given."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-__all__ = ["CANDIDATES", "Rule", "calibrate", "language_rows", "table"]
+__all__ = ["CANDIDATES", "FAILURES", "Failure", "Rule", "calibrate", "language_rows", "table"]
 
 CANDIDATES = (
     "gap_test",
@@ -23,18 +23,16 @@ CANDIDATES = (
     "loss_gap_other",
 )
 """Diagnostics that may tell; of signed ones the size counts."""
-WRONG = 0.2
-"""A prediction fails if its τ* is off by more."""
 MEASURED = ("best_tau", "best_loss", "loss_at_0", "loss_at_1", "other_loss_at_0", "forgetting", "best_steps")
 
 
 def table(rows: Iterable[dict[str, Any]]) -> xr.Dataset:
-    """Rows of `run_table` along the dimension `run`: settings, `measured_…`, `predicted_…`, `along_run_…`, diagnostics, and
+    """Rows of `run_table` along `run`: settings, `measured_…`, `predicted_…`, `along_run_…`, diagnostics, and
 
     - `tau_error`: predicted minus measured τ*; `along_run_tau_error` of the first order along the real step;
     - `forgetting_error`, `loss_error`, `loss_at_1_error`: relative to what was measured;
     - `stopping_error`: log₂ of predicted over measured best number of steps;
-    - `regret`: what the loss at the predicted τ* lacks of the best, as a share of what the run can gain or lose along τ.
+    - `regret`: what the loss at the predicted τ* lacks of the best, as a share of what there is to gain on [0, 1].
 
     What a row lacks is NaN.
     """
@@ -86,19 +84,37 @@ class Rule(NamedTuple):
         return abs(data[self.quantity]) <= self.limit
 
 
-def calibrate(data: xr.Dataset, quantity: str, wrong: float = WRONG) -> Rule:
-    """The most that this quantity can allow: just below the least value at which a prediction of τ* was off by more.
+class Failure(NamedTuple):
+    """A prediction has failed if this error is larger than `wrong`; a rule may trust a share `allowed` of failures."""
 
-    Half-way, in the logarithm, between that value and the largest one below it; the largest value at all where every
-    prediction was right.
+    error: str
+    wrong: float
+    allowed: float
+
+    def of(self, data: xr.Dataset) -> xr.DataArray:
+        """Whether each run's prediction failed; one without a number did."""
+        return ~(abs(data[self.error]) <= self.wrong)
+
+
+FAILURES = {"best_tau": Failure("tau_error", 0.2, 0.0), "forgetting": Failure("forgetting_error", 0.25, 0.05)}
+
+
+def calibrate(data: xr.Dataset, quantity: str, failure: Failure = FAILURES["best_tau"]) -> Rule:
+    """The most that this quantity can allow while no more than the allowed share of the trusted runs fails.
+
+    The limit is half-way, in the logarithm, from the last run that is trusted to the next.
     """
     values = abs(data[quantity].values)
-    off = ~(abs(data["tau_error"].values) <= wrong)
-    if not off.any():
-        return Rule(quantity, float(np.nanmax(values)))
-    least = float(np.nanmin(values[off]))
-    below = values[values < least]
-    return Rule(quantity, float(np.sqrt(least * below.max())) if below.size else 0.0)
+    order = np.argsort(values)
+    values, failed = values[order], failure.of(data).values[order]
+    within = np.cumsum(failed) <= failure.allowed * np.arange(1, len(values) + 1)
+    kept = int(np.flatnonzero(within & np.isfinite(values)).max(initial=-1)) + 1
+    if kept == 0:
+        return Rule(quantity, 0.0)
+    following = values[min(kept, len(values) - 1)]
+    return Rule(
+        quantity, float(np.sqrt(values[kept - 1] * (following if np.isfinite(following) else values[kept - 1])))
+    )
 
 
 def language_rows(folder: str | Path) -> list[dict[str, Any]]:
