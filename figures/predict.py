@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -58,7 +59,7 @@ def _draw(data: xr.Dataset) -> Figure:
     for axis, (name, (x, y)) in zip(axes[3:], BOUNDARIES.items(), strict=False):
         quantity, limit = TRUSTED[name]
         error = abs(data[FAILURES[name].error])
-        _points(axis, data, data[quantity], np.maximum(error, 1e-3), name)
+        _points(axis, data, data[quantity], error.clip(min=1e-3), name)
         axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
         axis.axvline(limit, color="black", linewidth=0.8)
         axis.axhline(FAILURES[name].wrong, color="black", linewidth=0.8, linestyle=":")
@@ -78,7 +79,7 @@ def _points(axis: Axes, data: xr.Dataset, x: xr.DataArray, y: xr.DataArray, name
         for rate, colour in _colours(data).items():
             for mask, fill in ((trusted, colour), (~trusted, "none")):
                 chosen = (mask & (data["architecture"] == architecture) & (data["rate"] == rate)).values
-                looks = {"color": colour, "markerfacecolor": fill, "markersize": 3.5, "alpha": 0.8}
+                looks: dict[str, Any] = {"color": colour, "markerfacecolor": fill, "markersize": 3.5, "alpha": 0.8}
                 axis.plot(x.values[chosen], y.values[chosen], marker, **looks)
 
 

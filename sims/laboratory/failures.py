@@ -68,7 +68,7 @@ def _errors(data: xr.Dataset) -> dict[str, xr.DataArray]:
         "forgetting_error": relative("forgetting"),
         "loss_error": relative("best_loss"),
         "loss_at_1_error": relative("loss_at_1"),
-        "stopping_error": np.log2(data["predicted_best_steps"] / data["measured_best_steps"]),
+        "stopping_error": xr.ufuncs.log2(data["predicted_best_steps"] / data["measured_best_steps"]),
         "regret": (data["loss_at_predicted_tau"] - best).clip(min=0) / span,
     }
 

@@ -96,8 +96,8 @@ def run_table(
 ) -> list[dict[str, Any]]:
     """The row of every setting: read if the folder has it, else made and written; `report` is told (done, all).
 
-    A row holds the `setting` and numbers: `measured`, `predicted`, `along_run` (the network's first order along the step
-    that the run took in the end, which is no prediction), and the `diagnostics` that are known before the run.
+    A row holds the `setting` and numbers: `measured`, `predicted`, `along_run` (the network's first order along the
+    step that the run took in the end, which is no prediction), and the `diagnostics` that are known before the run.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def finetune(
     real = {name: np.asarray(curve) for name, curve in _measured(net, params, path, data, setting.loss).items()}
     ours = {name: np.asarray(curve) for name, curve in _predicted(prediction, step_size, saved).items()}
     first = {"test_taus": real.pop("test_first_order"), "other_taus": real.pop("other_first_order")}
-    numbers = {
+    numbers: dict[str, dict[str, Any]] = {
         "measured": _numbers(real, saved),
         "predicted": _numbers(ours, saved),
         "along_run": _numbers(first, saved),
@@ -220,8 +220,8 @@ def _predicted(prediction: Prediction, step_size: float, saved: np.ndarray) -> d
     alpha = prediction.coordinates(GradientDescent(step_size, saved))
     curves = {}
     for name in ("test", "other"):
-        where = prediction.domain(name)  # type: ignore[arg-type]
-        for kind, at in (("steps", alpha), ("taus", TAUS[:, None] * alpha[-1])):
+        where = prediction.domain(name)
+        for kind, at in (("steps", alpha), ("taus", jnp.asarray(TAUS)[:, None] * alpha[-1])):
             curves[f"{name}_{kind}"] = LOSSES[prediction.loss](where.outputs + where.moved(at), where.labels).mean(-1)
     return curves
 

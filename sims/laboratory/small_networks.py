@@ -1,8 +1,8 @@
 """Three small real networks and the data they are pretrained and fine-tuned on (extra `lab`).
 
 A multilayer perceptron and a convolutional network read scikit-learn's handwritten digits; a transformer reads English
-prose, character by character. The prose, the docstrings and the program text are those of Python's own library, so
-nothing is downloaded.
+prose, character by character, and tells what comes next. The prose, the docstrings and the program text are those of
+Python's own library, so nothing is downloaded; they differ a little from one version of Python to another.
 """
 
 import inspect
@@ -25,7 +25,7 @@ __all__ = ["ARCHITECTURES", "LOSSES", "SHIFTS", "Network", "Task", "descend", "n
 
 ARCHITECTURES = ("perceptron", "convolutional", "transformer")
 SHIFTS = ("weak", "medium", "strong")
-"""How far the fine-tuning task is from pretraining: digits turned by 20° or 45°, or transposed; prose, then docstrings,
+"""How far the fine-tuning task is from pretraining: digits turned by 15° or 30°, or transposed; prose, then docstrings,
 program text, or prose read backwards."""
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz."
@@ -48,7 +48,7 @@ class Network(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Inputs and one-hot targets (·, k); no sample is in two places. `train` may have wrong labels, the rest has none."""
+    """Inputs and one-hot targets (·, k); no sample is in two places. `train` alone may have wrong labels."""
 
     pretrain: Pairs
     other: Pairs
@@ -178,9 +178,9 @@ def network(architecture: str) -> Network:
 
 
 def task(architecture: str, shift: str, noise: float, seed: int, *, pretrain: int, train: int, test: int) -> Task:
-    """Data of the sizes `pretrain`, `train`, and `test` of each held-out set; a share `noise` of train's labels is wrong.
+    """Data of the sizes `pretrain`, `train`, and `test` of each held-out set; a share `noise` of train is mislabelled.
 
-    A wrong label is another class, each as likely (digits), or another character.
+    A wrong label is any other class, each as likely. Windows of text are of different passages, but may be the same.
     """
     _one_of("architecture", architecture, ARCHITECTURES)
     _one_of("shift", shift, SHIFTS)
@@ -213,7 +213,12 @@ def _text(shift: str, sizes: np.ndarray, generator: np.random.Generator) -> tupl
     prose = _prose()
     half = prose.size * 4 // 5
     early, late = prose[:half], prose[half:]
-    new = {"weak": _docstrings, "medium": _program, "strong": lambda: late[::-1]}[shift]()
+    makers: dict[str, Callable[[], np.ndarray]] = {
+        "weak": _docstrings,
+        "medium": _program,
+        "strong": lambda: late[::-1],
+    }
+    new = makers[shift]()
     middle = new.size // 2
     streams = (early, late, new[:middle], new[middle:])
     windows = [_windows(*pair, generator) for pair in zip(streams, np.diff(sizes, prepend=0))]
