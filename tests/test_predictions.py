@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from figures.predict import _caption, _draw, pictures, tables
-from linfit.tangent.prediction import TRUSTED
+from linfit.tangent.prediction import TRUSTED_CURVATURE
 from sims.laboratory import predictions
 from sims.laboratory.failures import CANDIDATES, FAILURES, Rule, calibrate, language_rows, table
 from sims.laboratory.predictions import FULL, QUICK, Plan, Setting, finetune, run_table, settings
@@ -170,10 +170,17 @@ def test_the_rule_parts_right_from_wrong(rows):
 
 def test_a_prediction_says_whether_it_is_to_be_trusted(known):
     _, prediction = known
-    for size, answer in ((0.0, True), (1e9, False), (np.nan, False)):
-        diagnostics = dict.fromkeys(prediction.diagnostics, size)
-        assert dataclasses.replace(prediction, diagnostics=diagnostics).trusted == dict.fromkeys(TRUSTED, answer)
-    assert not any(dataclasses.replace(prediction, diagnostics={}).trusted.values())
+    small, large, unknown = TRUSTED_CURVATURE, 1.01 * TRUSTED_CURVATURE, np.nan
+    for test, other, answer in (
+        (small, small, True),
+        (small, large, False),
+        (large, small, False),
+        (small, unknown, False),
+    ):
+        diagnostics = prediction.diagnostics | {"curvature_test": test, "curvature_other": other}
+        assert dataclasses.replace(prediction, diagnostics=diagnostics).trusted is answer
+    assert dataclasses.replace(prediction, diagnostics={"curvature_test": small}).trusted  # no other task was given
+    assert not dataclasses.replace(prediction, diagnostics={}).trusted
 
 
 def test_rows_of_language_models_are_read_if_they_are_there(rows, tmp_path):
@@ -195,10 +202,13 @@ def test_rows_of_language_models_are_read_if_they_are_there(rows, tmp_path):
 
 def test_the_figure_is_drawn_from_kept_rows(rows, folder, monkeypatch):
     monkeypatch.setattr("figures.predict.QUICK", TINY)
+    (folder / "language").mkdir()
+    row = {"setting": {"architecture": "language model"}, "measured": {"best_tau": 0.5}, "predicted": {"best_tau": 0.6}}
+    (folder / "language" / "a.json").write_text(json.dumps(row))
     (picture,) = pictures(jax.random.key(3), True, folder)
     figure = _draw(picture.data)
     assert len(figure.axes) == 6
-    assert "4 real fine-tunings (perceptron 4)" in _caption(picture.data)
+    assert "5 real fine-tunings (perceptron 4, language model 1)" in _caption(picture.data)
     text = tables(picture.data)
     assert all(f"`{name}`" in text for name in CANDIDATES)
     assert text.count("\n| perceptron |") == 4 + 1  # every run, and one line of the errors by group

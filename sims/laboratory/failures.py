@@ -11,6 +11,7 @@ import xarray as xr
 __all__ = ["CANDIDATES", "FAILURES", "Failure", "Rule", "calibrate", "language_rows", "table"]
 
 CANDIDATES = (
+    "curvature",
     "gap_test",
     "gap_other",
     "curvature_test",
@@ -22,8 +23,17 @@ CANDIDATES = (
     "loss_gap_test",
     "loss_gap_other",
 )
-"""Diagnostics that may tell; of signed ones the size counts."""
-MEASURED = ("best_tau", "best_loss", "loss_at_0", "loss_at_1", "other_loss_at_0", "forgetting", "best_steps")
+"""Diagnostics that may tell; `curvature` is the larger one on the two domains; of signed ones the size counts."""
+MEASURED = (
+    "best_tau",
+    "best_loss",
+    "loss_at_0",
+    "loss_at_1",
+    "other_loss_at_0",
+    "forgetting",
+    "best_steps",
+    "stopped_loss",
+)
 
 
 def table(rows: Iterable[dict[str, Any]]) -> xr.Dataset:
@@ -31,7 +41,8 @@ def table(rows: Iterable[dict[str, Any]]) -> xr.Dataset:
 
     - `tau_error`: predicted minus measured τ*; `along_run_tau_error` of the first order along the real step;
     - `forgetting_error`, `loss_error`, `loss_at_1_error`: relative to what was measured;
-    - `stopping_error`: log₂ of predicted over measured best number of steps;
+    - `stopping_error`: log₂ of predicted over measured best number of steps, unless both are the last step;
+    - `stopped_loss_error`: relative, of the loss at the best number of steps;
     - `regret`: what the loss at the predicted τ* lacks of the best, as a share of what there is to gain on [0, 1].
 
     What a row lacks is NaN.
@@ -45,8 +56,9 @@ def table(rows: Iterable[dict[str, Any]]) -> xr.Dataset:
     for part in ("measured", "predicted", "along_run"):
         for name in MEASURED:
             columns[f"{part}_{name}"] = _column(rows, part, name)
-    for name in CANDIDATES:
+    for name in CANDIDATES[1:]:
         columns[name] = _column(rows, "diagnostics", name)
+    columns["curvature"] = np.maximum(columns["curvature_test"], columns["curvature_other"])
     columns["loss_at_predicted_tau"] = _column(rows, "measured", "loss_at_predicted_tau")
     data = xr.Dataset({name: ("run", np.asarray(values)) for name, values in columns.items()})
     return data.assign(_errors(data))
@@ -60,7 +72,9 @@ def _errors(data: xr.Dataset) -> dict[str, xr.DataArray]:
     def relative(name: str) -> xr.DataArray:
         return (data[f"predicted_{name}"] - data[f"measured_{name}"]) / abs(data[f"measured_{name}"])
 
-    best = data["measured_best_loss"]
+    best, last = data["measured_best_loss"], data["steps"] * (1 - 1e-6)
+    before_the_end = (data["predicted_best_steps"] < last) | (data["measured_best_steps"] < last)
+    stopping = xr.ufuncs.log2(data["predicted_best_steps"] / data["measured_best_steps"])
     span = np.maximum(data["measured_loss_at_0"], data["measured_loss_at_1"]) - best
     return {
         "tau_error": data["predicted_best_tau"] - data["measured_best_tau"],
@@ -68,7 +82,8 @@ def _errors(data: xr.Dataset) -> dict[str, xr.DataArray]:
         "forgetting_error": relative("forgetting"),
         "loss_error": relative("best_loss"),
         "loss_at_1_error": relative("loss_at_1"),
-        "stopping_error": xr.ufuncs.log2(data["predicted_best_steps"] / data["measured_best_steps"]),
+        "stopping_error": stopping.where(before_the_end),
+        "stopped_loss_error": relative("stopped_loss"),
         "regret": (data["loss_at_predicted_tau"] - best).clip(min=0) / span,
     }
 
