@@ -19,7 +19,7 @@ import matplotlib as mpl
 from figures.style import SETTINGS, Picture
 from linfit.internal.files import whole_file
 
-__all__ = ["draw_figures", "prepare_folder", "write_report"]
+__all__ = ["draw_figures", "prepare_folder", "write_pictures", "write_report"]
 
 Entry = tuple[str, str, str]
 """What the report says of a written picture: name, title, caption."""
@@ -58,9 +58,14 @@ def _write_picture(picture: Picture, out: Path) -> str:
 
 def _draw_module(module: str, seed: int, quick: bool, out: Path) -> list[Entry]:
     """Draw and write every picture of one module, saying so as they are done."""
+    return write_pictures(module, import_module(module).pictures(jax.random.key(seed), quick), out)
+
+
+def write_pictures(module: str, pictures: Iterable[Picture], out: Path) -> list[Entry]:
+    """Write the pictures of one module into an existing folder, saying so as they are done."""
     start, entries = time.perf_counter(), []
     with mpl.rc_context(SETTINGS):
-        for picture in import_module(module).pictures(jax.random.key(seed), quick):
+        for picture in pictures:
             entries.append((picture.name, picture.title, _write_picture(picture, out)))
             print(f"{module}: {picture.name} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
     return entries

@@ -38,7 +38,7 @@ class Split(NamedTuple):
     finetune_test: tuple[Array, Array]
 
 
-def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Images (1797, 8, 8) scaled to [0, 1] and their classes (1797,). Needs the extra `data`."""
     try:
         from sklearn import datasets
@@ -76,7 +76,7 @@ def digits_split(key: Array, p: int = 2048, n: int = 150, n_pretrain: int = 700,
 
     Needs the extra `data`. Raises ValueError if too few images are left for testing.
     """
-    images, classes = _load_digits()
+    images, classes = load_digits()
     n, n_pretrain = count("n", n, minimum=2), count("n_pretrain", n_pretrain, minimum=2)
     if n + n_pretrain + 2 > len(images):
         most = len(images) - 2

@@ -10,7 +10,7 @@ from sims.real_data import (
     BANDWIDTH,
     _accuracy_along_tau,
     _error_along_tau,
-    _load_digits,
+    load_digits,
     _random_fourier_features,
     digits_along_tau,
     digits_split,
@@ -20,7 +20,7 @@ SIZES = {"p": 2048, "n": 100, "n_pretrain": 300}
 
 
 def test_features_approximate_the_gaussian_kernel():
-    images, _ = _load_digits()
+    images, _ = load_digits()
     features = np.asarray(_random_fourier_features(jax.random.key(0), images[:20], 60_000))
     pixels = images[:20].reshape(20, -1)
     squared = np.sum((pixels[:, None] - pixels) ** 2, axis=-1)
@@ -34,7 +34,7 @@ def test_split_uses_every_image_once():
     assert sizes[2] == 100
     assert sum(sizes) == 1797
     counts = sum(part[1].sum(0) for part in split)
-    _, classes = _load_digits()
+    _, classes = load_digits()
     np.testing.assert_array_equal(counts, np.bincount(classes))
 
 

@@ -12,11 +12,14 @@ from figures.commands.records import losses, targets, weights
 from figures.commands.report import figures
 from figures.commands.select import select
 from figures.commands.sweep import sweep
+from figures.commands.validate import validate
 from figures.commands.verify import verify
 
 __all__ = ["main"]
 
-COMMANDS = (curve, explore, figures, inspect, losses, merge, perturb, plan, select, sweep, targets, verify, weights)
+COMMANDS = (
+    curve, explore, figures, inspect, losses, merge, perturb, plan, select, sweep, targets, validate, verify, weights,
+)  # fmt: skip
 """Every subcommand, by its name."""
 
 

@@ -34,6 +34,9 @@ __all__ = ["Domain", "Prediction"]
 
 Which = Literal["train", "test", "other"]
 LOSSES = ("squared", "entropy")
+TRUSTED_CURVATURE = 0.2
+"""Curvature up to which a prediction is trusted: chosen on half of the real fine-tunings of docs/predictions.md,
+tried on the others; `linfit validate` makes that table again."""
 
 
 class Domain(eqx.Module):
@@ -79,6 +82,12 @@ class Prediction(eqx.Module):
     noise_std: Array  #: σ of the labels, per output: as given, or from leaving one out; NaN where unknown.
     diagnostics: dict[str, Array]  #: Numbers known before training that tell how far linearisation may be trusted.
     loss: Literal["squared", "entropy"] = eqx.field(static=True)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether `curvature_test`, and `curvature_other` if known, are at most 0.2 (docs, predictions; ours)."""
+        known = [value for name, value in self.diagnostics.items() if name.startswith("curvature_")]
+        return bool(known) and all(bool(value <= TRUSTED_CURVATURE) for value in known)
 
     def domain(self, which: Which) -> Domain:
         """Its samples; ValueError for another word, or "other" where none was given."""
