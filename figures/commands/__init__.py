@@ -8,6 +8,7 @@ import tyro
 
 from figures.commands.checkpoints import curve, inspect, merge, perturb
 from figures.commands.explore import explore
+from figures.commands.predict import predict
 from figures.commands.records import losses, targets, weights
 from figures.commands.report import figures
 from figures.commands.select import select
@@ -16,7 +17,7 @@ from figures.commands.verify import verify
 
 __all__ = ["main"]
 
-COMMANDS = (curve, explore, figures, inspect, losses, merge, perturb, select, sweep, targets, verify, weights)
+COMMANDS = (curve, explore, figures, inspect, losses, merge, perturb, predict, select, sweep, targets, verify, weights)
 """Every subcommand, by its name."""
 
 

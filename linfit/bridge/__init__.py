@@ -19,8 +19,12 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads
     from linfit.bridge.language import write_losses as write_losses
     from linfit.bridge.merging import merge as merge, read_layer_taus as read_layer_taus
     from linfit.bridge.perturbation import perturb as perturb
+    from linfit.bridge.prediction import LanguagePrediction as LanguagePrediction
+    from linfit.bridge.prediction import finetune_language_model as finetune_language_model
+    from linfit.bridge.prediction import predict_language_model as predict_language_model
     from linfit.bridge.records import choose_targets as choose_targets, judge_named as judge_named
     from linfit.bridge.records import read_records as read_records, weigh as weigh, write_records as write_records
+    from linfit.bridge.training import Recipe as Recipe
     from linfit.bridge.signal import noise_level as noise_level, optimal_shrinkage as optimal_shrinkage
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

