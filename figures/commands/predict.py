@@ -193,14 +193,14 @@ def _print(found: "LanguagePrediction", summaries: dict[str, dict[str, Any]]) ->
     best = summaries["linear"]["best_tau"].value
     if best in (found.taus[0], found.taus[-1]):
         note(f"the best τ lies at the end of what was computed, {best:g}")
-    gaps = {key.removeprefix("loss_gap_"): value for key, value in found.diagnostics.items() if "loss_gap" in key}
-    words = ", ".join(f"{name} {value:+.2%}" for name, value in gaps.items())
-    print(f"network against linear model on the predicted step, loss at τ = 1: {words}")
+    misses = {key.removeprefix("miss_"): value for key, value in found.diagnostics.items() if key.startswith("miss_")}
+    words = ", ".join(f"{name} {value:+.0%}" for name, value in misses.items())
+    print(f"the network on the predicted step misses the linear model, in units of the task's change, by: {words}")
     print(
         f"step: {found.diagnostics['relative_distance']:.2g} of the weights that move; logits miss linearity by "
         f"{found.diagnostics['gap']:.2g} of their change"
     )
-    print("trust: " + ("within the rule of thumb" if found.trusted else "NO: the step is too long for first order"))
+    print("trust: " + ("within the rule of thumb of 25%" if found.trusted else "NO: beyond 25%, the step is too long for first order"))
     print("assumed: " + "; ".join(ASSUMED))
 
 
