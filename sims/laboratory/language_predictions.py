@@ -54,7 +54,7 @@ def sequences(text: str, tokenizer: Any, count: int, length: int, generator: np.
     """`count` pieces of `length` tokens, from places all over a text, none of which overlap."""
     starts = np.sort(generator.choice(len(text) // (8 * length), size=count, replace=False)) * 8 * length
     pieces = [tokenizer(text[start : start + 8 * length]).input_ids[:length] for start in starts]
-    return [{"input_ids": piece} for piece in generator.permuted(np.array(pieces), axis=0).tolist()]
+    return [{"input_ids": piece} for piece in generator.permutation(np.array(pieces)).tolist()]
 
 
 def run(
