@@ -82,8 +82,7 @@ def predict(
         plan: the run that is planned, such as GradientFlow(step size × steps), at which `diagnostics` are taken; else
             the flow with the stopping time that is best on the test data.
         products: use so many products with the kernel instead of forming it: by default 60 if n·k > 5000. Squared loss.
-        memory: bytes that may be taken beside data and result.
-        report: told (done, all) as the kernel is computed.
+        memory, report: bytes beside data and result; told (done, all) as the kernel is computed.
 
     Raises ValueError for data that do not fit, NaN or Inf in outputs, and what `kernel` refuses.
 
