@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads
     from linfit.bridge.prediction import predict_language_model as predict_language_model
     from linfit.bridge.records import choose_targets as choose_targets, judge_named as judge_named
     from linfit.bridge.records import read_records as read_records, weigh as weigh, write_records as write_records
+    from linfit.bridge.tangent import predict_torch as predict_torch
     from linfit.bridge.training import Recipe as Recipe
     from linfit.bridge.signal import noise_level as noise_level, optimal_shrinkage as optimal_shrinkage
 

@@ -1,14 +1,19 @@
 """Tangent kernels of a torch network with few outputs, such as a classification head: the same `Prediction` (extra `llm`)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from linfit.bridge.linearised import Values
+from linfit.bridge.linearised import Values, moved, norm
+from linfit.filters import Filter
 from linfit.internal.checks import Maybe, count
 from linfit.tangent import Prediction, from_kernels
+from linfit.tangent.prediction import losses
 
 Pairs = tuple[Any, Any]
 Report = Callable[[int, int], None] | None
@@ -23,20 +28,22 @@ def predict_torch(
     loss: Literal["squared", "entropy"] = "squared",
     moving: Sequence[str] = (),
     noise_std: Maybe = None,
+    plan: Filter | None = None,
     memory: int = 2**30,
     report: Report = None,
 ) -> Prediction:
     """`linfit.predict` for a torch module with k outputs a sample (docs, G1): its tangent kernel by `torch.func`.
 
     Filters, times and losses are those of `linfit.predict`: gradient descent, full batches. n·k reverse-mode passes of
-    one sample give the Jacobian, rows of it at a time.
+    one sample give the Jacobian, rows of it at a time. `diagnostics` hold `distance`, `relative_distance`, `gap_…` and
+    `loss_gap_…` of those that `linfit.predict` states.
 
     Args:
         model: a module; called with x, or with **x where x is a dictionary (`input_ids`, `attention_mask`), it returns
             outputs (n, k), or an object that has them as `logits`. It is put into evaluation mode: no dropout.
         train, test, other: (x, y): inputs, tensors or dictionaries of tensors with samples first; labels as for
             `linfit.predict`.
-        loss, noise_std: as for `linfit.predict`.
+        loss, noise_std, plan: as for `linfit.predict`.
         moving: shell patterns of the names of the parameters that move, by default all that require a gradient, such as
             the factors of a LoRA adapter.
         memory: bytes that rows of the Jacobian may take.
@@ -58,7 +65,43 @@ def predict_torch(
         outputs = {name: _outputs(model, values, x).cpu().numpy() for name, (x, _) in data.items()}
     kernels = _kernels(model, values, {name: x for name, (x, _) in data.items()}, outputs["train"].shape[1], memory, report)
     labels = {name: np.asarray(y) for name, (_, y) in data.items()}
-    return from_kernels(outputs, labels, kernels, loss=loss, noise_std=noise_std)
+    prediction = from_kernels(outputs, labels, kernels, loss=loss, noise_std=noise_std)
+    step = _step(model, values, train[0], prediction, plan or prediction.default_plan())
+    return replace(prediction, diagnostics=_diagnose(model, values, data, prediction, *step))
+
+
+def _step(model: Any, values: Values, x: Any, prediction: Prediction, plan: Filter) -> tuple[Array, Values]:
+    """Coordinates α of a planned run, and its step δ = JᵀUα/n of the weights."""
+    import torch
+
+    alpha = prediction.coordinates(plan)
+    if alpha.ndim != 1:
+        raise ValueError(f"plan must be one filter, got hyperparameters of shape {alpha.shape[:-1]}")
+    dual = np.array(prediction.vectors @ alpha / len(prediction.root_weights))
+    out, pull = torch.func.vjp(lambda values: _outputs(model, values, x), values)
+    return alpha, {name: value.detach() for name, value in pull(torch.as_tensor(dual).to(out))[0].items()}
+
+
+def _diagnose(
+    model: Any, values: Values, data: dict[str, Pairs], prediction: Prediction, alpha: Array, step: Values
+) -> dict[str, Array]:
+    """The network at θ₁+δ beside its linearisation."""
+    import torch
+
+    there = moved(values, step)
+    numbers = {"distance": norm(step), "relative_distance": norm(step) / norm(values)}
+    for name in data.keys() - {"train"}:
+        domain = prediction.domain(name)  # type: ignore[arg-type]
+        with torch.no_grad():
+            real = jnp.asarray(_outputs(model, there, data[name][0]).cpu().numpy())
+        first = domain.moved(alpha)
+        size = float(jnp.linalg.norm(first))
+        numbers[f"gap_{name}"] = float(jnp.linalg.norm(real - domain.outputs - first)) / size if size > 0 else 0.0
+        by_network, by_linear = (
+            losses(prediction.loss, f, domain.labels).mean() for f in (real, domain.outputs + first)
+        )
+        numbers[f"loss_gap_{name}"] = float(by_network / by_linear) - 1 if by_linear > 0 else 0.0
+    return {name: jnp.asarray(numbers[name], alpha.dtype) for name in sorted(numbers)}
 
 
 def _moving(model: Any, patterns: Sequence[str]) -> Values:

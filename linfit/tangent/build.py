@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit.filters import Filter, GradientFlow
+from linfit.filters import Filter
 from linfit.internal.checks import ArrayLike, Maybe, count, non_negative, real_array, same_size
 from linfit.internal.linear_algebra import eigh
 from linfit.tangent.diagnostics import diagnose
@@ -316,8 +316,6 @@ def _with_noise_and_diagnostics(
 ) -> Prediction:
     known = noise_from_leaving_out(prediction) if noise_std is None else non_negative("noise_std", noise_std, ndim=0)
     prediction = dataclasses.replace(prediction, noise_std=jnp.asarray(known, prediction.eigenvalues.dtype))
-    if plan is None:
-        times = prediction.default_times()
-        plan = GradientFlow(times[int(jnp.argmin(prediction.losses(GradientFlow(times)).mean(-1)))])
+    plan = prediction.default_plan() if plan is None else plan
     numbers = diagnose(prediction, net, {name: part.x for name, part in data.items()}, plan, memory)
     return dataclasses.replace(prediction, diagnostics=numbers)
