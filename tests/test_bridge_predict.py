@@ -11,8 +11,16 @@ import pytest
 
 from figures.commands import main
 from linfit import GradientDescent, GradientFlow, Ridge, predict
-from linfit.bridge import LanguagePrediction, Recipe, finetune_language_model, predict_language_model, predict_torch
-from linfit.bridge import write_losses, write_records, read_records
+from linfit.bridge import (
+    LanguagePrediction,
+    Recipe,
+    finetune_language_model,
+    predict_language_model,
+    predict_torch,
+    read_records,
+    write_losses,
+    write_records,
+)
 from linfit.bridge.linearised import LanguageNetwork, difference, make_batch
 from linfit.bridge.prediction import Curves, encode
 from linfit.bridge.training import train
@@ -191,7 +199,10 @@ def test_small_rates_make_the_prediction_exact(family, options, generator):
 def test_resumes_with_the_same_bits(generator, tmp_path):
     data = encode(random_records(generator, [5, 8, 6, 7]), "train", None, 99)
     state = tmp_path / "run.state"
-    for recipe in (Recipe(rate=1e-2, epochs=3, batch=2), Recipe(rate=1e-2, epochs=3, batch=2, optimizer="sgd", momentum=0.5)):
+    for recipe in (
+        Recipe(rate=1e-2, epochs=3, batch=2),
+        Recipe(rate=1e-2, epochs=3, batch=2, optimizer="sgd", momentum=0.5),
+    ):
         network = recipe.network(tiny("llama"))
         whole = train(network, data, recipe, linear=True)
 
@@ -236,7 +247,9 @@ def test_summary_of_planted_curves_and_its_intervals():
     np.testing.assert_allclose(summary["forgetting_of_old_at_1"], [0.3] * 3, atol=1e-9)
     np.testing.assert_allclose(summary["forgetting_of_old_at_best"].value, 0.3 * best.value**2, atol=1e-9)
     np.testing.assert_allclose(summary["gain_over_full"].value, (1 - best.value) ** 2, atol=2e-3)
-    covered = [s["best_tau"].low <= 0.7 <= s["best_tau"].high for s in (planted(40, k).summary(draws=300) for k in range(60))]
+    covered = [
+        s["best_tau"].low <= 0.7 <= s["best_tau"].high for s in (planted(40, k).summary(draws=300) for k in range(60))
+    ]
     assert np.mean(covered) > 0.8
     assert prediction.trusted
     with pytest.raises(ValueError, match="of must be linear, or real"):
@@ -269,7 +282,9 @@ def test_prediction_beside_a_real_run(generator):
     values = {name: final[name].detach() for name in whole.start}
     np.testing.assert_allclose(task.real[at_one], whole.losses(batch, values), rtol=1e-6)
     delta = difference(values, whole.start)
-    np.testing.assert_allclose(task.realised[at_one], whole.losses_along(batch, whole.start, delta, [1.0])[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        task.realised[at_one], whole.losses_along(batch, whole.start, delta, [1.0])[0], rtol=1e-6
+    )
     assert np.abs(task.realised - task.linear).max() > 1e-4
     assert found.settings["steps"] == 9 == len(found.training)
     assert set(found.diagnostics) == {"distance", "relative_distance", "gap", "miss_task", "miss_old"}
@@ -344,7 +359,19 @@ def test_the_command(generator, command, tmp_path, monkeypatch):
         write_records(path, random_records(generator, generator.integers(4, 9, count)))
     recipe = Recipe(rate=1e-3, epochs=2, batch=2)
     finetune_language_model(tmp_path / "base", files[0], recipe).save_pretrained(tmp_path / "real")
-    arguments = ["predict", tmp_path / "base", *files[:2], "--other", files[2], "--rate", 1e-3, "--epochs", 2, "--batch", 2]
+    arguments = [
+        "predict",
+        tmp_path / "base",
+        *files[:2],
+        "--other",
+        files[2],
+        "--rate",
+        1e-3,
+        "--epochs",
+        2,
+        "--batch",
+        2,
+    ]
     arguments += ["--against", tmp_path / "real"]
     gradient, calls = LanguageNetwork.gradient, []
 
@@ -433,9 +460,14 @@ def test_classification_against_real_descent(generator):
 def test_torch_and_jax_agree(generator):
     weights = [generator.standard_normal(shape) / 2 for shape in ((4, 7), (7, 2))]
     parts = [(generator.standard_normal((n, 4)), generator.standard_normal((n, 2))) for n in (6, 5, 4)]
-    network = lambda w, x: jnp.tanh(x @ w[0]) @ w[1]
+
+    def network(w, x):
+        return jnp.tanh(x @ w[0]) @ w[1]
+
     expected = predict(network, [jnp.asarray(w) for w in weights], *parts, noise_std=0.1)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 7, bias=False), torch.nn.Tanh(), torch.nn.Linear(7, 2, bias=False)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 7, bias=False), torch.nn.Tanh(), torch.nn.Linear(7, 2, bias=False)
+    ).double()
     with torch.no_grad():
         for layer, w in zip((model[0], model[2]), weights):
             layer.weight.copy_(torch.tensor(w.T))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,32 +17,64 @@ if TYPE_CHECKING:
 Append = tyro.conf.UseAppendAction
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How the run would train."""
+
+    rate: float = 1e-4
+    """largest learning rate"""
+    epochs: int = 1
+    """passes over the data"""
+    batch: int = 4
+    """records a step"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """of the run"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """of the learning rate; linear and cosine fall to zero"""
+    warmup: int = 0
+    """steps over which the rate rises"""
+    weight_decay: float = 0.0
+    """of the run"""
+    momentum: float = 0.0
+    """of SGD"""
+    max_grad_norm: float | None = None
+    """to which gradients are scaled down"""
+    seed: int = 0
+    """of the order of the records, and of LoRA's random factor"""
+    moving: Annotated[tuple[str, ...], Append] = ()
+    """shell pattern of the parameters that move, all by default; may be repeated"""
+    lora: int | None = None
+    """rank of LoRA factors, which are then all that moves"""
+    lora_scale: float = 2.0
+    """α/R of LoRA"""
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """How model and data are read."""
+
+    max_length: int = 2048
+    """tokens kept of each record"""
+    device: str = "cpu"
+    """torch device, such as cpu or cuda"""
+    dtype: Literal["float32", "float64"] = "float32"
+    """number format"""
+    memory: float = 0.25
+    """gigabytes that logits may take"""
+    trust_remote_code: bool = False
+    """run custom model code that comes with the model"""
+
+
 def predict(
     model: Annotated[str, tyro.conf.Positional],
     train: Annotated[Path, tyro.conf.Positional],
     test: Annotated[Path, tyro.conf.Positional],
     /,
+    plan: Annotated[_Plan, tyro.conf.arg(name="")] = _Plan(),
+    loading: Annotated[_Loading, tyro.conf.arg(name="")] = _Loading(),
     other: Annotated[tuple[Path, ...], Append] = (),
-    rate: float = 1e-4,
-    epochs: int = 1,
-    batch: int = 4,
-    optimizer: Literal["adamw", "sgd"] = "adamw",
-    schedule: Literal["constant", "linear", "cosine"] = "constant",
-    warmup: int = 0,
-    weight_decay: float = 0.0,
-    momentum: float = 0.0,
-    max_grad_norm: float | None = None,
-    seed: int = 0,
-    moving: Annotated[tuple[str, ...], Append] = (),
-    lora: int | None = None,
-    lora_scale: float = 2.0,
     against: str | None = None,
     tau: Numbers = (),
-    max_length: int = 2048,
-    device: str = "cpu",
-    dtype: Literal["float32", "float64"] = "float32",
-    memory: float = 0.25,
-    trust_remote_code: bool = False,
     state: Path | None = None,
     json: bool = False,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
@@ -56,27 +89,11 @@ def predict(
         model: folder or Hub name of the pretrained language model.
         train: JSON lines that the run would train on, as linfit losses reads them.
         test: held-out data of the same task.
+        plan: how the run would train.
+        loading: how model and data are read.
         other: data that should not be forgotten; may be repeated.
-        rate: largest learning rate.
-        epochs: passes over the data.
-        batch: records a step.
-        optimizer: of the run.
-        schedule: of the learning rate; linear and cosine fall to zero.
-        warmup: steps over which the rate rises.
-        weight_decay: of the run.
-        momentum: of SGD.
-        max_grad_norm: to which gradients are scaled down.
-        seed: of the order of the records, and of LoRA's random factor.
-        moving: shell pattern of the parameters that move, all by default; may be repeated.
-        lora: rank of LoRA factors, which are then all that moves.
-        lora_scale: α/R of LoRA.
         against: folder of the real fine-tuning (or a LoRA adapter), to hold beside the prediction.
         tau: ensemble coefficients at which losses are computed, 0 and 1 among them.
-        max_length: tokens kept of each record.
-        device: torch device, such as cpu or cuda.
-        dtype: number format.
-        memory: gigabytes that logits may take.
-        trust_remote_code: run custom model code that comes with the model.
         state: file that keeps what is done of the training; beside the training data if not given.
         json: print everything as JSON.
         out: write a picture (.png, .pdf or .svg).
@@ -86,15 +103,9 @@ def predict(
     _require_packages()
     from linfit.bridge import Recipe, predict_language_model
 
-    recipe = Recipe(
-        rate=rate, epochs=epochs, batch=batch, optimizer=optimizer, schedule=schedule, warmup=warmup, seed=seed,
-        weight_decay=weight_decay, momentum=momentum, max_grad_norm=max_grad_norm, moving=moving, lora=lora,
-        lora_scale=lora_scale,
-    )  # fmt: skip
-    options: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "device": device}
-    options |= {"memory": int(memory * 1e9), "trust_remote_code": trust_remote_code}
+    recipe, options = Recipe(**vars(plan)), {**vars(loading), "memory": int(loading.memory * 1e9)}
     options |= {"taus": numbers("tau", tau)} if tau else {}
-    kept = state or _state_beside(train, model, recipe, max_length, dtype)
+    kept = state or _state_beside(train, model, plan, loading)
     folder, tuned = local_folder(model), None if against is None else local_folder(against)
     with _stages() as report:
         found = predict_language_model(
@@ -131,7 +142,9 @@ def _named(paths: tuple[Path, ...]) -> dict[str, Path]:
     """Data by the stem of its file; ValueError where two have the same."""
     named = {path.stem: path for path in paths}
     if len(named) != len(paths) or "task" in named:
-        raise ValueError(f"--other must be files of different names, none of them task; got {', '.join(map(str, paths))}")
+        raise ValueError(
+            f"--other must be files of different names, none of them task; got {', '.join(map(str, paths))}"
+        )
     return named
 
 
@@ -187,7 +200,9 @@ ASSUMED = (
 
 def _print(found: "LanguagePrediction", summaries: dict[str, dict[str, Any]]) -> None:
     for key, value in summaries["linear"].items():
-        words = key.replace("_", " ").replace("best tau", "best τ").replace("at 0", "at τ = 0").replace("at 1", "at τ = 1")
+        words = (
+            key.replace("_", " ").replace("best tau", "best τ").replace("at 0", "at τ = 0").replace("at 1", "at τ = 1")
+        )
         real = f"   real {summaries['real'][key].value:.4g}" if "real" in summaries else ""
         print(f"{words + ':':34} {value.value:.4g}  ({value.low:.4g} to {value.high:.4g}){real}")
     best = summaries["linear"]["best_tau"].value
@@ -200,7 +215,14 @@ def _print(found: "LanguagePrediction", summaries: dict[str, dict[str, Any]]) ->
         f"step: {found.diagnostics['relative_distance']:.2g} of the weights that move; logits miss linearity by "
         f"{found.diagnostics['gap']:.2g} of their change"
     )
-    print("trust: " + ("within the rule of thumb of 25%" if found.trusted else "NO: beyond 25%, the step is too long for first order"))
+    print(
+        "trust: "
+        + (
+            "within the rule of thumb of 25%"
+            if found.trusted
+            else "NO: beyond 25%, the step is too long for first order"
+        )
+    )
     print("assumed: " + "; ".join(ASSUMED))
 
 

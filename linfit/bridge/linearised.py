@@ -1,11 +1,11 @@
-"""A language model in torch as a function of the weights that move: losses, gradients, and its linearisation (extra `llm`).
+"""A language model in torch as a function of the weights that move, and its linearisation (extra `llm`).
 
 At θ₁ the linearised model has the logits z = f(θ₁) + Jδ. One forward-mode pass gives Jδ, one reverse-mode pass
 Jᵀ ∂ℓ/∂z. No Jacobian and no kernel is formed, and logits, (tokens × vocabulary), exist for a piece of the tokens at a
 time: only hidden states are kept for all of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import sqrt
 from typing import Any, NamedTuple
@@ -59,8 +59,8 @@ class LanguageNetwork:
     """A causal language model as a function of the weights that move.
 
     Args:
-        model: of transformers; it is put into evaluation mode (no dropout) and eager attention, whose forward mode torch
-            knows, and its parameters are never changed.
+        model: of transformers; it is put into evaluation mode (no dropout) and eager attention, whose forward mode
+            torch knows, and its parameters are never changed.
         moving: shell patterns of parameter names, or none for all of them.
         lora: rank R; each matrix that fits `moving` (by default those of all linear layers but the last) then moves by
             scale·BA, A (R, in) random, B (out, R) zero at the start.
@@ -209,7 +209,10 @@ class LanguageNetwork:
 
     def _pieces(self, outputs: Outputs) -> Iterator[slice]:
         """Tokens whose logits, four times, fit in the memory."""
-        count, vocabulary = len(outputs.hidden), (outputs.hidden if outputs.weight is None else outputs.weight.T).shape[1]
+        count, vocabulary = (
+            len(outputs.hidden),
+            (outputs.hidden if outputs.weight is None else outputs.weight.T).shape[1],
+        )
         size = max(1, self.memory // (4 * vocabulary * outputs.hidden.itemsize))
         return (slice(start, start + size) for start in range(0, count, size))
 
@@ -223,7 +226,7 @@ class LanguageNetwork:
             pieces = [_cross_entropy(outputs.logits(part), targets[part]) for part in self._pieces(outputs)]
         return _by_record(torch.cat(pieces)[None], batch)[0]
 
-    def losses_along(self, batch: Batch, at: Values, delta: Values, taus: Sequence[float]) -> Any:
+    def losses_along(self, batch: Batch, at: Values, delta: Values, taus: Iterable[float]) -> Any:
         """The same of the linear model f(at) + τ·J(at)·delta, (τ, rows): its logits are linear in τ."""
         import torch
 

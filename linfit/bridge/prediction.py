@@ -10,7 +10,7 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,8 @@ TAUS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)
 NETWORK_TAUS = (0.5, 1.0)
 """τ at which the network itself is evaluated on the predicted step."""
 TRUSTED = 0.25
-"""Largest difference between network and linear model on the predicted step, in units of the largest predicted change of
-the task's loss up to τ = 1 (a rule of thumb)."""
+"""Largest difference between network and linear model on the predicted step, in units of the largest predicted change
+of the task's loss up to τ = 1 (a rule of thumb)."""
 
 Report = Callable[[str, int, int], None] | None
 Data = str | Path | Sequence[Record]
@@ -86,7 +86,9 @@ class LanguagePrediction:
         splines = {name: CubicSpline(self.taus, each, axis=1) for name, each in means.items()}
         best = fine[splines["task"](fine).argmin(axis=1)]
         summary = {"best_tau": _interval(best)}
-        at_best = {name: np.array([spline(tau)[row] for row, tau in enumerate(best)]) for name, spline in splines.items()}
+        at_best = {
+            name: np.array([spline(tau)[row] for row, tau in enumerate(best)]) for name, spline in splines.items()
+        }
         for tau in (0, 1):
             summary[f"task_loss_at_{tau}"] = _interval(splines["task"](tau))
         summary["task_loss_at_best"] = _interval(at_best["task"])
@@ -168,8 +170,7 @@ def predict_language_model(
 
     Args:
         model: folder of a transformers model, or the model.
-        train_data, test_data, others: JSON lines as `write_losses` reads them, or such records; test_data is held-out
-            data of the task.
+        train_data, test_data, others: JSON lines as `write_losses` reads them, or records; test_data is of the task.
         recipe: the run that is planned.
         against: a real fine-tuning, as a folder (or LoRA adapter) or model, whose losses are put beside the prediction.
         taus: 0, 1 and others at which losses are computed, ascending.
@@ -183,32 +184,38 @@ def predict_language_model(
     Raises ValueError for data of another form, records without a target, and a tuned model that does not fit.
     """
     recipe, grid = recipe or Recipe(), _grid(taus)
-    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    loaded, tokenizer = load_model(model, **options)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    loaded, tokenizer = _load_model(model, **options)
     train_set = encode(train_data, "train", tokenizer, max_length)
-    held_out = {"task": encode(test_data, "test", tokenizer, max_length)}
-    held_out |= {name: encode(data, name, tokenizer, max_length) for name, data in (others or {}).items()}
-    if len(held_out) != 1 + len(others or {}):
-        raise ValueError("others must not be named task, which is the held-out data of the task")
+    held_out = _held_out(test_data, others or {}, tokenizer, max_length)
     tuned = None if against is None else _tuned_weights(loaded, model, against, options)
-    network = recipe.network(loaded, memory)
-
-    def step_done(done: int, steps: int) -> None:
-        if report is not None:
-            report("training the linear model", done, steps)
-
-    trained = train(network, train_set, recipe, linear=True, state=state, progress=step_done)
-    delta = difference(trained.values, network.start)
-    curves = {name: _predicted(network, data, delta, grid, recipe.batch, report, name) for name, data in held_out.items()}
+    network, progress = recipe.network(loaded, memory), _named_progress(report, "training the linear model")
+    trained = train(network, train_set, recipe, linear=True, state=state, progress=progress)
+    delta, size = difference(trained.values, network.start), recipe.batch
+    curves = {name: _predicted(network, data, delta, grid, size, report, name) for name, data in held_out.items()}
     if tuned is not None:
         whole = LanguageNetwork(loaded, memory=memory)
+        step = difference(tuned, whole.start)
         for name, data in held_out.items():
-            real, realised = _measured(whole, data, difference(tuned, whole.start), grid, recipe.batch, report, name)
-            curves[name] = Curves(curves[name].linear, curves[name].network, real, realised)
-    numbers = _diagnostics(network, held_out["task"][: recipe.batch], delta, curves, grid)
+            real, realised = _measured(whole, data, step, grid, size, report, name)
+            curves[name] = replace(curves[name], real=real, realised=realised)
+    numbers = _diagnostics(network, held_out["task"][:size], delta, curves, grid)
     settings = {**asdict(recipe), "max_length": max_length, "dtype": dtype, "records": len(train_set)}
-    settings |= {"steps": recipe.steps(len(train_set)), "dropout": 0.0, "moving_weights": _size(network.start)}
+    settings |= {"steps": len(trained.losses), "dropout": 0.0, "moving_weights": _size(network.start)}
     return LanguagePrediction(grid, curves, np.array(trained.losses), numbers, settings)
+
+
+def _held_out(test: Data, others: Mapping[str, Data], tokenizer: Any, max_length: int) -> dict[str, Encoded]:
+    if "task" in others:
+        raise ValueError("others must not be named task, which is the held-out data of the task")
+    named = {"task": test, **others}
+    return {
+        name: encode(data, "test" if name == "task" else name, tokenizer, max_length) for name, data in named.items()
+    }
+
+
+def _named_progress(report: Report, what: str) -> Callable[[int, int], None] | None:
+    return None if report is None else lambda done, steps: report(what, done, steps)
 
 
 def finetune_language_model(
@@ -228,14 +235,10 @@ def finetune_language_model(
 
     Arguments as there. LoRA's factors are added to the weights.
     """
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = _load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     data, network = encode(train_data, "train", tokenizer, max_length), recipe.network(loaded, memory)
-
-    def step_done(done: int, steps: int) -> None:
-        if report is not None:
-            report("fine-tuning", done, steps)
-
-    trained = train(network, data, recipe, linear=False, state=state, progress=step_done)
+    progress = _named_progress(report, "fine-tuning")
+    trained = train(network, data, recipe, linear=False, state=state, progress=progress)
     tuned = copy.deepcopy(loaded)
     parameters = dict(tuned.named_parameters())
     for name, value in network.weights(trained.values).items():
@@ -243,8 +246,8 @@ def finetune_language_model(
     return tuned
 
 
-def load_model(model: Any, *, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer (None if it has none); a model that is one already is taken as it is."""
+def _load_model(model: Any, *, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer (None if it has none); a model is taken as it is."""
     if not isinstance(model, str | Path):
         return model, None
     import transformers
@@ -290,7 +293,7 @@ def _tuned_weights(loaded: Any, base: Any, tuned: Any, options: dict[str, Any]) 
         with tempfile.TemporaryDirectory() as folder:
             merged = merge(base, tuned, Path(folder) / "tuned", tau=1.0, dtype=options["dtype"]).folders[0]
             return _tuned_weights(loaded, base, merged, options)
-    other = dict(load_model(tuned, **options)[0].named_parameters())
+    other = dict(_load_model(tuned, **options)[0].named_parameters())
     start = {name: value for name, value in loaded.named_parameters() if value.is_floating_point()}
     wrong = [name for name in start if name not in other or other[name].shape != start[name].shape]
     if wrong or other.keys() - start.keys():

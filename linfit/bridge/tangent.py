@@ -1,4 +1,4 @@
-"""Tangent kernels of a torch network with few outputs, such as a classification head: the same `Prediction` (extra `llm`)."""
+"""Tangent kernels of a torch network with few outputs, such as a classification head (extra `llm`)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -63,7 +63,9 @@ def predict_torch(
             raise ValueError(f"{name} must be a pair (x, y), got {type(pairs).__name__}")
     with torch.no_grad():
         outputs = {name: _outputs(model, values, x).cpu().numpy() for name, (x, _) in data.items()}
-    kernels = _kernels(model, values, {name: x for name, (x, _) in data.items()}, outputs["train"].shape[1], memory, report)
+    kernels = _kernels(
+        model, values, {name: x for name, (x, _) in data.items()}, outputs["train"].shape[1], memory, report
+    )
     labels = {name: np.asarray(y) for name, (_, y) in data.items()}
     prediction = from_kernels(outputs, labels, kernels, loss=loss, noise_std=noise_std)
     step = _step(model, values, train[0], prediction, plan or prediction.default_plan())

@@ -85,7 +85,7 @@ class Recipe:
 
     def network(self, model: Any, memory: int = 2**28) -> LanguageNetwork:
         """A model as a function of the weights that this recipe moves."""
-        lora = {"lora": self.lora, "lora_scale": self.lora_scale, "seed": self.seed}
+        lora: dict[str, Any] = {"lora": self.lora, "lora_scale": self.lora_scale, "seed": self.seed}
         return LanguageNetwork(model, moving=self.moving, memory=memory, **lora)
 
 

@@ -1,6 +1,7 @@
 """From a network and data to a `Prediction`: the kernel once, or products with it (docs, G1, G2)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -184,9 +185,7 @@ def _dense(
     return _decomposed(data, {name: against_train(name) for name in data}, root, starts, loss)
 
 
-def _decomposed(
-    data: dict[str, _Data], kernels: dict[str, Array], root: Array, starts: Array, loss: str
-) -> Prediction:
+def _decomposed(data: dict[str, _Data], kernels: dict[str, Array], root: Array, starts: Array, loss: str) -> Prediction:
     """From K(x, X) of every domain, (m, k, n, k) or (mk, nk)."""
     n, k = data["train"].labels.shape
     scale = jnp.repeat(root, k)
@@ -198,9 +197,9 @@ def _decomposed(
 
 
 def from_kernels(
-    outputs: dict[str, ArrayLike],
-    labels: dict[str, ArrayLike],
-    kernels: dict[str, ArrayLike],
+    outputs: Mapping[str, ArrayLike],
+    labels: Mapping[str, ArrayLike],
+    kernels: Mapping[str, ArrayLike],
     *,
     loss: Literal["squared", "entropy"] = "squared",
     noise_std: Maybe = None,
@@ -220,7 +219,8 @@ def from_kernels(
     >>> from linfit.tangent import from_kernels, kernel
     >>> x, network = jax.random.normal(jax.random.key(0), (9, 3, 20)), lambda w, x: x @ w
     >>> parts = {"train": x[0], "test": x[1]}
-    >>> outputs, labels = {name: jnp.zeros((3, 1)) for name in parts}, {name: part[:, 0] for name, part in parts.items()}
+    >>> outputs = {name: jnp.zeros((3, 1)) for name in parts}
+    >>> labels = {name: part[:, 0] for name, part in parts.items()}
     >>> kernels = {name: kernel(network, jnp.zeros((20, 1)), part, x[0]) for name, part in parts.items()}
     >>> bool(from_kernels(outputs, labels, kernels).losses(MinNorm(), domain="train").max() < 1e-12)
     True
