@@ -13,7 +13,7 @@ from figures.commands import main
 from linfit import GradientDescent, GradientFlow, Ridge, predict
 from linfit.bridge import (
     LanguagePrediction,
-    Recipe,
+    Plan,
     finetune_language_model,
     predict_language_model,
     predict_torch,
@@ -143,32 +143,32 @@ def test_padding_and_pieces_change_nothing(data):
     np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 
-RECIPES = [
-    Recipe(rate=1e-2, epochs=2, batch=2, weight_decay=0.1, schedule="cosine", warmup=2, max_grad_norm=0.5, seed=3),
-    Recipe(rate=1e-1, epochs=2, batch=2, optimizer="sgd", momentum=0.5, schedule="linear"),
+PLANS = [
+    Plan(rate=1e-2, epochs=2, batch=2, weight_decay=0.1, schedule="cosine", warmup=2, max_grad_norm=0.5, seed=3),
+    Plan(rate=1e-1, epochs=2, batch=2, optimizer="sgd", momentum=0.5, schedule="linear"),
 ]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_real_run_is_what_transformers_would_do(recipe, generator):
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_real_run_is_what_transformers_would_do(plan, generator):
     """Against the model's own loss and an optimiser written out, at float64."""
     records = random_records(generator, [6] * 5)  # one length: transformers averages over tokens as we do
-    tuned = finetune_language_model(tiny("qwen2"), records, recipe)
+    tuned = finetune_language_model(tiny("qwen2"), records, plan)
     model = tiny("qwen2").train()
-    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.SGD
-    options = {} if recipe.optimizer == "adamw" else {"momentum": recipe.momentum}
-    optimizer = kind(model.parameters(), lr=1.0, weight_decay=recipe.weight_decay, **options)
+    kind = torch.optim.AdamW if plan.optimizer == "adamw" else torch.optim.SGD
+    options = {} if plan.optimizer == "adamw" else {"momentum": plan.momentum}
+    optimizer = kind(model.parameters(), lr=1.0, weight_decay=plan.weight_decay, **options)
     for step in range(6):
-        order = np.random.default_rng([recipe.seed, step // 3]).permutation(5)[step % 3 * 2 :][:2]
+        order = np.random.default_rng([plan.seed, step // 3]).permutation(5)[step % 3 * 2 :][:2]
         ids = torch.tensor([records[row]["input_ids"] for row in order])
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        if recipe.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        rise = min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else 1.0
-        left = 1 - max(step - recipe.warmup, 0) / (6 - recipe.warmup)
-        fall = left if recipe.schedule == "linear" else (1 + np.cos(np.pi * (1 - left))) / 2
-        optimizer.param_groups[0]["lr"] = recipe.rate * rise * fall
+        if plan.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
+        rise = min(1.0, (step + 1) / plan.warmup) if plan.warmup else 1.0
+        left = 1 - max(step - plan.warmup, 0) / (6 - plan.warmup)
+        fall = left if plan.schedule == "linear" else (1 + np.cos(np.pi * (1 - left))) / 2
+        optimizer.param_groups[0]["lr"] = plan.rate * rise * fall
         optimizer.step()
     for name, value in tuned.named_parameters():
         np.testing.assert_allclose(value.detach(), dict(model.named_parameters())[name].detach(), rtol=1e-3, atol=1e-6)
@@ -183,10 +183,10 @@ def test_small_rates_make_the_prediction_exact(family, options, generator):
     data = encode(random_records(generator, [5, 8, 6]), "train", None, 99)
     misses, steps = [], []
     for shrink in (1e-3, 1e-4):
-        recipe = Recipe(**{"rate": 1.0, "epochs": 2, "batch": 2, **options})
-        recipe = Recipe(**{**vars(recipe), "rate": recipe.rate * shrink})
-        network = recipe.network(tiny(family))
-        real, linear = (train(network, data, recipe, linear=linear) for linear in (False, True))
+        plan = Plan(**{"rate": 1.0, "epochs": 2, "batch": 2, **options})
+        plan = Plan(**{**vars(plan), "rate": plan.rate * shrink})
+        network = plan.network(tiny(family))
+        real, linear = (train(network, data, plan, linear=linear) for linear in (False, True))
         delta, batch = difference(linear.values, network.start), make_batch(data)
         predicted = network.losses_along(batch, network.start, delta, [0.0, 1.0])
         misses.append(float((network.losses(batch, real.values) - predicted[1]).abs().max()))
@@ -199,31 +199,28 @@ def test_small_rates_make_the_prediction_exact(family, options, generator):
 def test_resumes_with_the_same_bits(generator, tmp_path):
     data = encode(random_records(generator, [5, 8, 6, 7]), "train", None, 99)
     state = tmp_path / "run.state"
-    for recipe in (
-        Recipe(rate=1e-2, epochs=3, batch=2),
-        Recipe(rate=1e-2, epochs=3, batch=2, optimizer="sgd", momentum=0.5),
-    ):
-        network = recipe.network(tiny("llama"))
-        whole = train(network, data, recipe, linear=True)
+    for plan in (Plan(rate=1e-2, epochs=3, batch=2), Plan(rate=1e-2, epochs=3, batch=2, optimizer="sgd", momentum=0.5)):
+        network = plan.network(tiny("llama"))
+        whole = train(network, data, plan, linear=True)
 
         def stop(done, steps):
             if done == 4:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            train(network, data, recipe, linear=True, state=state, seconds=0, progress=stop)
-        again = train(network, data, recipe, linear=True, state=state)
+            train(network, data, plan, linear=True, state=state, seconds=0, progress=stop)
+        again = train(network, data, plan, linear=True, state=state)
         assert again.resumed == 4
         assert again.losses == whole.losses
         assert all(torch.equal(value, whole.values[name]) for name, value in again.values.items())
-        others = [(network, data, Recipe(**{**vars(recipe), "rate": 2e-2})), (network, data[1:], recipe)]
-        others.append((recipe.network(tiny("llama", seed=1)), data, recipe))
+        others = [(network, data, Plan(**{**vars(plan), "rate": 2e-2})), (network, data[1:], plan)]
+        others.append((plan.network(tiny("llama", seed=1)), data, plan))
         for other in others:  # another run does not go on from it
             kept = state.read_bytes()
             assert train(*other, linear=True, state=state, seconds=1e9).resumed == 0
             state.write_bytes(kept)
         state.write_bytes(state.read_bytes()[:-9])
-        assert train(network, data, recipe, linear=True, state=state).resumed == 0
+        assert train(network, data, plan, linear=True, state=state).resumed == 0
 
 
 def planted(draws: int = 40, seed: int = 0) -> LanguagePrediction:
@@ -271,10 +268,10 @@ def test_saved_and_loaded(tmp_path):
 
 def test_prediction_beside_a_real_run(generator):
     """τ = 0 is the base and τ = 1 the tuned model; first order along the real step is not the prediction."""
-    model, recipe = tiny("llama"), Recipe(rate=3e-3, epochs=3, batch=2)
+    model, plan = tiny("llama"), Plan(rate=3e-3, epochs=3, batch=2)
     parts = [random_records(generator, [7] * count) for count in (6, 9, 5)]
-    tuned = finetune_language_model(model, parts[0], recipe)
-    found = predict_language_model(model, *parts[:2], {"old": parts[2]}, recipe, against=tuned)
+    tuned = finetune_language_model(model, parts[0], plan)
+    found = predict_language_model(model, *parts[:2], {"old": parts[2]}, plan, against=tuned)
     whole, batch = LanguageNetwork(model), make_batch(encode(parts[1], "test", None, 99))
     task, at_one = found.curves["task"], found.taus.tolist().index(1.0)
     np.testing.assert_allclose(task.linear[0], task.real[0], rtol=1e-9)
@@ -288,9 +285,9 @@ def test_prediction_beside_a_real_run(generator):
     assert np.abs(task.realised - task.linear).max() > 1e-4
     assert found.settings["steps"] == 9 == len(found.training)
     assert set(found.diagnostics) == {"distance", "relative_distance", "gap", "miss_task", "miss_old"}
-    far = predict_language_model(model, *parts[:2], {"old": parts[2]}, Recipe(rate=0.1, epochs=3, batch=2))
+    far = predict_language_model(model, *parts[:2], {"old": parts[2]}, Plan(rate=0.1, epochs=3, batch=2))
     assert not far.trusted
-    near = predict_language_model(model, *parts[:2], {"old": parts[2]}, Recipe(rate=1e-4, epochs=3, batch=2))
+    near = predict_language_model(model, *parts[:2], {"old": parts[2]}, Plan(rate=1e-4, epochs=3, batch=2))
     assert near.trusted
     assert near.diagnostics["gap"] < found.diagnostics["gap"] < far.diagnostics["gap"]
 
@@ -308,9 +305,9 @@ def test_prediction_beside_a_real_run(generator):
         ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
     ],
 )
-def test_bad_recipes(options, message):
+def test_bad_plans(options, message):
     with pytest.raises(ValueError, match=message):
-        Recipe(**options)
+        Plan(**options)
 
 
 def test_bad_data_and_models(generator):
@@ -322,12 +319,12 @@ def test_bad_data_and_models(generator):
         ((records, [{"text": "a"}]), {}, "need input_ids"),
         ((records, []), {}, "holds no records"),
         ((records, records, {"task": records}), {}, "others must not be named task"),
-        ((records, records, None, Recipe(moving=("no*",))), {}, "moving must fit the name of a parameter"),
+        ((records, records, None, Plan(moving=("no*",))), {}, "moving must fit the name of a parameter"),
         ((records, records), {"taus": [0, 0.5, 1]}, "taus must be at least 4"),
         ((records, records), {"taus": [0, 0.5, 0.9, 1.2]}, "with 0 and 1 among them"),
         ((records, records), {"against": other}, "against must be a fine-tuning of the model"),
         ((records, records), {"max_length": 1}, "max_length must be at least 2"),
-        ((records, records, None, Recipe(rate=1e200, epochs=9, optimizer="sgd")), {}, "rate must be small enough"),
+        ((records, records, None, Plan(rate=1e200, epochs=9, optimizer="sgd")), {}, "rate must be small enough"),
     ]
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -357,8 +354,8 @@ def test_the_command(generator, command, tmp_path, monkeypatch):
     files = [tmp_path / f"{name}.jsonl" for name in ("train", "test", "old")]
     for path, count in zip(files, (6, 5, 4)):
         write_records(path, random_records(generator, generator.integers(4, 9, count)))
-    recipe = Recipe(rate=1e-3, epochs=2, batch=2)
-    finetune_language_model(tmp_path / "base", files[0], recipe).save_pretrained(tmp_path / "real")
+    plan = Plan(rate=1e-3, epochs=2, batch=2)
+    finetune_language_model(tmp_path / "base", files[0], plan).save_pretrained(tmp_path / "real")
     arguments = [
         "predict",
         tmp_path / "base",
@@ -500,13 +497,13 @@ def test_bad_torch_models(generator):
 
 @pytest.mark.slow
 def test_adapters_and_lora(generator, tmp_path):
-    """A LoRA run by PEFT is the run that a recipe with LoRA describes, and can be held against its prediction."""
+    """A LoRA run by PEFT is the run that a plan with LoRA describes, and can be held against its prediction."""
     peft = pytest.importorskip("peft")
     records = random_records(generator, [6] * 4)
     base = tiny("llama").float()
     base.save_pretrained(tmp_path / "base")
-    recipe = Recipe(rate=1e-2, epochs=2, batch=2, lora=2, moving=("*q_proj*", "*v_proj*"))
-    network = recipe.network(model_of(tmp_path / "base"))
+    plan = Plan(rate=1e-2, epochs=2, batch=2, lora=2, moving=("*q_proj*", "*v_proj*"))
+    network = plan.network(model_of(tmp_path / "base"))
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
     wrapped = peft.get_peft_model(model_of(tmp_path / "base"), config)
     with torch.no_grad():
@@ -516,16 +513,16 @@ def test_adapters_and_lora(generator, tmp_path):
                 value.copy_(network.start[f"{key}/A"])
     optimizer = torch.optim.AdamW([v for v in wrapped.parameters() if v.requires_grad], lr=1e-2, weight_decay=0.0)
     for step in range(4):
-        rows = recipe.rows(step, 4)
+        rows = plan.rows(step, 4)
         ids = torch.tensor([records[row]["input_ids"] for row in rows])
         optimizer.zero_grad()
         wrapped(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     wrapped.save_pretrained(tmp_path / "adapter")
-    tuned = finetune_language_model(tmp_path / "base", records, recipe)
+    tuned = finetune_language_model(tmp_path / "base", records, plan)
     merged = dict(wrapped.merge_and_unload().named_parameters())
     for name, value in tuned.named_parameters():
         np.testing.assert_allclose(value.detach(), merged[name].detach(), atol=2e-5)
-    found = predict_language_model(tmp_path / "base", records, records, None, recipe, against=tmp_path / "adapter")
-    direct = predict_language_model(tmp_path / "base", records, records, None, recipe, against=tuned)
+    found = predict_language_model(tmp_path / "base", records, records, None, plan, against=tmp_path / "adapter")
+    direct = predict_language_model(tmp_path / "base", records, records, None, plan, against=tuned)
     np.testing.assert_allclose(found.curves["task"].real, direct.curves["task"].real, rtol=1e-4)

@@ -18,7 +18,7 @@ Append = tyro.conf.UseAppendAction
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Training:
     """How the run would train."""
 
     rate: float = 1e-4
@@ -70,7 +70,7 @@ def predict(
     train: Annotated[Path, tyro.conf.Positional],
     test: Annotated[Path, tyro.conf.Positional],
     /,
-    plan: Annotated[_Plan, tyro.conf.arg(name="")] = _Plan(),
+    training: Annotated[_Training, tyro.conf.arg(name="")] = _Training(),
     loading: Annotated[_Loading, tyro.conf.arg(name="")] = _Loading(),
     other: Annotated[tuple[Path, ...], Append] = (),
     against: str | None = None,
@@ -89,7 +89,7 @@ def predict(
         model: folder or Hub name of the pretrained language model.
         train: JSON lines that the run would train on, as linfit losses reads them.
         test: held-out data of the same task.
-        plan: how the run would train.
+        training: how the run would train.
         loading: how model and data are read.
         other: data that should not be forgotten; may be repeated.
         against: folder of the real fine-tuning (or a LoRA adapter), to hold beside the prediction.
@@ -101,15 +101,15 @@ def predict(
     """
     _require_outputs(out, save)
     _require_packages()
-    from linfit.bridge import Recipe, predict_language_model
+    from linfit.bridge import Plan, predict_language_model
 
-    recipe, options = Recipe(**vars(plan)), {**vars(loading), "memory": int(loading.memory * 1e9)}
+    plan, options = Plan(**vars(training)), {**vars(loading), "memory": int(loading.memory * 1e9)}
     options |= {"taus": numbers("tau", tau)} if tau else {}
-    kept = state or _state_beside(train, model, plan, loading)
+    kept = state or _state_beside(train, model, training, loading)
     folder, tuned = local_folder(model), None if against is None else local_folder(against)
     with _stages() as report:
         found = predict_language_model(
-            folder, train, test, _named(other), recipe, against=tuned, state=kept, report=report, **options
+            folder, train, test, _named(other), plan, against=tuned, state=kept, report=report, **options
         )
     _write(found, json, out, save)
     kept.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads
     from linfit.bridge.records import choose_targets as choose_targets, judge_named as judge_named
     from linfit.bridge.records import read_records as read_records, weigh as weigh, write_records as write_records
     from linfit.bridge.tangent import predict_torch as predict_torch
-    from linfit.bridge.training import Recipe as Recipe
+    from linfit.bridge.training import Plan as Plan
     from linfit.bridge.signal import noise_level as noise_level, optimal_shrinkage as optimal_shrinkage
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,6 +1,6 @@
 """What a fine-tuning of a language model will do, predicted by its linearisation (docs, G4; ours).
 
-The linear model f(θ₁) + Jδ is trained as the recipe says, by the optimiser and on the batches of the run that is
+The linear model f(θ₁) + Jδ is trained as the plan says, by the optimiser and on the batches of the run that is
 planned; its logits, and so all losses, are then known along τ: f(θ₁) + τJδ. Beside them stands the network itself at
 θ₁ + τδ: where the two differ, the step is too long for first order, and that is known before training.
 """
@@ -22,7 +22,7 @@ from linfit.bridge.language import encode_record
 from linfit.bridge.linearised import IGNORED, LanguageNetwork, Values, difference, make_batch, moved, norm
 from linfit.bridge.merging import merge
 from linfit.bridge.records import Record, read_records
-from linfit.bridge.training import Encoded, Recipe, train
+from linfit.bridge.training import Encoded, Plan, train
 from linfit.internal.checks import real_array
 from linfit.internal.files import whole_file
 
@@ -64,7 +64,7 @@ class LanguagePrediction:
     curves: dict[str, Curves]  #: `task`, and other data by name.
     training: np.ndarray  #: Training loss (steps,) of the linear model.
     diagnostics: dict[str, float]  #: Known before training; see `predict_language_model`.
-    settings: dict[str, Any]  #: The recipe, and what else was assumed.
+    settings: dict[str, Any]  #: The plan, and what else was assumed.
 
     @property
     def trusted(self) -> bool:
@@ -148,7 +148,7 @@ def predict_language_model(
     train_data: Data,
     test_data: Data,
     others: Mapping[str, Data] | None = None,
-    recipe: Recipe | None = None,
+    plan: Plan | None = None,
     *,
     against: Any = None,
     taus: Sequence[float] = TAUS,
@@ -162,7 +162,7 @@ def predict_language_model(
 ) -> LanguagePrediction:
     """What fine-tuning a causal language model will do to held-out losses of its task and of other texts (docs, G4).
 
-    The linearised model is trained by the recipe: each step costs one forward-mode and one reverse-mode pass.
+    The linearised model is trained by the plan: each step costs one forward-mode and one reverse-mode pass.
     `diagnostics` are known before any training of the network: `distance` ‖δ‖, `relative_distance` ‖δ‖/‖θ₁‖ over what
     moves, `gap` ‖f(θ₁+δ) − f₁ − Jδ‖/‖Jδ‖ of logits on the first held-out records, and for each data set `miss_…`: the
     loss of the network at θ₁+δ minus that of the linear model, over the largest change of the task's loss that is
@@ -171,7 +171,7 @@ def predict_language_model(
     Args:
         model: folder of a transformers model, or the model.
         train_data, test_data, others: JSON lines as `write_losses` reads them, or records; test_data is of the task.
-        recipe: the run that is planned.
+        plan: the run that is planned.
         against: a real fine-tuning, as a folder (or LoRA adapter) or model, whose losses are put beside the prediction.
         taus: 0, 1 and others at which losses are computed, ascending.
         max_length: tokens kept of each record.
@@ -183,15 +183,15 @@ def predict_language_model(
 
     Raises ValueError for data of another form, records without a target, and a tuned model that does not fit.
     """
-    recipe, grid = recipe or Recipe(), _grid(taus)
+    plan, grid = plan or Plan(), _grid(taus)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded, tokenizer = _load_model(model, **options)
     train_set = encode(train_data, "train", tokenizer, max_length)
     held_out = _held_out(test_data, others or {}, tokenizer, max_length)
     tuned = None if against is None else _tuned_weights(loaded, model, against, options)
-    network, progress = recipe.network(loaded, memory), _named_progress(report, "training the linear model")
-    trained = train(network, train_set, recipe, linear=True, state=state, progress=progress)
-    delta, size = difference(trained.values, network.start), recipe.batch
+    network, progress = plan.network(loaded, memory), _named_progress(report, "training the linear model")
+    trained = train(network, train_set, plan, linear=True, state=state, progress=progress)
+    delta, size = difference(trained.values, network.start), plan.batch
     curves = {name: _predicted(network, data, delta, grid, size, report, name) for name, data in held_out.items()}
     if tuned is not None:
         whole = LanguageNetwork(loaded, memory=memory)
@@ -200,7 +200,7 @@ def predict_language_model(
             real, realised = _measured(whole, data, step, grid, size, report, name)
             curves[name] = replace(curves[name], real=real, realised=realised)
     numbers = _diagnostics(network, held_out["task"][:size], delta, curves, grid)
-    settings = {**asdict(recipe), "max_length": max_length, "dtype": dtype, "records": len(train_set)}
+    settings = {**asdict(plan), "max_length": max_length, "dtype": dtype, "records": len(train_set)}
     settings |= {"steps": len(trained.losses), "dropout": 0.0, "moving_weights": _size(network.start)}
     return LanguagePrediction(grid, curves, np.array(trained.losses), numbers, settings)
 
@@ -221,7 +221,7 @@ def _named_progress(report: Report, what: str) -> Callable[[int, int], None] | N
 def finetune_language_model(
     model: Any,
     train_data: Data,
-    recipe: Recipe,
+    plan: Plan,
     *,
     max_length: int = 2048,
     dtype: str = "float32",
@@ -236,9 +236,9 @@ def finetune_language_model(
     Arguments as there. LoRA's factors are added to the weights.
     """
     loaded, tokenizer = _load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    data, network = encode(train_data, "train", tokenizer, max_length), recipe.network(loaded, memory)
+    data, network = encode(train_data, "train", tokenizer, max_length), plan.network(loaded, memory)
     progress = _named_progress(report, "fine-tuning")
-    trained = train(network, data, recipe, linear=False, state=state, progress=progress)
+    trained = train(network, data, plan, linear=False, state=state, progress=progress)
     tuned = copy.deepcopy(loaded)
     parameters = dict(tuned.named_parameters())
     for name, value in network.weights(trained.values).items():

@@ -26,11 +26,11 @@ OPTIMIZERS, SCHEDULES = ("adamw", "sgd"), ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Plan:
     """How a model is fine-tuned: everything that a run depends on beside the model and the data.
 
-    >>> from linfit.bridge.training import Recipe
-    >>> Recipe(rate=1e-4, epochs=4, batch=4).steps(40)
+    >>> from linfit.bridge.training import Plan
+    >>> Plan(rate=1e-4, epochs=4, batch=4).steps(40)
     40
     """
 
@@ -84,7 +84,7 @@ class Recipe:
         return self.rate * shapes[self.schedule]
 
     def network(self, model: Any, memory: int = 2**28) -> LanguageNetwork:
-        """A model as a function of the weights that this recipe moves."""
+        """A model as a function of the weights that this plan moves."""
         lora: dict[str, Any] = {"lora": self.lora, "lora_scale": self.lora_scale, "seed": self.seed}
         return LanguageNetwork(model, moving=self.moving, memory=memory, **lora)
 
@@ -100,21 +100,21 @@ class Trained(NamedTuple):
 def train(
     network: LanguageNetwork,
     data: Encoded,
-    recipe: Recipe,
+    plan: Plan,
     *,
     linear: bool,
     state: Path | None = None,
     seconds: float = 120.0,
     progress: Progress = None,
 ) -> Trained:
-    """Run a recipe, on the model or on its linearisation at θ₁.
+    """Run a plan, on the model or on its linearisation at θ₁.
 
     Args:
         network: the model.
         data: (ids, labels) of every record.
-        recipe: the run.
+        plan: the run.
         linear: train f(θ₁) + J(θ₁)(θ − θ₁) in place of f(θ).
-        state: file that keeps weights and optimiser; a run of the same model, data and recipe goes on from it, with the
+        state: file that keeps weights and optimiser; a run of the same model, data and plan goes on from it, with the
             same bits. It is left behind, at the last step.
         seconds: between two writings of it.
         progress: told (step, steps).
@@ -122,13 +122,13 @@ def train(
     import torch
 
     values = {name: torch.nn.Parameter(value.clone()) for name, value in network.start.items()}
-    optimizer, steps = _optimizer(values, recipe), recipe.steps(len(data))
-    identity = fingerprint(network, data, recipe, linear) if state is not None else ""
+    optimizer, steps = _optimizer(values, plan), plan.steps(len(data))
+    identity = fingerprint(network, data, plan, linear) if state is not None else ""
     losses = _restore(state, identity, values, optimizer)
     resumed, saved = len(losses), time.monotonic()
     device = next(iter(values.values())).device
     for step in range(resumed, steps):
-        batch = make_batch([data[row] for row in recipe.rows(step, len(data))], device)
+        batch = make_batch([data[row] for row in plan.rows(step, len(data))], device)
         if linear:
             total, gradient = network.gradient(batch, network.start, difference(values, network.start))
         else:
@@ -138,10 +138,10 @@ def train(
             raise ValueError(f"rate must be small enough: the training loss was {losses[-1]} at step {step + 1}")
         for name, value in values.items():
             value.grad = gradient[name] / batch.tokens
-        if recipe.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(values.values()), recipe.max_grad_norm)
+        if plan.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(values.values()), plan.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate_at(step, steps)
+            group["lr"] = plan.rate_at(step, steps)
         optimizer.step()
         if state is not None and (step + 1 == steps or time.monotonic() - saved >= seconds):
             _save(state, identity, values, optimizer, losses)
@@ -151,13 +151,13 @@ def train(
     return Trained({name: value.detach() for name, value in values.items()}, losses, resumed)
 
 
-def _optimizer(values: Values, recipe: Recipe) -> Any:
+def _optimizer(values: Values, plan: Plan) -> Any:
     import torch
 
-    if recipe.optimizer == "sgd":
-        options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
-        return torch.optim.SGD(values.values(), lr=recipe.rate, **options)
-    return torch.optim.AdamW(values.values(), lr=recipe.rate, weight_decay=recipe.weight_decay)
+    if plan.optimizer == "sgd":
+        options = {"momentum": plan.momentum, "weight_decay": plan.weight_decay}
+        return torch.optim.SGD(values.values(), lr=plan.rate, **options)
+    return torch.optim.AdamW(values.values(), lr=plan.rate, weight_decay=plan.weight_decay)
 
 
 def fingerprint(network: LanguageNetwork, data: Encoded, *settings: Any) -> str:
@@ -166,7 +166,7 @@ def fingerprint(network: LanguageNetwork, data: Encoded, *settings: Any) -> str:
     for name, value in {**network.parameters, **network.start}.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} {value.device.type}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(dtype=_bytes()).numpy())
-    plain = [asdict(each) if isinstance(each, Recipe) else each for each in settings]
+    plain = [asdict(each) if isinstance(each, Plan) else each for each in settings]
     digest.update(json.dumps([list(map(list, data)), plain], default=str).encode())
     return digest.hexdigest()
 

@@ -18,20 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from linfit.bridge import Recipe, finetune_language_model, predict_language_model
+from linfit.bridge import Plan, finetune_language_model, predict_language_model
 from linfit.internal.files import whole_file
 
-__all__ = ["RECIPES", "run", "texts"]
+__all__ = ["PLANS", "run", "texts"]
 
-RECIPES = {
-    "rate-3e-5-epochs-4": Recipe(rate=3e-5, epochs=4),
-    "rate-1e-4-epochs-1": Recipe(rate=1e-4, epochs=1),
-    "rate-1e-4-epochs-4": Recipe(rate=1e-4, epochs=4),
-    "rate-1e-4-epochs-8": Recipe(rate=1e-4, epochs=8),
-    "rate-2e-4-epochs-8": Recipe(rate=2e-4, epochs=8),
-    "rate-3e-4-epochs-2": Recipe(rate=3e-4, epochs=2),
-    "lora-8-rate-3e-4-epochs-4": Recipe(rate=3e-4, epochs=4, lora=8),
-    "lora-8-rate-1e-3-epochs-4": Recipe(rate=1e-3, epochs=4, lora=8),
+PLANS = {
+    "rate-3e-5-epochs-4": Plan(rate=3e-5, epochs=4),
+    "rate-1e-4-epochs-1": Plan(rate=1e-4, epochs=1),
+    "rate-1e-4-epochs-4": Plan(rate=1e-4, epochs=4),
+    "rate-1e-4-epochs-8": Plan(rate=1e-4, epochs=8),
+    "rate-2e-4-epochs-8": Plan(rate=2e-4, epochs=8),
+    "rate-3e-4-epochs-2": Plan(rate=3e-4, epochs=2),
+    "lora-8-rate-3e-4-epochs-4": Plan(rate=3e-4, epochs=4, lora=8),
+    "lora-8-rate-1e-3-epochs-4": Plan(rate=1e-3, epochs=4, lora=8),
 }
 """From lazy to rich; batches of four sequences, AdamW at a constant rate."""
 
@@ -58,20 +58,20 @@ def sequences(text: str, tokenizer: Any, count: int, length: int, generator: np.
 
 
 def run(
-    model: str, recipe: Recipe, state: Path, *, count: int, held_out: int, report: Callable[[str, int, int], None]
+    model: str, plan: Plan, state: Path, *, count: int, held_out: int, report: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Predict one setting and run it; losses along τ of both, and what they come to."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    generator, written = np.random.default_rng(recipe.seed), texts()
+    generator, written = np.random.default_rng(plan.seed), texts()
     task = sequences(written["task"], tokenizer, count + held_out, 128, generator)
     others = {name: sequences(written[name], tokenizer, held_out, 128, generator) for name in ("code", "other")}
     started = time.monotonic()
-    tuned = finetune_language_model(model, task[:count], recipe, state=state.with_suffix(".real"), report=report)
+    tuned = finetune_language_model(model, task[:count], plan, state=state.with_suffix(".real"), report=report)
     trained = time.monotonic()
     prediction = predict_language_model(
-        model, task[:count], task[count:], others, recipe, against=tuned, state=state, report=report
+        model, task[:count], task[count:], others, plan, against=tuned, state=state, report=report
     )
     losses = {
         name: {kind: values.mean(axis=1).tolist() for kind, values in vars(curves).items()}
@@ -79,7 +79,7 @@ def run(
     }
     summaries = {of: {key: value._asdict() for key, value in prediction.summary(of).items()} for of in KINDS}
     return {
-        "recipe": asdict(recipe),
+        "plan": asdict(plan),
         "taus": prediction.taus.tolist(),
         "losses": losses,
         "summaries": summaries,
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", nargs="*", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--only", nargs="*", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--sequences", type=int, default=40)
     parser.add_argument("--held-out", type=int, default=20)
     chosen = parser.parse_args(arguments)
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         state = chosen.folder / f".{name}.state"
         sizes = {"count": chosen.sequences, "held_out": chosen.held_out}
-        found = run(chosen.model, RECIPES[name], state, report=report, **sizes)
+        found = run(chosen.model, PLANS[name], state, report=report, **sizes)
         with whole_file(out) as temporary:
             temporary.write_text(json.dumps(found, indent=1))
         for path in (state, state.with_suffix(".real")):
