@@ -49,6 +49,8 @@ def tiny(family: str, seed: int = 0):
     common |= {"intermediate_size": 24, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
     if family == "gpt_neox":
         model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**common))
+    elif family == "bloom":  # has an operation without forward mode
+        model = transformers.BloomForCausalLM(transformers.BloomConfig(**common, n_layer=1, n_head=2))
     elif family == "gemma2":  # caps its logits, so that they are no hidden @ weightᵀ
         heads = {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "final_logit_softcapping": 2.0}
         model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**common, **heads))
@@ -100,6 +102,7 @@ def flat(values):
         ("qwen2", {"moving": ["*norm*", "lm_head*"]}),
         ("gpt_neox", {}),
         ("gemma2", {"moving": ["*proj*"]}),
+        ("bloom", {"moving": ["*layernorm*", "*dense*"]}),
         ("llama-tied", {"lora": 2}),
         ("gpt2", {"lora": 2, "moving": ["*c_attn*"]}),
     ],

@@ -5,7 +5,7 @@ Jᵀ ∂ℓ/∂z. No Jacobian and no kernel is formed, and logits, (tokens × vo
 time: only hidden states are kept for all of them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import sqrt
 from typing import Any, NamedTuple
@@ -82,8 +82,7 @@ class LanguageNetwork:
         import torch
 
         self.model, self.memory, self.lora_scale = model.eval().requires_grad_(False), memory, lora_scale
-        if hasattr(model, "set_attn_implementation"):
-            model.set_attn_implementation("eager")
+        use_eager_attention(model)
         self.parameters: Values = {
             name: value.detach() for name, value in model.named_parameters() if value.is_floating_point()
         }
@@ -155,7 +154,10 @@ class LanguageNetwork:
             return hidden, *(part for part, moved in zip(head, moves) if moved)
 
         with torch.no_grad():
-            here, change = torch.func.jvp(function, (at,), (delta,))
+            try:
+                here, change = torch.func.jvp(function, (at,), (delta,))
+            except RuntimeError:  # a model with operations of its own, for which torch has no forward mode
+                here, change = _double_reverse(function, at, delta)
             parts = iter(change[1:])
             head = [next(parts) if moved else None for moved in moves] or [None, None]
             return self._with_head(here[0], at), Outputs(change[0], *head)
@@ -253,6 +255,12 @@ class LanguageNetwork:
         return missed, first
 
 
+def use_eager_attention(model: Any) -> None:
+    """The one way to compute attention whose forward mode torch knows."""
+    if getattr(getattr(model, "config", None), "_attn_implementation", "eager") != "eager":
+        model.set_attn_implementation("eager")
+
+
 def moved(at: Values, delta: Values, tau: float = 1.0) -> Values:
     """at + τ·delta."""
     return {name: value + tau * delta[name] for name, value in at.items()}
@@ -280,6 +288,22 @@ def make_batch(encoded: Sequence[tuple[Sequence[int], Sequence[int]]], device: A
         mask[row, : len(tokens)] = 1
         targets[row, : len(tokens) - 1] = torch.tensor(labels[1:])
     return Batch(ids.to(device), mask.to(device), targets.to(device))
+
+
+def _double_reverse(function: Callable[[Values], tuple[Any, ...]], at: Values, delta: Values) -> tuple[Any, Any]:
+    """f(at) and J·delta without forward mode: Jᵀu is linear in u, and its own reverse-mode pass is J."""
+    import torch
+
+    with torch.enable_grad():
+        leaves = {name: value.detach().requires_grad_() for name, value in at.items()}
+        here = function(leaves)
+        u = [torch.zeros_like(part).requires_grad_() for part in here]
+        pulled = torch.autograd.grad(here, list(leaves.values()), u, create_graph=True, allow_unused=True)
+        pairs = [(part, delta[name]) for name, part in zip(leaves, pulled) if part is not None and part.requires_grad]
+        parts, steps = zip(*pairs)
+        change = torch.autograd.grad(parts, u, steps, allow_unused=True)
+    zeros = [torch.zeros_like(part) for part in here]
+    return [part.detach() for part in here], [zero if each is None else each for each, zero in zip(change, zeros)]
 
 
 def _cross_entropy(logits: Any, targets: Any) -> Any:

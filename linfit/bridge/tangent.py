@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit.bridge.linearised import Values, moved, norm
+from linfit.bridge.linearised import Values, moved, norm, use_eager_attention
 from linfit.filters import Filter
 from linfit.internal.checks import Maybe, count
 from linfit.tangent import Prediction, from_kernels
@@ -54,8 +54,7 @@ def predict_torch(
     import torch
 
     model, memory = model.eval(), count("memory", memory)
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("eager")
+    use_eager_attention(model)
     values = _moving(model, moving)
     data = {"train": train, "test": test} | ({} if other is None else {"other": other})
     for name, pairs in data.items():

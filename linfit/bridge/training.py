@@ -123,7 +123,7 @@ def train(
 
     values = {name: torch.nn.Parameter(value.clone()) for name, value in network.start.items()}
     optimizer, steps = _optimizer(values, plan), plan.steps(len(data))
-    identity = fingerprint(network, data, plan, linear) if state is not None else ""
+    identity = _fingerprint(network, data, plan, linear) if state is not None else ""
     losses = _restore(state, identity, values, optimizer)
     resumed, saved = len(losses), time.monotonic()
     device = next(iter(values.values())).device
@@ -160,7 +160,7 @@ def _optimizer(values: Values, plan: Plan) -> Any:
     return torch.optim.AdamW(values.values(), lr=plan.rate, weight_decay=plan.weight_decay)
 
 
-def fingerprint(network: LanguageNetwork, data: Encoded, *settings: Any) -> str:
+def _fingerprint(network: LanguageNetwork, data: Encoded, *settings: Any) -> str:
     """Of everything that determines a run: all weights, all tokens, what moves, and further settings."""
     digest = blake2b(digest_size=16)
     for name, value in {**network.parameters, **network.start}.items():
