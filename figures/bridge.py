@@ -12,13 +12,14 @@ import xarray as xr
 from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.interpolate import CubicSpline
 
 from figures.style import COLOURS, COLUMN, PAGE, SETTINGS, Picture, canvas, panel_letters, seed_of
-from linfit.bridge import Curve, Inspection, Plan, fit_curve
+from linfit.bridge import Curve, Inspection, LanguagePrediction, Plan, fit_curve
 from sims.laboratory.toy_language import merges_along_tau
 from sims.laboratory.toy_soups import soups_of_runs
 
-__all__ = ["draw_curves", "draw_inspection", "draw_plan", "pictures"]
+__all__ = ["draw_curves", "draw_inspection", "draw_plan", "draw_prediction", "pictures"]
 
 BASE_TASK, TUNED_TASK = COLOURS["ridge"], COLOURS["ensemble"]
 
@@ -223,7 +224,7 @@ def _caption_soups(data: xr.Dataset) -> str:
     )
 
 
-# Pictures of a user's own models: `linfit inspect --plot` and `linfit curve --plot`.
+# Pictures of a user's own models: `linfit inspect --plot`, `linfit curve --plot` and `linfit predict --out`.
 
 
 def draw_inspection(inspection: Inspection, path: Path) -> None:
@@ -333,3 +334,27 @@ def _draw_gains(axis: Axes, plan: Plan) -> None:
     axis.set(xlabel=each, ylabel="gain over one run / ‖Δ‖²")
     axis.set_ylim(0, None)
     axis.legend(loc="lower right")
+
+
+def draw_prediction(prediction: LanguagePrediction, path: Path) -> None:
+    """Mean loss along τ of every data set: predicted, of the network on the predicted step, and of a real run."""
+    figure, axes = canvas(len(prediction.curves), width=max(COLUMN, 2.5 * len(prediction.curves)), height=2.8)
+    best, taus = prediction.summary()["best_tau"], prediction.taus
+    fine = np.linspace(taus[0], taus[-1], 200)
+    with mpl.rc_context(SETTINGS):
+        for axis, (name, curves) in zip(axes, prediction.curves.items()):
+            predicted = curves.linear.mean(axis=1)
+            axis.plot(fine, CubicSpline(taus, predicted)(fine), color=COLOURS["ridge"], label="predicted")
+            on_step = [predicted[0], *curves.network.mean(axis=1)]
+            axis.plot((0, 0.5, 1), on_step, "x", color=COLOURS["early stopping"], label="network on predicted step")
+            if curves.real is not None and curves.realised is not None:
+                axis.plot(taus, curves.real.mean(axis=1), "o", color=COLOURS["pretrained"], label="real run")
+                along = curves.realised.mean(axis=1)
+                axis.plot(taus, along, ":", color=COLOURS["oracle"], label="first order along the real step")
+            axis.axvline(best.value, color=COLOURS["ensemble"], linewidth=1, label=f"predicted τ* = {best.value:.2f}")
+            axis.axvspan(best.low, best.high, color=COLOURS["ensemble"], alpha=0.15, linewidth=0)
+            axis.set(xlabel="ensemble coefficient τ", title=fill(name, 30))
+        axes[0].set_ylabel("held-out loss (nats per token)")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3 if len(axes) > 1 else 2)
+        figure.savefig(path)

@@ -63,6 +63,7 @@ TINY = [  # in the order in which the README does it
     ("losses", "OUT/tau_1", "heldout.jsonl", "-o", "1.jsonl"),
     ("curve", "0=0.jsonl", "0.5=0.5.jsonl", "1=1.jsonl"),
     ("plan", "models/base", "models/tuned_0", "models/tuned_1", "--json"),
+    ("predict", "models/base", "heldout.jsonl", "heldout.jsonl", "--rate", "1e-3"),
 ]
 ELSEWHERE = {"explore", "figures"}  # tests/test_explorer.py; `linfit figures --quick` in .ci/run
 

@@ -8,6 +8,7 @@ import tyro
 
 from figures.commands.checkpoints import curve, inspect, merge, perturb, plan
 from figures.commands.explore import explore
+from figures.commands.predict import predict
 from figures.commands.records import losses, targets, weights
 from figures.commands.report import figures
 from figures.commands.select import select
@@ -18,7 +19,8 @@ from figures.commands.verify import verify
 __all__ = ["main"]
 
 COMMANDS = (
-    curve, explore, figures, inspect, losses, merge, perturb, plan, select, sweep, targets, validate, verify, weights,
+    curve, explore, figures, inspect, losses, merge, perturb, plan, predict, select, sweep, targets, validate, verify,
+    weights,
 )  # fmt: skip
 """Every subcommand, by its name."""
 

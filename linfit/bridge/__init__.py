@@ -22,8 +22,13 @@ if TYPE_CHECKING:  # for type checkers, and the table that `attach` reads
     from linfit.bridge.mixture import WeightFit as WeightFit, fit_weights as fit_weights
     from linfit.bridge.perturbation import perturb as perturb
     from linfit.bridge.planning import Plan as Plan, plan as plan
+    from linfit.bridge.prediction import LanguagePrediction as LanguagePrediction
+    from linfit.bridge.prediction import finetune_language_model as finetune_language_model
+    from linfit.bridge.prediction import predict_language_model as predict_language_model
     from linfit.bridge.records import choose_targets as choose_targets, judge_named as judge_named
     from linfit.bridge.records import read_records as read_records, weigh as weigh, write_records as write_records
+    from linfit.bridge.tangent import predict_torch as predict_torch
+    from linfit.bridge.training import TrainingPlan as TrainingPlan
     from linfit.bridge.signal import noise_level as noise_level, optimal_shrinkage as optimal_shrinkage
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

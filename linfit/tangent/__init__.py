@@ -1,6 +1,6 @@
 """Tangent features of real networks: what linear theory predicts about a fine-tuning before it is run (docs, §12)."""
 
-from linfit.tangent.build import predict
+from linfit.tangent.build import from_kernels, predict
 from linfit.tangent.jacobian import features, kernel, kernel_product
 from linfit.tangent.krylov import Krylov, krylov
 from linfit.tangent.prediction import Domain, Prediction
@@ -13,6 +13,7 @@ __all__ = [
     "Krylov",
     "Prediction",
     "features",
+    "from_kernels",
     "kernel",
     "kernel_product",
     "krylov",

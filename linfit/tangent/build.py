@@ -1,6 +1,7 @@
 """From a network and data to a `Prediction`: the kernel once, or products with it (docs, G1, G2)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from linfit.filters import Filter, GradientFlow
+from linfit.filters import Filter
 from linfit.internal.checks import ArrayLike, Maybe, count, non_negative, real_array, same_size
 from linfit.internal.linear_algebra import eigh
 from linfit.tangent.diagnostics import diagnose
@@ -32,7 +33,7 @@ from linfit.tangent.krylov import krylov
 from linfit.tangent.prediction import LOSSES, Domain, Prediction
 from linfit.tangent.selection import noise_from_leaving_out
 
-__all__ = ["predict"]
+__all__ = ["from_kernels", "predict"]
 
 DENSE = 5000
 """n·k up to which the kernel is formed and decomposed."""
@@ -176,18 +177,71 @@ def _dense(
     net: Network, data: dict[str, _Data], root: Array, starts: Array, loss: str, _: int, memory: int, report: Report
 ) -> Prediction:
     """By the whole kernel, and one eigendecomposition."""
+
+    def against_train(name: str) -> Array:
+        other = None if name == "train" else data["train"].x
+        return kernel_of(net, data[name].x, other, memory=memory, report=report)
+
+    return _decomposed(data, {name: against_train(name) for name in data}, root, starts, loss)
+
+
+def _decomposed(data: dict[str, _Data], kernels: dict[str, Array], root: Array, starts: Array, loss: str) -> Prediction:
+    """From K(x, X) of every domain, (m, k, n, k) or (mk, nk)."""
     n, k = data["train"].labels.shape
     scale = jnp.repeat(root, k)
-
-    def against_train(part: _Data) -> Array:
-        other = None if part is data["train"] else data["train"].x
-        return kernel_of(net, part.x, other, memory=memory, report=report).reshape(-1, n * k) * scale / n
-
-    kernel = against_train(data["train"])
-    weighted = scale[:, None] * kernel
+    scaled = {name: kernel.reshape(-1, n * k) * scale / n for name, kernel in kernels.items()}
+    weighted = scale[:, None] * scaled["train"]
     eigenvalues, vectors = eigh((weighted + weighted.T) / 2)
-    bases = {name: (kernel if name == "train" else against_train(part)) @ vectors for name, part in data.items()}
+    bases = {name: kernel @ vectors for name, kernel in scaled.items()}
     return _prediction(data, bases, jnp.maximum(eigenvalues, 0), vectors, vectors.T @ starts, root, loss, None)
+
+
+def from_kernels(
+    outputs: Mapping[str, ArrayLike],
+    labels: Mapping[str, ArrayLike],
+    kernels: Mapping[str, ArrayLike],
+    *,
+    loss: Literal["squared", "entropy"] = "squared",
+    noise_std: Maybe = None,
+) -> Prediction:
+    """The prediction of a network that lives elsewhere, from its outputs and kernels; without diagnostics.
+
+    Args:
+        outputs: f₁ of "train", "test" and perhaps "other", (m, k) each.
+        labels: as for `predict`, by the same names.
+        kernels: K(x, X) = J(x) J(X)ᵀ against the training samples, (m, k, n, k) each.
+        loss, noise_std: as for `predict`.
+
+    Raises ValueError for names and shapes that do not fit, and NaN or Inf.
+
+    >>> import jax
+    >>> from linfit import MinNorm
+    >>> from linfit.tangent import from_kernels, kernel
+    >>> x, network = jax.random.normal(jax.random.key(0), (9, 3, 20)), lambda w, x: x @ w
+    >>> parts = {"train": x[0], "test": x[1]}
+    >>> outputs = {name: jnp.zeros((3, 1)) for name in parts}
+    >>> labels = {name: part[:, 0] for name, part in parts.items()}
+    >>> kernels = {name: kernel(network, jnp.zeros((20, 1)), part, x[0]) for name, part in parts.items()}
+    >>> bool(from_kernels(outputs, labels, kernels).losses(MinNorm(), domain="train").max() < 1e-12)
+    True
+    """
+    if not {"train", "test"} <= outputs.keys() <= {"train", "test", "other"}:
+        raise ValueError(f"outputs must be of train, test and perhaps other, got {', '.join(outputs)}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    data, blocks = {}, {}
+    size = np.shape(outputs["train"])
+    for name in outputs:
+        values = real_array(f"outputs of {name}", outputs[name], ndim=2)
+        data[name] = _Data(None, values, _labels(f"labels of {name}", labels[name], values.shape, values.dtype))
+        blocks[name] = real_array(f"kernel of {name}", kernels[name])
+        if blocks[name].shape != (*values.shape, *size) or values.shape[1] != size[1]:
+            raise ValueError(f"kernel of {name} must be {(*values.shape, *size)}, got {blocks[name].shape}")
+    root = _root_weights(None, data["train"])
+    starts = (data["train"].labels - data["train"].outputs).reshape(-1, 1)
+    prediction = _decomposed(data, blocks, root, starts, loss)
+    known = noise_from_leaving_out(prediction) if noise_std is None else non_negative("noise_std", noise_std, ndim=0)
+    return dataclasses.replace(prediction, noise_std=jnp.asarray(known, prediction.eigenvalues.dtype))
 
 
 def _krylov(
@@ -262,8 +316,6 @@ def _with_noise_and_diagnostics(
 ) -> Prediction:
     known = noise_from_leaving_out(prediction) if noise_std is None else non_negative("noise_std", noise_std, ndim=0)
     prediction = dataclasses.replace(prediction, noise_std=jnp.asarray(known, prediction.eigenvalues.dtype))
-    if plan is None:
-        times = prediction.default_times()
-        plan = GradientFlow(times[int(jnp.argmin(prediction.losses(GradientFlow(times)).mean(-1)))])
+    plan = prediction.default_plan() if plan is None else plan
     numbers = diagnose(prediction, net, {name: part.x for name, part in data.items()}, plan, memory)
     return dataclasses.replace(prediction, diagnostics=numbers)
