@@ -13,7 +13,6 @@ from figures.commands import main
 from linfit import GradientDescent, GradientFlow, Ridge, predict
 from linfit.bridge import (
     LanguagePrediction,
-    TrainingPlan,
     finetune_language_model,
     predict_language_model,
     predict_torch,
@@ -21,6 +20,7 @@ from linfit.bridge import (
     write_losses,
     write_records,
 )
+from linfit.bridge import TrainingPlan as Plan
 from linfit.bridge.linearised import LanguageNetwork, difference, make_batch
 from linfit.bridge.prediction import Curves, encode
 from linfit.bridge.training import train
@@ -147,10 +147,8 @@ def test_padding_and_pieces_change_nothing(data):
 
 
 PLANS = [
-    TrainingPlan(
-        rate=1e-2, epochs=2, batch=2, weight_decay=0.1, schedule="cosine", warmup=2, max_grad_norm=0.5, seed=3
-    ),
-    TrainingPlan(rate=1e-1, epochs=2, batch=2, optimizer="sgd", momentum=0.5, schedule="linear"),
+    Plan(rate=1e-2, epochs=2, batch=2, weight_decay=0.1, schedule="cosine", warmup=2, max_grad_norm=0.5, seed=3),
+    Plan(rate=1e-1, epochs=2, batch=2, optimizer="sgd", momentum=0.5, schedule="linear"),
 ]
 
 
@@ -188,8 +186,8 @@ def test_small_rates_make_the_prediction_exact(family, options, generator):
     data = encode(random_records(generator, [5, 8, 6]), "train", None, 99)
     misses, steps = [], []
     for shrink in (1e-3, 1e-4):
-        plan = TrainingPlan(**{"rate": 1.0, "epochs": 2, "batch": 2, **options})
-        plan = TrainingPlan(**{**vars(plan), "rate": plan.rate * shrink})
+        plan = Plan(**{"rate": 1.0, "epochs": 2, "batch": 2, **options})
+        plan = Plan(**{**vars(plan), "rate": plan.rate * shrink})
         network = plan.network(tiny(family))
         real, linear = (train(network, data, plan, linear=linear) for linear in (False, True))
         delta, batch = difference(linear.values, network.start), make_batch(data)
@@ -204,10 +202,7 @@ def test_small_rates_make_the_prediction_exact(family, options, generator):
 def test_resumes_with_the_same_bits(generator, tmp_path):
     data = encode(random_records(generator, [5, 8, 6, 7]), "train", None, 99)
     state = tmp_path / "run.state"
-    for plan in (
-        TrainingPlan(rate=1e-2, epochs=3, batch=2),
-        TrainingPlan(rate=1e-2, epochs=3, batch=2, optimizer="sgd", momentum=0.5),
-    ):
+    for plan in (Plan(rate=1e-2, epochs=3, batch=2), Plan(rate=1e-2, epochs=3, batch=2, optimizer="sgd", momentum=0.5)):
         network = plan.network(tiny("llama"))
         whole = train(network, data, plan, linear=True)
 
@@ -221,7 +216,7 @@ def test_resumes_with_the_same_bits(generator, tmp_path):
         assert again.resumed == 4
         assert again.losses == whole.losses
         assert all(torch.equal(value, whole.values[name]) for name, value in again.values.items())
-        others = [(network, data, TrainingPlan(**{**vars(plan), "rate": 2e-2})), (network, data[1:], plan)]
+        others = [(network, data, Plan(**{**vars(plan), "rate": 2e-2})), (network, data[1:], plan)]
         others.append((plan.network(tiny("llama", seed=1)), data, plan))
         for other in others:  # another run does not go on from it
             kept = state.read_bytes()
@@ -276,7 +271,7 @@ def test_saved_and_loaded(tmp_path):
 
 def test_prediction_beside_a_real_run(generator):
     """τ = 0 is the base and τ = 1 the tuned model; first order along the real step is not the prediction."""
-    model, plan = tiny("llama"), TrainingPlan(rate=3e-3, epochs=3, batch=2)
+    model, plan = tiny("llama"), Plan(rate=3e-3, epochs=3, batch=2)
     parts = [random_records(generator, [7] * count) for count in (6, 9, 5)]
     tuned = finetune_language_model(model, parts[0], plan)
     found = predict_language_model(model, *parts[:2], {"old": parts[2]}, plan, against=tuned)
@@ -293,9 +288,9 @@ def test_prediction_beside_a_real_run(generator):
     assert np.abs(task.realised - task.linear).max() > 1e-4
     assert found.settings["steps"] == 9 == len(found.training)
     assert set(found.diagnostics) == {"distance", "relative_distance", "gap", "miss_task", "miss_old"}
-    far = predict_language_model(model, *parts[:2], {"old": parts[2]}, TrainingPlan(rate=0.1, epochs=3, batch=2))
+    far = predict_language_model(model, *parts[:2], {"old": parts[2]}, Plan(rate=0.1, epochs=3, batch=2))
     assert not far.trusted
-    near = predict_language_model(model, *parts[:2], {"old": parts[2]}, TrainingPlan(rate=1e-4, epochs=3, batch=2))
+    near = predict_language_model(model, *parts[:2], {"old": parts[2]}, Plan(rate=1e-4, epochs=3, batch=2))
     assert near.trusted
     assert near.diagnostics["gap"] < found.diagnostics["gap"] < far.diagnostics["gap"]
 
@@ -315,7 +310,7 @@ def test_prediction_beside_a_real_run(generator):
 )
 def test_bad_plans(options, message):
     with pytest.raises(ValueError, match=message):
-        TrainingPlan(**options)
+        Plan(**options)
 
 
 def test_bad_data_and_models(generator):
@@ -327,16 +322,12 @@ def test_bad_data_and_models(generator):
         ((records, [{"text": "a"}]), {}, "need input_ids"),
         ((records, []), {}, "holds no records"),
         ((records, records, {"task": records}), {}, "others must not be named task"),
-        ((records, records, None, TrainingPlan(moving=("no*",))), {}, "moving must fit the name of a parameter"),
+        ((records, records, None, Plan(moving=("no*",))), {}, "moving must fit the name of a parameter"),
         ((records, records), {"taus": [0, 0.5, 1]}, "taus must be at least 4"),
         ((records, records), {"taus": [0, 0.5, 0.9, 1.2]}, "with 0 and 1 among them"),
         ((records, records), {"against": other}, "against must be a fine-tuning of the model"),
         ((records, records), {"max_length": 1}, "max_length must be at least 2"),
-        (
-            (records, records, None, TrainingPlan(rate=1e200, epochs=9, optimizer="sgd")),
-            {},
-            "rate must be small enough",
-        ),
+        ((records, records, None, Plan(rate=1e200, epochs=9, optimizer="sgd")), {}, "rate must be small enough"),
     ]
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -366,7 +357,7 @@ def test_the_command(generator, command, tmp_path, monkeypatch):
     files = [tmp_path / f"{name}.jsonl" for name in ("train", "test", "old")]
     for path, count in zip(files, (6, 5, 4)):
         write_records(path, random_records(generator, generator.integers(4, 9, count)))
-    plan = TrainingPlan(rate=1e-3, epochs=2, batch=2)
+    plan = Plan(rate=1e-3, epochs=2, batch=2)
     finetune_language_model(tmp_path / "base", files[0], plan).save_pretrained(tmp_path / "real")
     arguments = [
         "predict",
@@ -515,7 +506,7 @@ def test_adapters_and_lora(generator, tmp_path):
     records = random_records(generator, [6] * 4)
     base = tiny("llama").float()
     base.save_pretrained(tmp_path / "base")
-    plan = TrainingPlan(rate=1e-2, epochs=2, batch=2, lora=2, moving=("*q_proj*", "*v_proj*"))
+    plan = Plan(rate=1e-2, epochs=2, batch=2, lora=2, moving=("*q_proj*", "*v_proj*"))
     network = plan.network(model_of(tmp_path / "base"))
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
     wrapped = peft.get_peft_model(model_of(tmp_path / "base"), config)
