@@ -5,7 +5,9 @@ import tomllib
 
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in ("test", "docs")}
-for requirement in sorted([*project["dependencies"], *(need for needs in extras.values() for need in needs)]):
+extras = {
+    name: needs for name, needs in project["optional-dependencies"].items() if name not in ("test", "docs", "demo")
+}
+for requirement in sorted({*project["dependencies"], *(need for needs in extras.values() for need in needs)}):
     name, version = re.match(r"([\w-]+)(?:\[\w+\])?[>=]=([\d.]+)", requirement).groups()
     print(f"{name}=={version}")

@@ -83,10 +83,10 @@ def test_without_other_data_nothing_is_said_about_it(predictions):
 
 
 def test_the_page_warns_where_the_network_is_not_linear():
-    assert doubts({"gap_test": 0.1, "gap_other": 0.2}) == ""
-    assert "gap other 0.9" in doubts({"gap_test": 0.1, "gap_other": 0.9})
-    assert "gap test nan" in doubts({"gap_test": float("nan")})
-    page = prediction_page("<b>.npz", Tabulated("squared", tabulated_families(), {"gap_test": 4.0}, False))
+    assert doubts({"curvature_test": 0.1, "curvature_other": 0.2}) == ""
+    assert "curvature other 0.9" in doubts({"curvature_test": 0.1, "curvature_other": 0.9})
+    assert "curvature test nan" in doubts({"curvature_test": float("nan")})
+    page = prediction_page("<b>.npz", Tabulated("squared", tabulated_families(), {"curvature_test": 4.0}, False))
     assert "class='warning'" in page.introduction
     assert "<b><b>" not in page.introduction
 

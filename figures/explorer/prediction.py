@@ -15,6 +15,7 @@ from figures.explorer.upload import Upload, unpacked
 from figures.style import COLOURS
 from linfit import Filter, GradientFlow, Ridge
 from linfit.tangent import Domain, Prediction
+from linfit.tangent.prediction import TRUSTED_CURVATURE
 from sims.parameters import TAU
 
 LIMIT = 128 * 2**20
@@ -55,8 +56,6 @@ DIAGNOSTICS = {
     "loss_gap_other": "The same on the other data.",
     "kernel_change": "How much the kernel changes along the predicted step, on the residual.",
 }
-DOUBTFUL = 0.3
-"""A relative gap between network and linear model at the predicted step, above which the page warns; a rule of thumb."""
 
 
 class Grid(NamedTuple):
@@ -247,14 +246,14 @@ def _readings(data: Tabulated) -> tuple[Reading, ...]:
 
 def doubts(diagnostics: dict[str, float]) -> str:
     """Why not to trust the prediction, in words; nothing if there is no reason known."""
-    gaps = {name: diagnostics[name] for name in ("gap_test", "gap_other") if name in diagnostics}
-    large = {name: value for name, value in gaps.items() if not value <= DOUBTFUL}
-    if not gaps:
+    known = {name: value for name, value in diagnostics.items() if name.startswith("curvature_")}
+    large = {name: value for name, value in known.items() if not value <= TRUSTED_CURVATURE}
+    if not known:
         return "Not checked against the network: the file has no diagnostics."
     if not large:
         return ""
     numbers = ", ".join(f"{name.replace('_', ' ')} {value:.2g}" for name, value in large.items())
-    return f"Do not trust these curves: at the predicted step the network is far from linear ({numbers}; above {DOUBTFUL:g}, a rule of thumb, this page warns)."
+    return f"Do not trust these curves: along the predicted step the network bends ({numbers}; trusted up to {TRUSTED_CURVATURE:g})."
 
 
 def prediction_page(name: str, data: Tabulated) -> Page:

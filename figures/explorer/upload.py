@@ -166,7 +166,7 @@ def features_page(name: str, selection: Selection) -> Page:
     )  # fmt: skip
 
 
-def read_features(name: str, content: str) -> Page:
+def _read_features(name: str, content: str) -> Page:
     """The page of an uploaded file; ValueError says what is wrong with it."""
     arrays = read_upload(name, content)
     return features_page(name, select(arrays["X"], arrays["y"], arrays["theta_1"]))
@@ -190,7 +190,7 @@ UPLOAD = Upload(
     f"takes them: an .npz with X (n, p), y (n,) and theta_1 (p,), at most {LIMIT // 2**20} MB and {SAMPLE_LIMIT} rows. "
     "It is read by the machine that serves this page, without pickle, and forgotten with the session.",
     LIMIT,
-    read_features,
+    _read_features,
 )
 
 
