@@ -35,7 +35,7 @@ PLANS = {
     "lora-8-rate-3e-4-epochs-4": Plan(rate=3e-4, epochs=4, lora=8),
     "lora-8-rate-1e-3-epochs-4": Plan(rate=1e-3, epochs=4, lora=8),
 }
-"""From lazy to rich; batches of four sequences, AdamW at a constant rate."""
+"""From short steps to long ones; batches of four sequences, AdamW at a constant rate."""
 
 _CODE = ("argparse", "csv", "difflib", "json.decoder", "heapq", "shutil", "tarfile", "textwrap", "zipfile")
 
