@@ -286,6 +286,7 @@ def test_prediction_beside_a_real_run(generator):
         task.realised[at_one], whole.losses_along(batch, whole.start, delta, [1.0])[0], rtol=1e-6
     )
     assert np.abs(task.realised - task.linear).max() > 1e-4
+    assert found.taus.tolist() == [0, 0.2, 0.4, 0.6, 0.8, 1, 1.25, 1.5]
     assert found.settings["steps"] == 9 == len(found.training)
     assert set(found.diagnostics) == {"distance", "relative_distance", "gap", "miss_task", "miss_old"}
     far = predict_language_model(model, *parts[:2], {"old": parts[2]}, Plan(rate=0.1, epochs=3, batch=2))

@@ -279,7 +279,8 @@ def encode(data: Data, name: str, tokenizer: Any, max_length: int) -> Encoded:
 
 
 def _grid(taus: Sequence[float]) -> np.ndarray:
-    grid = np.asarray(real_array("taus", taus, ndim=1), float)
+    real_array("taus", taus, ndim=1)
+    grid = np.asarray(taus, float)  # at full precision, whatever JAX is set to
     if grid.size < 4 or (np.diff(grid) <= 0).any() or not {0.0, 1.0} <= set(grid.tolist()):
         raise ValueError(f"taus must be at least 4, ascending, with 0 and 1 among them, got {list(taus)}")
     return grid

