@@ -10,10 +10,10 @@ from sims.real_data import (
     BANDWIDTH,
     _accuracy_along_tau,
     _error_along_tau,
-    load_digits,
     _random_fourier_features,
     digits_along_tau,
     digits_split,
+    load_digits,
 )
 
 SIZES = {"p": 2048, "n": 100, "n_pretrain": 300}
