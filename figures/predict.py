@@ -112,10 +112,11 @@ def _caption(data: xr.Dataset) -> str:
             f"{words} is off by more than {FAILURES[name].wrong:g} in {int((trusted & failed).sum())} of these and in "
             f"{int((~trusted & failed).sum())} of the others"
         )
+    shares = ", ".join(f"{100 * share:.0f}" for share in np.unique(data["noise"].dropna("run")))
     tau, forgetting = abs(data["tau_error"]), abs(data["forgetting_error"])
     return (
         f"{data.sizes['run']} real fine-tunings ({names}), each predicted from the tangent features of its pretrained network "
-        "before it was run; squared loss and cross-entropy, three shares of wrong labels. (a) The ensemble coefficient of least "
+        f"before it was run; squared loss and cross-entropy, {shares}% of the labels wrong. (a) The ensemble coefficient of least "
         "task loss, (b) forgetting, the rise of the loss on the pretraining task, (c) the least task loss along τ; exact predictions "
         f"are on the line. Median error of the best τ: {float(tau.median()):.3f}, worst {float(tau.max()):.2f}; median relative error "
         f"of forgetting: {100 * float(forgetting.median()):.0f}%. (d, e) Errors (at least 0.001 as drawn) against the "

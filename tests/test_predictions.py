@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from figures.commands.validate import validate
 from figures.predict import _caption, _draw, pictures, tables
 from linfit.tangent.prediction import TRUSTED_CURVATURE
 from sims.laboratory import predictions
@@ -212,3 +214,14 @@ def test_the_figure_is_drawn_from_kept_rows(rows, folder, monkeypatch):
     text = tables(picture.data)
     assert all(f"`{name}`" in text for name in CANDIDATES)
     assert text.count("\n| perceptron |") == 4 + 1  # every run, and one line of the errors by group
+
+
+def test_the_command_writes_everything_and_uses_kept_rows(rows, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("figures.predict.QUICK", TINY)
+    monkeypatch.setattr(predictions, "_pretrained", int)  # nothing is to be made again
+    shutil.copytree(folder, tmp_path / "predict")
+    validate(tmp_path, quick=True, seed=3)
+    assert {path.name for path in tmp_path.iterdir()} >= {"predict.png", "predict.pdf", "predict.nc", "predict.md"}
+    assert "real fine-tunings (perceptron 4" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--seed must be between 0"):
+        validate(tmp_path, quick=True, seed=-1)

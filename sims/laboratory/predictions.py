@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
 
 FULL = Plan(ARCHITECTURES, SHIFTS, ((0.1, 300), (0.5, 600), (1.5, 1500)), 1000, 100, 200, 1000)
-QUICK = Plan(("perceptron",), ("medium",), ((0.1, 100), (1.5, 400)), 600, 40, 100, 300)
+QUICK = Plan(("perceptron",), ("medium",), ((0.1, 200), (1.5, 200)), 600, 40, 100, 300)
 
 
 def settings(plan: Plan, seeds: Iterable[int] = (0, 1)) -> list[Setting]:
