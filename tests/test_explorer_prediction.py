@@ -83,7 +83,7 @@ def test_without_other_data_nothing_is_said_about_it(predictions):
 
 
 def test_the_page_warns_where_the_network_is_not_linear():
-    assert doubts({"curvature_test": 0.1, "curvature_other": 0.2}) == ""
+    assert doubts({"curvature_test": 0.1, "curvature_other": 0.14}) == ""
     assert "curvature other 0.9" in doubts({"curvature_test": 0.1, "curvature_other": 0.9})
     assert "curvature test nan" in doubts({"curvature_test": float("nan")})
     page = prediction_page("<b>.npz", Tabulated("squared", tabulated_families(), {"curvature_test": 4.0}, False))

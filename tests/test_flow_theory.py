@@ -449,7 +449,6 @@ def test_wrong_stubs_are_rejected(name):
         ("F4", {"noise_tail": 2.0, "noise_std": 1.0, "warmth": 1.0}),
         ("F5", {"surplus": 1}),
         ("F6", {"noise_std": 0.1}),
-        ("F6.better", {"coupling": 1.5}),
         ("F6.better", {"rho": 0.0}),
         ("F6.equal", {"rho": 0.3, "coupling": 0.0}),
     ],

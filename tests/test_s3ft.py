@@ -211,6 +211,9 @@ WRONG = {
     "T2.design": lambda expected: expected * np.array([1, 1, 1, 1, 1, 1, 1.2]),
     "T2.averaging": lambda zero: 1.0,
     "T2.more": lambda least: 1e3,
+    **dict.fromkeys(
+        ("T2.exact", "T2.population", "T2.judge", "T2.design.exact"), lambda value: 1.02 * np.asarray(value)
+    ),
 }
 
 
@@ -239,13 +242,13 @@ def test_wrong_predictions_are_rejected(id, seed):
         ("T2.less", {"pretrain_size": 3.0}),
         ("T2.rejection", {"anisotropy": 1.5}),
         pytest.param("T2.design", {"noise_correlation": 0.8}, marks=pytest.mark.slow),
-        pytest.param("T2.averaging", {"noise_std": 1e-3**0.5}, marks=pytest.mark.slow),
+        pytest.param("T2.averaging", {"noise_std": 1e-2}, marks=pytest.mark.slow),
     ],
 )
 def test_claims_fail_outside_their_assumptions(id, values):
     held = {name: Parameter(low=value, high=value) for name, value in values.items()}
     claim = CLAIMS[id]._replace(parameters=CLAIMS[id].parameters | held)
-    (verdict,) = verify([claim], instances=4, seed=0)
+    (verdict,) = verify([claim], instances=100 if id == "T2.averaging" else 4, seed=0)  # it fails in one of twenty
     assert not verdict.holds
 
 

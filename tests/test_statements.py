@@ -10,12 +10,7 @@ from sims.claims import all_claims
 from sims.mutants import Mutant, run, tables
 
 DOCS = Path(__file__).parents[1] / "docs"
-REASONS = {
-    "B1": "one formula on one checkpoint; held by the tests of the bridge",
-    "B2": "held by the tests of the bridge, on synthetic runs",
-    "B3": "held by the tests of the bridge, on matrices of known signal",
-    "B4": "N2's experiment on a real model; the formula is claim N2",
-}
+REASONS = {"G4": "measured on one language model; tests/test_bridge_predict.py holds the linear model"}
 """Statements without a claim, by number."""
 
 
