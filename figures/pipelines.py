@@ -146,7 +146,7 @@ def _draw_order(data: xr.Dataset) -> Figure:
     shades, styles = dict(zip("ABC", ("#D55E00", "#0072B2", "#009E73"), strict=True)), ("-", "--")
     mean = data.final.mean("task")
     for index, order in enumerate(data.order.values):
-        looks: dict[str, Any] = {"color": shades[order[-1]], "linestyle": styles[index % 2]}
+        looks: dict[str, Any] = {"color": shades[order[-1]], "linestyle": styles[order[0] > order[1]]}
         axes[1].plot(data.similarity, mean.sel(order=order) - mean.mean("order"), label="→".join(order), **looks)
         risen = data.first.sel(order=order, stage=2) - data.first.sel(order=order, stage=1)
         looks = {"color": shades[order[0]], "linestyle": styles[index % 2]}
@@ -157,7 +157,9 @@ def _draw_order(data: xr.Dataset) -> Figure:
     axes[0].set_ylabel("rise of the first task's risk")
     axes[1].set_ylabel("mean risk at the end, less that of all orders")
     axes[0].legend(title="two stages", loc="upper right")
-    axes[1].legend(title="three stages", loc="upper right")
+    low, high = axes[1].get_ylim()
+    axes[1].set_ylim(low, high + 0.45 * (high - low))
+    axes[1].legend(title="three stages", loc="upper right", ncols=2)
     return panel_letters(axes)
 
 
