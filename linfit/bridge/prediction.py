@@ -108,7 +108,7 @@ class LanguagePrediction:
             arrays |= {f"{key}/{name}": value for key, value in vars(curves).items() if value is not None}
         words = json.dumps({"diagnostics": self.diagnostics, "settings": self.settings})
         with whole_file(Path(path)) as temporary:
-            np.savez(temporary, format=np.array(_FORMAT), words=np.array(words), **arrays)
+            np.savez(temporary, format=np.array(_FORMAT), words=np.array(words), **arrays)  # type: ignore[arg-type]
 
     @staticmethod
     def load(path: str | Path) -> "LanguagePrediction":

@@ -257,7 +257,7 @@ def save(prediction: Prediction, path: str | Path) -> None:
     if target.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {target.name}")
     with whole_file(target) as temporary:
-        np.savez(temporary, format=np.array(FORMAT), loss=np.array(prediction.loss), **arrays)
+        np.savez(temporary, format=np.array(FORMAT), loss=np.array(prediction.loss), **arrays)  # type: ignore[arg-type]
 
 
 def load(path: str | Path) -> Prediction:
