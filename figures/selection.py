@@ -1,7 +1,6 @@
 """`linfit select`: the leave-one-out surface of a user's own features, its minimum, a picture."""
 
 import json as json_format
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.table import Table
 from figures.report import prepare_folder
 from figures.style import COLOURS, SETTINGS, canvas
 from linfit import Selection, select
-from linfit.internal.files import whole_file
+from linfit.internal.files import open_arrays, whole_file
 
 __all__ = ["load_arrays", "report_selection"]
 
@@ -25,16 +24,11 @@ ENDINGS = (".png", ".pdf", ".svg")
 def load_arrays(file: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz by name; never unpickles. ValueError if one is missing or the file is not an .npz."""
     try:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        with archive:
+        with open_arrays(file) as archive:
             arrays = {name: archive[name] for name in (*ARRAYS, *VALIDATION) if name in archive.files}
             found = ", ".join(archive.files) or "nothing"
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
-    except (zipfile.BadZipFile, ValueError, AttributeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} must be an .npz of plain numeric arrays ({error})") from None
     missing = [name for name in ARRAYS if name not in arrays]
     if missing:
         raise ValueError(f"{file} must hold {', '.join(ARRAYS)}; {', '.join(missing)} missing, found {found}")

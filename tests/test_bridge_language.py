@@ -1,7 +1,6 @@
 """Losses by transformers, weights and targets, noise on real models, the command line end to end, the figure."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,28 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from figures.commands import main
 from linfit.bridge import choose_targets, judge_named, load, merge, perturb, read_records, weigh, write_records
 from linfit.bridge.language import encode_record, write_losses
 from sims.laboratory.toy_language import build, counting_text, encode, story_text
 from tests.bridge_checkpoints import model_of, write_single
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """The command line within this process: what it prints, or with `code=2` what it complains about."""
-
-    def call(*arguments, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["linfit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            sys.exit(main())
-        printed = capsys.readouterr()
-        assert (ended.value.code or 0) == code, printed.err
-        return printed.out if code == 0 else printed.err
-
-    for name in ("JAX_ENABLE_X64", "OPENBLAS_NUM_THREADS", "NPROC"):  # what a command sets for its own process
-        monkeypatch.setenv(name, os.environ.get(name, "1"))
-    return call
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 """A fine-tuning of a torch model predicted: linearisation, the shared loop, losses along τ, the command, kernels."""
 
 import json
-import os
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from figures.commands import main
 from linfit import GradientDescent, GradientFlow, Ridge, predict
 from linfit.bridge import (
     LanguagePrediction,
@@ -333,23 +330,6 @@ def test_bad_data_and_models(generator):
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
             predict_language_model(model, *arguments, **options)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """The command line within this process: what it prints, or with `code` what it complains about."""
-
-    def call(*arguments, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["linfit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            sys.exit(main())
-        printed = capsys.readouterr()
-        assert (ended.value.code or 0) == code, printed.err
-        return printed.out if code == 0 else printed.err
-
-    for name in ("JAX_ENABLE_X64", "OPENBLAS_NUM_THREADS", "NPROC"):  # what a command sets for its own process
-        monkeypatch.setenv(name, os.environ.get(name, "1"))
-    return call
 
 
 def test_the_command(generator, command, tmp_path, monkeypatch):

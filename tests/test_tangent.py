@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 
 import equinox as eqx
 import jax
@@ -439,7 +440,10 @@ def test_saved_predictions_come_back_and_others_are_refused(tmp_path, generator)
             Prediction.load(tmp_path / "bad.npz")
     np.savez(tmp_path / "pickled.npz", format=np.array([{}], dtype=object))
     (tmp_path / "text.npz").write_text("nothing")
-    for name in ("pickled.npz", "text.npz"):
+    with zipfile.ZipFile(tmp_path / "header.npz", "w") as archive:  # a header that numpy's parser cannot end
+        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (2,"
+        archive.writestr("taus.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    for name in ("pickled.npz", "text.npz", "header.npz"):
         with pytest.raises(ValueError, match="saved prediction"):
             Prediction.load(tmp_path / name)
     with pytest.raises(ValueError, match=r"must end in \.npz"):

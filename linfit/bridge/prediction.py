@@ -8,7 +8,6 @@ planned; its logits, and so all losses, are then known along τ: f(θ₁) + τJ�
 import copy
 import json
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -25,7 +24,7 @@ from linfit.bridge.merging import merge
 from linfit.bridge.records import Record, read_records
 from linfit.bridge.training import Encoded, TrainingPlan, train
 from linfit.internal.checks import real_array
-from linfit.internal.files import whole_file
+from linfit.internal.files import open_arrays, whole_file
 
 TAUS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5)
 """τ at which losses are computed; a cubic spline lies between them."""
@@ -114,7 +113,7 @@ class LanguagePrediction:
     def load(path: str | Path) -> "LanguagePrediction":
         """What `save` wrote; ValueError for anything else."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open_arrays(path) as file:
                 arrays = {name: file[name] for name in file.files}
             if str(arrays.pop("format")) != _FORMAT:
                 raise KeyError("format")
@@ -126,7 +125,7 @@ class LanguagePrediction:
                 parts.setdefault(name, {})[key] = array
             curves = {name: Curves(**each) for name, each in parts.items()}
             return LanguagePrediction(taus, curves, training, words["diagnostics"], words["settings"])
-        except (ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"path must be a saved prediction ({_FORMAT}), got {Path(path).name}: {error}") from None
 
 

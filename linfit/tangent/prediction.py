@@ -13,7 +13,6 @@ ridge minimises (1/n) Σ_i w_i‖y_i − f_i‖² + λ‖θ−θ₁‖², and t 
 (1/n) Σ_i w_i times the cross-entropy.
 """
 
-import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from jax import Array
 
 from linfit.filters import Ensemble, Filter, GradientDescent, GradientFlow
 from linfit.internal.checks import ArrayLike, broadcastable, real_array
-from linfit.internal.files import whole_file
+from linfit.internal.files import open_arrays, whole_file
 from linfit.risk import Parabola, Risk
 from linfit.tangent.entropy import Start, cross_entropy, descend, flow
 from linfit.tangent.krylov import Krylov
@@ -263,11 +262,9 @@ def save(prediction: Prediction, path: str | Path) -> None:
 def load(path: str | Path) -> Prediction:
     """The prediction that `save` wrote; ValueError for any other file, and for arrays that do not fit together."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_arrays(path) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except ValueError as error:
         raise ValueError(f"path must be a saved prediction, got {Path(path).name}: {error}") from None
     if str(arrays.pop("format", "")) != FORMAT:
         raise ValueError(f"path must be a saved prediction ({FORMAT}), got {Path(path).name}")
