@@ -24,7 +24,7 @@ def verify(
         seeds: how many seeds to try from there, in one process; reports every claim that fails, with its values.
         json: print the result as JSON instead of tables.
         falsify: also search each claim's assumptions for its worst instance, and walk out of them one at a time.
-        quick: few instances and short searches, within a minute.
+        quick: few instances and short searches, within minutes.
     """
     if instances is not None and instances < 1:
         raise ValueError(f"--instances must be at least 1, got {instances}")
