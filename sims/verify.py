@@ -2,7 +2,7 @@
 
 A claim's parameters are sampled quasi-randomly; a key gives its normals. Every instance has a p-value: that of a test
 for what is sampled, 0 or 1 for what is exact. Holm's correction over all instances of all claims is at `LEVEL`. That
-the tests keep it, and that tolerances leave room for rounding, is measured: `linfit verify --seeds 300`.
+the tests keep it, and that tolerances leave room for rounding, is for `linfit verify --seeds N` to measure.
 """
 
 import os
